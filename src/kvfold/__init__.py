@@ -1,0 +1,54 @@
+"""kvfold: how many key/value heads a transformer keeps.
+
+The public names load when first used, so that ``import kvfold`` stays light and never imports
+torch by itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvfold.errors import KVFoldError
+    from kvfold.evaluate.quality import Quality, compare
+    from kvfold.evaluate.run import evaluate
+    from kvfold.fold.convert import convert
+    from kvfold.fold.inspect import inspect
+    from kvfold.fold.model import FoldedModel, fold_model
+    from kvfold.geometry import AttentionGeometry
+
+_HOMES = {
+    "AttentionGeometry": "kvfold.geometry",
+    "FoldedModel": "kvfold.fold.model",
+    "KVFoldError": "kvfold.errors",
+    "Quality": "kvfold.evaluate.quality",
+    "compare": "kvfold.evaluate.quality",
+    "convert": "kvfold.fold.convert",
+    "evaluate": "kvfold.evaluate.run",
+    "fold_model": "kvfold.fold.model",
+    "inspect": "kvfold.fold.inspect",
+}
+
+__all__ = [
+    "AttentionGeometry",
+    "FoldedModel",
+    "KVFoldError",
+    "Quality",
+    "__version__",
+    "compare",
+    "convert",
+    "evaluate",
+    "fold_model",
+    "inspect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

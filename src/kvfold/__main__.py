@@ -1,0 +1,5 @@
+"""``python -m kvfold``"""
+
+from kvfold.cli.main import run
+
+run()

@@ -1,0 +1,1 @@
+"""Bytes on disk <-> named q, k, v, o projections."""

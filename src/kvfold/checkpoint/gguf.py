@@ -1,0 +1,87 @@
+"""GGUF in: checked by its metadata, then dequantized once into a Hugging Face folder.
+
+transformers knows each architecture's GGUF names and permutations; kvfold does not
+repeat them. The folder lets everything else stream as it does for any other source.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvfold.errors import CheckpointError
+from kvfold.geometry import AttentionGeometry
+
+
+@dataclass(frozen=True)
+class GGUFSummary:
+    """What a GGUF file's metadata says of its attention."""
+
+    architecture: str
+    geometry: AttentionGeometry
+    parameters: int
+
+
+def is_gguf(source: str | Path) -> bool:
+    path = Path(source).expanduser()
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def summarize(path: Path) -> GGUFSummary:
+    """Read the metadata of a GGUF file (no torch).
+
+    Raises:
+        CheckpointError: if the file is not GGUF, is cut short, or lacks head counts.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole GGUF file ({error})", "download it again"
+        ) from error
+    if end > path.stat().st_size:
+        raise CheckpointError(f"{path} is truncated", "download it again")
+
+    def value(key: str) -> int:
+        field = reader.get_field(f"{architecture}.{key}")
+        if field is None:
+            raise CheckpointError(f"{path}: the metadata has no {architecture}.{key}")
+        number = field.contents()
+        return int(number[0] if isinstance(number, list) else number)
+
+    architecture = str(reader.fields["general.architecture"].contents())
+    heads, hidden = value("attention.head_count"), value("embedding_length")
+    has_key_length = reader.get_field(f"{architecture}.attention.key_length") is not None
+    head_dim = value("attention.key_length") if has_key_length else hidden // heads
+    has_kv = reader.get_field(f"{architecture}.attention.head_count_kv") is not None
+    kv_heads = value("attention.head_count_kv") if has_kv else heads
+    layers = value("block_count")
+    geometry = AttentionGeometry(layers, heads, kv_heads, head_dim, head_dim, hidden)
+    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return GGUFSummary(architecture, geometry, parameters)
+
+
+def transcode(path: Path, folder: Path) -> None:
+    """Dequantize ``path`` to float32 and save it as a Hugging Face folder.
+
+    The whole model is in memory while this runs; everything after it streams.
+    """
+    import torch
+    import transformers
+
+    gguf = {"gguf_file": path.name}
+    config = transformers.GgufConfig(dequantize=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, quantization_config=config, dtype=torch.float32, **gguf
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **gguf)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"transformers could not read {path.name}: {lines[0][:160]}",
+            "convert it to a Hugging Face folder with the tool that made it",
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

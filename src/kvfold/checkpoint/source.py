@@ -1,0 +1,282 @@
+"""Opening checkpoints: a Hugging Face folder, a hub name, or a GGUF file. No torch.
+
+Everything that ``config.json`` and the safetensors headers can tell is checked here,
+before anything heavy starts.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.checkpoint.attention import AttentionWeights, Shapes
+from kvfold.checkpoint.families import Family, family_of
+from kvfold.checkpoint.tensors import (
+    FLOATING,
+    TensorEntry,
+    TensorSource,
+    dtype_name,
+    read_header,
+    read_tensor,
+)
+from kvfold.errors import CheckpointError, InputError, UnsupportedError
+from kvfold.geometry import AttentionGeometry
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of safetensors files: a :class:`TensorSource` that reads from disk."""
+
+    entries: dict[str, TensorEntry] = field(repr=False)
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self.entries[name].dtype
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        return read_tensor(self.entries[name])
+
+    @property
+    def files(self) -> list[Path]:
+        """The shard files, in order."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+@dataclass(frozen=True)
+class TensorDict:
+    """The tensors of a model in memory, as a :class:`TensorSource`."""
+
+    tensors: "Mapping[str, torch.Tensor]" = field(repr=False)
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return dtype_name(self.tensors[name].dtype)
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        return self.tensors[name].detach().cpu()
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose shapes have been checked; its tensors load when asked for.
+
+    Attributes:
+        label: what messages call it. config: ``config.json``. family, geometry: derived from
+        it. store: the tensors.
+    """
+
+    label: str
+    config: dict[str, Any]
+    store: TensorSource = field(repr=False)
+    family: Family = field(init=False)
+    geometry: AttentionGeometry = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.family = family_of(self.config)
+        self.geometry = self.family.geometry(self.config)
+        self.names = set(self.store.names())
+        _check_shapes(self)
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """Load one tensor.
+
+        Raises:
+            CheckpointError: if it holds NaN or infinity.
+        """
+        import torch
+
+        tensor = self.store.tensor(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{self.label}: tensor {name} holds NaN or infinite values",
+                "the checkpoint is damaged or its training diverged; use another one",
+            )
+        return tensor
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(self.store.shape(name)) for name in self.names)
+
+    def layer_prefix(self, layer: int) -> str:
+        """The path of a layer's tensors as this checkpoint names them."""
+        full = self.family.layer.format(layer=layer)
+        base, _, bare = full.partition(".")
+        # Old GPT-2 checkpoints lack the base model's name.
+        has_base = any(name.startswith(base + ".") for name in self.names)
+        return full if has_base else bare
+
+    def attention_prefix(self, layer: int) -> str:
+        return f"{self.layer_prefix(layer)}.{self.family.attention}"
+
+    def attention_shapes(self, layer: int) -> Shapes:
+        return self.family.projections.shapes(
+            self.attention_prefix(layer), self.geometry, self.names
+        )
+
+    def attention(self, layer: int) -> AttentionWeights:
+        """One layer's projections, in the checkpoint's dtype."""
+        return self.family.projections.read(
+            self.attention_prefix(layer), self.geometry, self.tensor, self.names
+        )
+
+    def layer_names(self, layer: int) -> list[str]:
+        prefix = self.layer_prefix(layer) + "."
+        return sorted(name for name in self.names if name.startswith(prefix))
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open and check a folder or a hub name (for a GGUF file see ``checkpoint.gguf``).
+
+    Raises:
+        InputError: if there is no such thing. CheckpointError: if it is damaged or
+        contradicts itself. UnsupportedError: if its architecture cannot be folded.
+    """
+    folder = resolve(source)
+    config = read_config(folder)
+    family_of(config)  # an unknown architecture is worth more than any other complaint
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"{folder.name} is quantized ({method}); folding needs floating-point weights",
+            "fold the original checkpoint, or load it in transformers, call model.dequantize() "
+            "and save_pretrained() first",
+        )
+    return Checkpoint(str(folder), config, TensorFiles(_entries(folder)))
+
+
+def resolve(source: str | Path) -> Path:
+    """Turn a path or hub name into a local folder."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(
+            f"{path} is a file; expected a Hugging Face folder, a hub name or a .gguf file",
+            "name the folder that holds config.json",
+        )
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise InputError(
+            f"no such file or folder: {source}",
+            "give a folder with config.json, a hub name like org/model, or a .gguf file",
+        )
+    return _download(str(source))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        first_line = (
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
+        raise InputError(
+            f"no folder {name} here, and the hub could not be asked for it ({first_line[:120]})",
+            "check the name and the network, or download the model and give its folder",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json``."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return config
+
+
+def _entries(folder: Path) -> dict[str, TensorEntry]:
+    index_path = folder / INDEX
+    if index_path.is_file():
+        return _indexed_entries(folder, index_path)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder} holds pickled weights (.bin), which are not safe to open",
+            "load it in transformers and save_pretrained() it, which writes safetensors",
+        )
+    raise CheckpointError(
+        f"{folder} has neither {SINGLE} nor {INDEX}", "give a folder that holds the weights too"
+    )
+
+
+def _indexed_entries(folder: Path, index_path: Path) -> dict[str, TensorEntry]:
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_path} is not a valid safetensors index") from error
+    headers = {shard: read_header(folder / shard) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"{INDEX} names {name} in {shard}, which does not hold it",
+                "the index and the shards belong to different checkpoints; download both again",
+            )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Every layer's projections exist, are floating point, and have the config's shapes."""
+    for layer in range(checkpoint.geometry.num_layers):
+        for name, shape in checkpoint.attention_shapes(layer).items():
+            _check_tensor(checkpoint, name, shape)
+    beyond = checkpoint.layer_prefix(checkpoint.geometry.num_layers) + "."
+    if any(name.startswith(beyond) for name in checkpoint.names):
+        raise CheckpointError(
+            f"config.json says {checkpoint.geometry.num_layers} layers, but there are tensors "
+            f"of layer {checkpoint.geometry.num_layers}",
+            "the config belongs to another checkpoint",
+        )
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, shape: Iterable[int]) -> None:
+    if name not in checkpoint.names:
+        raise CheckpointError(
+            f"tensor {name} is missing", "the checkpoint is incomplete; download it again"
+        )
+    found, dtype = checkpoint.store.shape(name), checkpoint.store.dtype(name)
+    if found != tuple(shape):
+        raise CheckpointError(
+            f"config.json implies {name} of shape {list(shape)}, the file has {list(found)}",
+            "the config belongs to another checkpoint, or a head count in it is wrong",
+        )
+    if dtype not in FLOATING:
+        raise UnsupportedError(
+            f"{name} is stored as {dtype}; folding needs F64, F32, F16 or BF16",
+            "fold the original checkpoint, or dequantize this one in transformers first",
+        )

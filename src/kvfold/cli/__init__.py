@@ -1,0 +1,1 @@
+"""The command line. Starting up imports neither torch nor transformers."""

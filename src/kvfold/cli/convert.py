@@ -1,0 +1,135 @@
+"""``kvfold convert``"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvfold.cli.output import emit
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--kv-heads", required=True, type=int, help="KV heads to fold to (a divisor).")
+@click.option("--method", default="auto", show_default=True, help="See `kvfold methods`.")
+@click.option(
+    "--fit",
+    type=click.Choice(["none", "refit", "local"]),
+    help="After the closed form: refit the outputs, or fit q, k, v, o of each layer too.  "
+    "[default: local; none for mean, first, random]",
+)
+@click.option(
+    "--calibration",
+    multiple=True,
+    metavar="TEXT",
+    help="UTF-8 text file like what the model will read; may be repeated.  "
+    "[default: a small built-in text]",
+)
+@click.option("--no-calibration", is_flag=True, help="Look at the weights only.")
+@click.option("--calibration-tokens", default=50_000, show_default=True, help="Use at most.")
+@click.option("--context", default=512, show_default=True, help="Tokens per window.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Check everything, show sizes, write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    source: str,
+    out: Path,
+    kv_heads: int,
+    method: str,
+    fit: str | None,
+    calibration: tuple[str, ...],
+    no_calibration: bool,
+    calibration_tokens: int,
+    context: int,
+    seed: int,
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Fold SRC to fewer KV heads and write it to OUT, an ordinary Hugging Face folder.
+
+    SRC is a Hugging Face folder, a hub name, or a GGUF file; it is only read.
+    """
+    from kvfold.cli.progress import progress_bar
+    from kvfold.fold.convert import convert, make_request, preview
+
+    request = make_request(
+        source,
+        kv_heads,
+        method=method,
+        fit=fit,
+        calibration=calibration,
+        calibrate=not no_calibration,
+        calibration_tokens=calibration_tokens,
+        context=context,
+        seed=seed,
+    )
+    found = preview(request, out, force=force)
+    if dry_run:
+        emit(as_json, found.as_dict(), lambda: _print_preview(found.as_dict()))
+        return
+    with progress_bar() as progress:
+        record = convert(
+            source,
+            out,
+            kv_heads,
+            method=method,
+            fit=fit,
+            calibration=calibration,
+            calibrate=not no_calibration,
+            calibration_tokens=calibration_tokens,
+            context=context,
+            seed=seed,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    emit(as_json, record, lambda: _print_record(record, out))
+    for warning in record["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    if not as_json:
+        click.echo(f"next: kvfold eval {source} {out} --text YOUR.txt", err=True)
+
+
+def _print_preview(preview: dict[str, Any]) -> None:
+    from kvfold.report.tables import print_table, size
+
+    request, geometry = preview["request"], preview["geometry"]
+    rows = [
+        *_geometry_rows(geometry),
+        ("method, fit", f"{request['method']}, {request['fit']}"),
+        ("output", size(preview["output_bytes"])),
+        ("disk space needed meanwhile", size(preview["disk_bytes_needed"])),
+        ("disk space free", size(preview["disk_bytes_free"])),
+    ]
+    print_table("Dry run: nothing was written", ["", ""], rows)
+
+
+def _print_record(record: dict[str, Any], out: Path) -> None:
+    from kvfold.report.tables import print_table, size
+
+    rows = [*_geometry_rows(record["geometry"])]
+    summary = record["summary"]
+    if summary:
+        rows.append(("V energy kept (mean over layers)", f"{summary['captured_value']:.1%}"))
+        rows.append(("K energy kept (mean over layers)", f"{summary['captured_key']:.1%}"))
+        for name, stage in summary["stages"].items():
+            change = f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}"
+            rows.append((f"layer error, {name.replace('_', ' ')}", change))
+    rows.append(("peak memory", size(record["run"]["peak_memory_bytes"])))
+    rows.append(("time", f"{record['run']['seconds']:.0f} s"))
+    print_table(f"Folded to {out}", ["", ""], rows)
+
+
+def _geometry_rows(geometry: dict[str, Any]) -> list[tuple[str, str]]:
+    from kvfold.report.tables import size
+
+    heads, cache = geometry["num_kv_heads"], geometry["kv_bytes_per_token_16bit"]
+    return [
+        ("KV heads", f"{heads['source']} -> {heads['folded']}"),
+        ("KV cache per token (16 bit)", f"{size(cache['source'])} -> {size(cache['folded'])}"),
+    ]

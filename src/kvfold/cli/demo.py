@@ -1,0 +1,75 @@
+"""``kvfold demo``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from kvfold.report.demo import DemoResult
+
+
+@click.command("demo")
+@click.option(
+    "--out",
+    default="kvfold-demo",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the model, the texts, the numbers and the plot.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of training and folding.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table.")
+def command(out: Path, seed: int, force: bool, as_json: bool) -> None:
+    """Train a small model here, fold it, and plot what that costs.
+
+    Takes about two minutes on two CPU cores. Needs no GPU and no network: the text is
+    Python's own documentation. OUT/source is a model to try the other commands on.
+    """
+    from kvfold.report.demo import check_out
+
+    check_out(out, force)
+
+    from kvfold.cli.progress import progress_bar
+    from kvfold.report.demo import run_demo
+
+    with progress_bar() as progress:
+        result = run_demo(out, seed, force, progress)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        _print(result)
+    click.echo(f"plot: {result.plot} (and .svg)", err=True)
+    click.echo(f"next: kvfold inspect {result.source}", err=True)
+
+
+def _print(result: "DemoResult") -> None:
+    from kvfold.report.tables import count, print_table, size
+
+    columns = (
+        "KV heads",
+        "method",
+        "KV bytes/token (f16)",
+        "perplexity",
+        "nats lost",
+        "top-1 agreement",
+    )
+    rows = [
+        (
+            str(row.kv_heads),
+            row.method,
+            size(row.quality.kv_bytes_per_token),
+            f"{row.quality.perplexity:.2f} ± {row.quality.perplexity_error:.2f}",
+            f"{row.quality.nats_lost:.3f} ± {row.quality.nats_lost_error:.3f}",
+            f"{row.quality.top1:.1%}",
+        )
+        for row in result.rows
+    ]
+    caption = (
+        f"{count(result.parameters)} parameters, trained on {count(result.training_tokens)} tokens "
+        f"of Python's documentation, seed {result.seed}; "
+        f"{result.rows[0].quality.tokens:,} held-out tokens; ± one standard error"
+    )
+    print_table("Folding 8 KV heads", columns, rows, caption)

@@ -1,0 +1,72 @@
+"""``kvfold doctor``"""
+
+import importlib
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from kvfold.cli.output import emit
+
+_PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "gguf", "matplotlib", "rich")
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(as_json: bool) -> None:
+    """Check that everything kvfold needs is here and works. Exit code 1 if something is not."""
+    checks = [_package(name) for name in _PACKAGES] + [_machine(), _devices(), _disk(), _text()]
+
+    def show() -> None:
+        from kvfold.report.tables import print_table
+
+        rows = [["ok" if good else "BAD", name, found] for name, good, found in checks]
+        print_table("kvfold doctor", ["", "what", "found"], rows)
+
+    document = [{"name": name, "ok": good, "found": found} for name, good, found in checks]
+    emit(as_json, document, show)
+    if not all(good for _, good, _ in checks):
+        raise click.exceptions.Exit(1)
+
+
+Check = tuple[str, bool, str]
+
+
+def _package(name: str) -> Check:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        return name, False, f"{type(error).__name__}: {error}; pip install {name}"
+    return name, True, metadata.version(name)
+
+
+def _machine() -> Check:
+    return (
+        "machine",
+        True,
+        f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+    )
+
+
+def _devices() -> Check:
+    try:
+        import torch
+    except Exception:
+        return "devices", False, "unknown without torch"
+    if torch.cuda.is_available():
+        return "devices", True, torch.cuda.get_device_name()
+    return "devices", True, f"CPU only, {torch.get_num_threads()} threads (folding runs on the CPU)"
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    return "disk space here", free > 10**9, f"{free / 1e9:.1f} GB free"
+
+
+def _text() -> Check:
+    from kvfold.evaluate.text import builtin_calibration_text
+
+    return "built-in calibration text", True, f"{len(builtin_calibration_text().split()):,} words"

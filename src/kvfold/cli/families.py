@@ -1,0 +1,27 @@
+"""``kvfold families``"""
+
+import click
+
+from kvfold.cli.output import emit
+
+
+@click.command("families")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(as_json: bool) -> None:
+    """List the architectures that can be folded, and why others cannot."""
+    from kvfold.checkpoint.families import FAMILIES, REFUSALS
+
+    document = {
+        "supported": [{"model_types": f.model_types, "notes": f.notes} for f in FAMILIES],
+        "refused": [{"model_type": name, "reason": why} for name, (why, _) in REFUSALS.items()],
+    }
+
+    def show() -> None:
+        from kvfold.report.tables import print_table
+
+        supported = [[", ".join(f.model_types), f.notes] for f in FAMILIES]
+        print_table("Can be folded", ["model_type", "notes"], supported)
+        refused = [[name, why] for name, (why, _) in REFUSALS.items()]
+        print_table("Cannot be folded", ["model_type", "why"], refused)
+
+    emit(as_json, document, show)

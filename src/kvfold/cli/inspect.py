@@ -1,0 +1,59 @@
+"""``kvfold inspect``"""
+
+import click
+
+from kvfold.cli.output import emit
+
+
+@click.command("inspect")
+@click.argument("source", metavar="SRC")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(source: str, as_json: bool) -> None:
+    """Show a checkpoint's geometry, KV cache size and head similarity per layer.
+
+    SRC is a Hugging Face folder, a hub name, or a GGUF file. Similarity is data-free. "raw" is
+    the cosine of the K weights as they stand, which is all that averaging can use; "K" and "V"
+    say how much of two heads one shared head can keep after alignment (50 % is chance).
+    """
+    from kvfold.checkpoint.gguf import is_gguf
+    from kvfold.checkpoint.source import open_checkpoint
+    from kvfold.cli.progress import progress_bar
+    from kvfold.fold.inspect import Inspection, inspect
+
+    if not is_gguf(source):
+        open_checkpoint(source)  # bad input is told before torch is imported
+    with progress_bar() as progress:
+        found = inspect(source, progress=progress)
+
+    def show() -> None:
+        _print(found)
+
+    def _print(found: Inspection) -> None:
+        from kvfold.report.tables import count, print_table, size
+
+        g = found.geometry
+        others = ", ".join(map(str, found.kv_heads_to_fold_to)) or "none: it has one already"
+        facts = [
+            ("family", found.family),
+            ("parameters", count(found.parameters)),
+            ("layers", str(g.num_layers)),
+            ("query heads", str(g.num_heads)),
+            ("KV heads", f"{g.num_kv_heads} ({g.kind}, {g.group_size} query heads each)"),
+            ("head size", str(g.head_dim)),
+            ("KV cache per token (16 bit)", size(g.kv_bytes_per_token())),
+            ("KV cache at 32k tokens", size(32768 * g.kv_bytes_per_token())),
+            ("can be folded to", others),
+        ]
+        print_table(found.source, ["", ""], facts)
+        if g.num_kv_heads > 1:
+            rows = [
+                [str(s.layer), f"{s.raw:.2f}", f"{s.aligned_key:.0%}", f"{s.aligned_value:.0%}"]
+                for s in found.similarity
+            ]
+            print_table(
+                "How alike the KV heads are (mean over pairs)",
+                ["layer", "raw cosine of K", "K kept by one head", "V kept by one head"],
+                rows,
+            )
+
+    emit(as_json, found.as_dict(), show)

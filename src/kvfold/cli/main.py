@@ -1,0 +1,122 @@
+"""Entry point: the list of commands, and the one place where errors become words."""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+import kvfold
+from kvfold.errors import KVFoldError
+
+INTERRUPTED = 130
+
+# name -> one line of help. The module kvfold.cli.<name> is imported only to run it.
+COMMANDS = {
+    "demo": "Train, fold and measure a small model on this machine (about 2 minutes).",
+    "inspect": "Show a checkpoint's heads, KV cache size and how alike its heads are.",
+    "convert": "Fold a checkpoint to fewer KV heads.",
+    "eval": "Compare folded checkpoints with their source on text.",
+    "methods": "List the folding methods.",
+    "families": "List the architectures that can be folded, and those that cannot.",
+    "doctor": "Check this installation and machine.",
+}
+
+
+class _Commands(click.Group):
+    """Loads a command's module when it is used; suggests the nearest name for a typo."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"kvfold.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no such command: {args[0]}\nhint: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click does, but from the table above: importing every command takes too long."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(kvfold.__version__, prog_name="kvfold")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Fold a transformer's key/value heads, and prove what it kept.
+
+    Results go to stdout (add --json for one JSON document); progress and messages to stderr.
+    Exit codes: 0 success, 1 failed while running, 2 bad input, 3 a threshold was not met,
+    130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    _quiet_libraries(debug)
+    try:
+        result = cli.main([a for a in arguments if a != "--debug"], standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KVFoldError as error:
+        return _complain(error.message, error.hint, error.exit_code, debug)
+    except click.exceptions.Abort:
+        return _complain("interrupted", "", INTERRUPTED, False)
+    except click.ClickException as error:
+        message, _, hint = error.format_message().partition("\nhint: ")
+        name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        hint = hint or f"`{name or 'kvfold'} --help` shows what can be given"
+        return _complain(message, hint, 2, debug)
+    except KeyboardInterrupt:
+        hint = (
+            "`kvfold convert … --resume` goes on where it stopped" if "convert" in arguments else ""
+        )
+        return _complain("interrupted; nothing was overwritten", hint, INTERRUPTED, False)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _complain("out of memory", "fewer --calibration-tokens need less", 1, debug)
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        message = f"unexpected {type(error).__name__}: {first_line}"
+        return _complain(message, "this is a bug; --debug shows where", 1, debug)
+
+
+def _complain(message: str, hint: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    return code
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Keep other libraries' progress bars and advice out of our output."""
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How good a folded model still is, measured against its source."""

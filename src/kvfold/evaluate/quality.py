@@ -1,0 +1,158 @@
+"""Perplexity and divergence of several models on the same windows, paired.
+
+All standard errors treat windows, not tokens, as the independent samples: tokens of one
+window share their context.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import exp
+from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(label: str, done: int, total: int) -> None:
+    """A progress callback that does nothing."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model on one text, against the first model of the comparison.
+
+    Attributes:
+        tokens: predicted tokens. nll: mean negative log-likelihood, nats per token.
+        nats_lost: nll minus the first model's; ratio: exp of it (paired perplexity ratio).
+        kl: mean KL(first || this) in nats per token; kl_p95, kl_p99: percentiles over tokens.
+        top1: fraction of positions where both models' most likely token agrees.
+        *_error: one standard error.
+    """
+
+    name: str
+    text: str
+    tokens: int
+    nll: float
+    perplexity: float
+    perplexity_error: float
+    nats_lost: float
+    nats_lost_error: float
+    ratio: float
+    ratio_error: float
+    kl: float
+    kl_error: float
+    kl_p95: float
+    kl_p99: float
+    top1: float
+    kv_bytes_per_token: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    models: "Sequence[tuple[str, PreTrainedModel]]",
+    windows: "torch.Tensor",
+    text: str = "text",
+    progress: Progress = no_progress,
+) -> list[Quality]:
+    """Score every model on ``windows`` (``[N, T]`` int64) and compare it with the first.
+
+    >>> compare([("source", model), ("folded", folded)], windows)  # doctest: +SKIP
+    """
+    import torch
+
+    _check_vocabularies(models)
+    samples: list[list[dict[str, torch.Tensor]]] = [[] for _ in models]
+    with torch.inference_mode():
+        for index, window in enumerate(windows):
+            reference = None
+            for position, (_, model) in enumerate(models):
+                logits = _logits(model, window)
+                reference = logits if reference is None else reference
+                samples[position].append(_score(logits, reference, window[1:]))
+            progress(f"evaluating on {text}", index + 1, len(windows))
+    first = torch.stack([sample["nll"] for sample in samples[0]])
+    return [
+        _summary(name, text, model, rows, first)
+        for (name, model), rows in zip(models, samples, strict=True)
+    ]
+
+
+def _check_vocabularies(models: "Sequence[tuple[str, PreTrainedModel]]") -> None:
+    sizes = {name: model.config.vocab_size for name, model in models}
+    if len(set(sizes.values())) > 1:
+        raise InputError(
+            f"the models have different vocabularies: {sizes}",
+            "compare models that share one tokenizer",
+        )
+
+
+def _logits(model: "PreTrainedModel", window: "torch.Tensor") -> "torch.Tensor":
+    """Log-probabilities ``[T - 1, vocabulary]`` in float32 of the tokens after the first."""
+    logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def _score(
+    logits: "torch.Tensor", reference: "torch.Tensor", targets: "torch.Tensor"
+) -> "dict[str, torch.Tensor]":
+    targets = targets.to(logits.device)
+    same = logits is reference
+    kl = (reference.exp() * (reference - logits)).sum(-1) if not same else logits.new_zeros(())
+    return {
+        "nll": -logits.gather(-1, targets[:, None])[:, 0].double().mean().cpu(),
+        "kl": kl.double().expand(len(targets)).cpu(),
+        "top1": (logits.argmax(-1) == reference.argmax(-1)).double().mean().cpu(),
+    }
+
+
+def _summary(
+    name: str,
+    text: str,
+    model: "PreTrainedModel",
+    rows: "list[dict[str, torch.Tensor]]",
+    first: "torch.Tensor",
+) -> Quality:
+    import torch
+
+    nll = torch.stack([row["nll"] for row in rows])
+    kl = torch.stack([row["kl"] for row in rows])
+    lost = nll - first
+    mean, loss = float(nll.mean()), float(lost.mean())
+    return Quality(
+        name=name,
+        text=text,
+        tokens=kl.numel(),
+        nll=mean,
+        perplexity=exp(mean),
+        perplexity_error=exp(mean) * _error(nll),
+        nats_lost=loss,
+        nats_lost_error=_error(lost),
+        ratio=exp(loss),
+        ratio_error=exp(loss) * _error(lost),
+        kl=float(kl.mean()),
+        kl_error=_error(kl.mean(-1)),
+        kl_p95=float(kl.flatten().quantile(0.95)),
+        kl_p99=float(kl.flatten().quantile(0.99)),
+        top1=float(torch.stack([row["top1"] for row in rows]).mean()),
+        kv_bytes_per_token=kv_bytes_per_token(model),
+    )
+
+
+def _error(samples: "torch.Tensor") -> float:
+    """The standard error of the mean; 0 for a single sample, which has none to show."""
+    return float(samples.std() / len(samples) ** 0.5) if len(samples) > 1 else 0.0
+
+
+def kv_bytes_per_token(model: "PreTrainedModel", bits: int = 16) -> int:
+    """KV cache bytes per token by the model's config."""
+    from kvfold.checkpoint.families import family_of
+
+    config = model.config.to_dict()
+    return family_of(config).geometry(config).kv_bytes_per_token(bits)

@@ -1,0 +1,138 @@
+"""``kvfold eval``: load checkpoints, score them on texts, check thresholds."""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.checkpoint.families import family_of
+from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
+from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
+from kvfold.errors import InputError, ThresholdError
+from kvfold.evaluate.quality import Progress, Quality, compare, no_progress
+from kvfold.evaluate.text import read_texts, token_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_CONTEXT = 512
+
+
+def evaluate(
+    sources: Sequence[str | Path],
+    texts: Sequence[str | Path],
+    *,
+    context: int = DEFAULT_CONTEXT,
+    max_tokens: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: Progress = no_progress,
+) -> list[Quality]:
+    """Compare checkpoints with the first of them, text by text.
+
+    Args:
+        sources: folders, hub names or GGUF files; the first is the reference.
+        texts: UTF-8 files, each scored apart.
+        context: tokens per window. max_tokens: at most so many per text, spread over it.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, for all models alike.
+        device: torch device; a GPU if there is one by default.
+
+    Raises:
+        InputError: for anything that cannot be evaluated, before a model is loaded.
+
+    >>> evaluate(["source", "folded"], ["held-out.txt"])  # doctest: +SKIP
+    """
+    check_eval(sources, texts, context, max_tokens)
+    contents = [read_texts([text], context) for text in texts]
+    with ExitStack() as stack:
+        folders = [local_folder(source, stack) for source in sources]
+        tokenizer = load_tokenizer(folders[0])
+        windows = [token_windows(tokenizer, text, context, max_tokens) for text in contents]
+        models = [
+            (str(source), load_model(folder, dtype, device))
+            for source, folder in zip(sources, folders, strict=True)
+        ]
+        results: list[Quality] = []
+        for path, rows in zip(texts, windows, strict=True):
+            results += compare(models, rows, Path(path).name, progress)
+        return results
+
+
+def check_eval(
+    sources: Sequence[str | Path],
+    texts: Sequence[str | Path],
+    context: int,
+    max_tokens: int | None = None,
+) -> None:
+    """Everything that can be checked without torch."""
+    if not texts:
+        raise InputError("no text to evaluate on", "name one or more files with --text")
+    if context < 2:
+        raise InputError(f"--context {context}: expected at least 2 tokens")
+    if max_tokens is not None and max_tokens < context:
+        raise InputError(f"--max-tokens {max_tokens} is less than one window of {context}")
+    for source in sources:
+        if is_gguf(source):
+            summarize(Path(source).expanduser())
+        elif Path(source).expanduser().exists():
+            open_checkpoint(source)
+
+
+def check_thresholds(
+    results: Sequence[Quality], max_kl: float | None, max_ppl_ratio: float | None
+) -> None:
+    """Raise if a model other than the first misses a threshold.
+
+    Raises:
+        ThresholdError: naming the model, the text and both numbers.
+    """
+    for result in results:
+        for what, value, limit in (
+            ("KL", result.kl, max_kl),
+            ("perplexity ratio", result.ratio, max_ppl_ratio),
+        ):
+            if limit is not None and not value <= limit:
+                raise ThresholdError(
+                    f"{result.name} on {result.text}: {what} {value:.4g} is above {limit:g}",
+                    "fold to more KV heads, or heal the model",
+                )
+
+
+def local_folder(source: str | Path, stack: ExitStack) -> Path:
+    """A Hugging Face folder for any source; a GGUF file is unpacked until ``stack`` closes."""
+    if not is_gguf(source):
+        return resolve(source)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfold-")))
+    transcode(Path(source).expanduser(), folder)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        InputError: if it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can load",
+            "copy tokenizer.json and tokenizer_config.json of the source beside the weights",
+        ) from error
+
+
+def load_model(
+    folder: Path, dtype: str = "float32", device: str | None = None
+) -> "PreTrainedModel":
+    """The folder's model, ready to evaluate."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    family_of(read_config(folder))
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(where).eval()

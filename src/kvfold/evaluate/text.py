@@ -1,0 +1,87 @@
+"""Text in, windows of tokens out."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# A tokenizer of transformers; its classes are built at run time and have no useful types.
+Tokenizer = Any
+_BYTES_PER_TOKEN_AT_LEAST = 1  # byte-level tokenizers make at most one token of a byte
+
+
+def read_texts(paths: Sequence[str | Path], least_tokens: int) -> str:
+    """Read and join text files (no torch).
+
+    Raises:
+        InputError: if one is missing, is not UTF-8, or all of them together are too short to
+            hold ``least_tokens`` tokens whatever the tokenizer.
+    """
+    texts = [_read_text(Path(path).expanduser()) for path in paths]
+    size = sum(len(text.encode()) for text in texts)
+    if size < least_tokens * _BYTES_PER_TOKEN_AT_LEAST:
+        names = ", ".join(str(path) for path in paths)
+        state = "is empty" if not size else f"has only {size} bytes"
+        raise InputError(
+            f"the text {names} {state}; expected at least {least_tokens} tokens",
+            "give more text: a few hundred kilobytes of prose is good",
+        )
+    return "\n\n".join(texts)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"no such text file: {path}", "give a plain UTF-8 text file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start})",
+            "convert it first, for instance: iconv -f latin1 -t utf-8",
+        ) from error
+
+
+def builtin_calibration_text() -> str:
+    """The small text that ships with kvfold (prose, code, dialogue, a few languages)."""
+    return (resources.files("kvfold") / "data" / "calibration.txt").read_text(encoding="utf-8")
+
+
+def token_windows(
+    tokenizer: Tokenizer, text: str, context: int, max_tokens: int | None = None
+) -> "torch.Tensor":
+    """Cut a text into windows ``[N, context]`` of token ids (int64).
+
+    Windows do not overlap. With ``max_tokens``, the windows taken are spread evenly over the
+    text. Models whose tokenizer puts a beginning-of-sequence token first get one at the start
+    of every window.
+
+    Raises:
+        InputError: if the text does not fill one window.
+    """
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = _opening_tokens(tokenizer)
+    body = context - len(opening)
+    count = len(ids) // body
+    if count == 0:
+        raise InputError(
+            f"the text has {len(ids)} tokens; expected at least {body} (one window)",
+            "give more text, or a smaller --context",
+        )
+    windows = torch.tensor(ids[: count * body]).reshape(count, body)
+    wanted = count if max_tokens is None else max(1, min(count, max_tokens // context))
+    chosen = torch.arange(wanted) * count // wanted
+    first = torch.tensor(opening, dtype=torch.int64).expand(wanted, -1)
+    return torch.cat([first, windows[chosen]], dim=1)
+
+
+def _opening_tokens(tokenizer: Tokenizer) -> list[int]:
+    start = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a")["input_ids"]
+    return [start] if start is not None and ids[:1] == [start] else []

@@ -1,0 +1,1 @@
+"""From many KV heads to few."""

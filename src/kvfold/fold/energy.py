@@ -1,0 +1,158 @@
+"""How much of a layer a fold keeps, whatever method made it.
+
+Captured energy is 1 - (squared error) / (squared size), of each query head's output
+O V x and of its scores, with queries and keys taken at independent positions (so that rotary
+frequencies do not mix). 1 is exact; a value below 0 is worse than removing the head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.fold.heads import HeadGroup, SharedHead
+from kvfold.fold.subspace import centred, energy
+
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Sums over a group or a layer: sizes and squared errors of values and keys."""
+
+    value: float = 0.0
+    value_error: float = 0.0
+    key: float = 0.0
+    key_error: float = 0.0
+
+    def __add__(self, other: "Energy") -> "Energy":
+        return Energy(
+            self.value + other.value,
+            self.value_error + other.value_error,
+            self.key + other.key,
+            self.key_error + other.key_error,
+        )
+
+    @property
+    def captured_value(self) -> float:
+        return 1 - self.value_error / self.value if self.value else 1.0
+
+    @property
+    def captured_key(self) -> float:
+        return 1 - self.key_error / self.key if self.key else 1.0
+
+    @property
+    def captured(self) -> float:
+        """The mean of both, the score by which ``auto`` and the grouping choose."""
+        return (self.captured_value + self.captured_key) / 2
+
+
+def fold_energy(group: HeadGroup, shared: SharedHead) -> Energy:
+    """Compare a folded group with its source."""
+    value, value_error = _outputs(group, shared)
+    key, key_error = _scores(group, shared)
+    return Energy(value, value_error, key, key_error)
+
+
+def _outputs(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
+    """sum_r E||O V x||^2 and its error, from D x D products only."""
+    moment = group.value_moment
+    v_new = shared.v.expand_as(group.v)
+    own = torch.einsum("hdx,xy,hey->hde", group.v, moment, group.v)
+    cross = torch.einsum("hdx,xy,hey->hde", group.v, moment, v_new)
+    new = torch.einsum("hdx,xy,hey->hde", v_new, moment, v_new)
+    oo = torch.einsum("hrcd,hrce->hde", group.o, group.o)
+    on = torch.einsum("hrcd,hrce->hde", group.o, shared.o)
+    nn = torch.einsum("hrcd,hrce->hde", shared.o, shared.o)
+    size = (oo * own).sum()
+    error = size - 2 * (on * cross).sum() + (nn * new).sum()
+    return float(size), float(error.clamp_min(0))
+
+
+def _scores(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
+    """sum_r E|q . k|^2 and its error, frequency by frequency."""
+    k_old = _unit(group.k, group) if group.norm else group.k
+    k_new = (_unit(shared.k[None], group) if group.norm else shared.k[None]).expand_as(k_old)
+    q_old, q_rest = group.pairs.split(group.q)
+    q_new, q_new_rest = group.pairs.split(shared.q)
+    (k_old, k_rest), (k_new, k_new_rest) = group.pairs.split(k_old), group.pairs.split(k_new)
+    still = _still_scores(group.moment, q_rest, q_new_rest, k_rest, k_new_rest)
+    measure = _rotating_scores if group.key_moments is None else _attended_scores
+    size, error = measure(group, (q_old, q_new), (k_old, k_new))
+    return size + still[0], max(error, 0.0) + still[1]
+
+
+Both = tuple[torch.Tensor, torch.Tensor]  # the source's rows and the folded ones
+
+
+def _rotating_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float, float]:
+    """Complex pairs, queries and keys at independent positions."""
+    (q_old, q_new), (k_old, k_new) = queries, keys
+
+    def second(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ((a @ group.moment.to(a.dtype)) * b.conj()).sum(-1)
+
+    def product(qa: torch.Tensor, qb: torch.Tensor, ka: torch.Tensor, kb: torch.Tensor) -> float:
+        # E[(conj(qa) ka) conj(conj(qb) kb)] = conj(E[qa conj(qb)]) E[ka conj(kb)]
+        return float((second(qa, qb).conj() * second(ka, kb)[:, None]).real.sum())
+
+    size = product(q_old, q_old, k_old, k_old)
+    cross, new = product(q_old, q_new, k_old, k_new), product(q_new, q_new, k_new, k_new)
+    return size, size - 2 * cross + new
+
+
+def _attended_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float, float]:
+    """Complex pairs, with the keys' covariance within the attention of each head's queries.
+
+    The folded key is written as k' = sum_a b_a k_a plus a rest, and the folded queries as
+    conj(m_h) q_h; then head h errs by e_h - m_h b in the coordinates of ``key_moments``.
+    """
+    assert group.key_moments is not None
+    (q_old, q_new), (k_old, k_new) = queries, keys
+    moment = group.moment.to(q_old.dtype)
+    if not k_old.shape[-2]:
+        return 0.0, 0.0
+    rows, new = k_old.transpose(0, 1), k_new[0][:, None]  # [F, g, X], [F, 1, X]
+    gram = rows @ moment @ rows.mH
+    floor = 1e-12 * gram.diagonal(dim1=1, dim2=2).real.sum(-1) + _TINY
+    gram = gram + floor[:, None, None] * torch.eye(len(k_old), dtype=gram.dtype)
+    b = torch.linalg.solve(gram.mT, (new @ moment @ rows.mH).mT)[..., 0]  # [F, g]
+    rest = energy(new - b[:, None] @ rows, group.moment) / energy(new, group.moment).clamp_min(
+        _TINY
+    )
+    asked = ((q_old @ moment) * q_old.conj()).real.sum((1, 3))
+    m = ((q_new @ moment) * q_old.conj()).sum((1, 3)).conj() / asked.clamp_min(_TINY)  # [g, F]
+    moments = group.key_moments.transpose(0, 1)  # [F, h, g, g]
+    own = torch.eye(len(k_old), dtype=b.dtype)
+    errors = own - m.T[..., None] * b[:, None]  # [F, h, g]
+    error = torch.einsum("fha,fhab,fhb->fh", errors, moments, errors.conj()).real
+    used = torch.einsum("fa,fhab,fb->fh", b, moments, b.conj()).real * m.T.abs().square()
+    outside = used * (rest / (1 - rest).clamp_min(1e-6))[:, None]
+    size = moments.diagonal(dim1=2, dim2=3).diagonal(dim1=1, dim2=2).real.sum()
+    return float(size), float(error.sum() + outside.sum())
+
+
+def _still_scores(
+    moment: torch.Tensor,
+    q_old: torch.Tensor,
+    q_new: torch.Tensor,
+    k_old: torch.Tensor,
+    k_new: torch.Tensor,
+) -> tuple[float, float]:
+    """The same for dimensions without rotary, with centred keys."""
+    covariance = centred(moment)
+
+    def product(qa: torch.Tensor, qb: torch.Tensor, ka: torch.Tensor, kb: torch.Tensor) -> float:
+        queries = torch.einsum("hrdx,xy,hrey->hde", qa, moment, qb)
+        keys = torch.einsum("hdx,xy,hey->hde", ka, covariance, kb)
+        return float((queries * keys).sum())
+
+    size = product(q_old, q_old, k_old, k_old)
+    error = size - 2 * product(q_old, q_new, k_old, k_new) + product(q_new, q_new, k_new, k_new)
+    return size, max(error, 0.0)
+
+
+def _unit(keys: torch.Tensor, group: HeadGroup) -> torch.Tensor:
+    """Keys ``[h, D, X]`` scaled to unit energy, as QK-norm does (on average) at run time."""
+    size = energy(keys, group.moment).sqrt().clamp_min(_TINY)
+    return keys / size[:, None, None]

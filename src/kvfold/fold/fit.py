@@ -1,0 +1,177 @@
+"""Fitting a folded layer to its source, on the inputs it will really get."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import cos, pi
+
+import torch
+from torch import nn
+
+from kvfold.evaluate.quality import Progress
+from kvfold.fold.stream import LiveLayer, batches
+
+
+@dataclass
+class FitTask:
+    """One folded layer to be fitted in place.
+
+    Attributes:
+        live: the folded layer with its weights. output_name, mlp_output_name: the linear
+            layers below it that write to the residual stream.
+        source_inputs, source_attention, source_outputs, folded_inputs: ``[N, T, C]`` float32.
+        residual_scale: the factor on a block's output when it joins the residual stream.
+        drift: whether the attention's output adds to the residual stream linearly, so that it
+            can make good what the stream has lost.
+        changed: names of the parameters that were fitted.
+    """
+
+    live: LiveLayer
+    output_name: str
+    mlp_output_name: str | None
+    source_inputs: torch.Tensor
+    source_attention: torch.Tensor
+    source_outputs: torch.Tensor
+    folded_inputs: torch.Tensor
+    residual_scale: float
+    drift: bool
+    seed: int
+    changed: set[str] = field(default_factory=set)
+
+    def attention_target(self, rows: slice) -> torch.Tensor:
+        """The source's attention output, plus what the residual stream lacks by now."""
+        target = self.source_attention[rows]
+        if not self.drift:
+            return target
+        lack = self.source_inputs[rows] - self.folded_inputs[rows]
+        return target + lack / self.residual_scale
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Median over tokens of the squared error of the layer's output, relative to what
+        the source layer adds. (A mean would show a few tokens of giant norm only.)"""
+        ratios = []
+        for rows in batches(self.folded_inputs):
+            wanted = self.source_outputs[rows]
+            error = (self.live(self.folded_inputs[rows]) - wanted).square().sum(-1)
+            added = (wanted - self.source_inputs[rows]).square().sum(-1)
+            ratios.append((error / added.clamp_min(1e-30)).flatten())
+        return float(torch.cat(ratios).median())
+
+
+Stage = Callable[[FitTask, Progress], None]
+
+
+def _ridge(
+    gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor, strength: float
+) -> torch.Tensor:
+    """argmin_W sum |W h - y|^2 + r |W - start|^2, r = strength * mean of diag(gram).
+
+    Args:
+        gram: ``[n, n]``, sum h h^T. cross: ``[n, m]``, sum h y^T. start: ``[m, n]``.
+    """
+    weight = strength * gram.diagonal().mean()
+    system = gram + weight * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(system, cross + weight * start.T.double()).T
+
+
+def refit_output(task: FitTask, progress: Progress) -> None:
+    """Solve o_proj in closed form on the folded heads' own outputs."""
+    linear = task.live.module.get_submodule(task.output_name)
+    _refit_linear(task, linear, task.output_name, task.attention_target)
+
+
+@torch.no_grad()
+def _refit_linear(
+    task: FitTask,
+    linear: nn.Module,
+    name: str,
+    target: Callable[[slice], torch.Tensor],
+    strength: float = 1e-2,
+) -> None:
+    assert isinstance(linear, nn.Linear)
+    size = linear.in_features
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(size, linear.out_features, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        for rows in batches(task.folded_inputs):
+            task.live(task.folded_inputs[rows])
+            inputs = seen.pop().flatten(0, -2)
+            wanted = target(rows).flatten(0, -2)
+            if linear.bias is not None:
+                wanted = wanted - linear.bias
+            gram += (inputs.T @ inputs).double()
+            cross += (inputs.T @ wanted).double()
+    finally:
+        handle.remove()
+    linear.weight.copy_(_ridge(gram, cross, linear.weight, strength))
+    task.changed.add(f"{name}.weight")
+
+
+STEPS = 60
+STEP_TOKENS = 1024
+RATE = 1e-3  # for a tensor whose RMS is 0.05; others in proportion
+_WARM_UP = 0.05
+
+
+def fit_attention(task: FitTask, progress: Progress) -> None:
+    """Train the layer's attention with Adam towards the source's layer output, MLP included.
+
+    Looking through the layer's own frozen MLP lets the loss weigh the errors that matter to
+    it. Tokens of giant norm (attention sinks) are damped by the square root of their energy
+    above the median: a plain loss would see little else, and equal relative weights break them.
+    """
+    attention = task.live.attention
+    parameters = dict(attention.named_parameters())
+    groups = [{"params": [p], "lr": RATE * _rms(p) / 0.05} for p in parameters.values()]
+    attention.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine)
+    weights = _token_weights(task.source_outputs)
+    for rows in _draws(len(task.folded_inputs), task):
+        error = task.live(task.folded_inputs[rows]) - task.source_outputs[rows]
+        loss = (error.square().mean(-1) * weights[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    attention.requires_grad_(False)
+    prefix = task.output_name.rpartition(".")[0]
+    task.changed |= {f"{prefix}.{name}" for name in parameters}
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt().clamp_min(1e-4))
+
+
+def _cosine(step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    done = (step + 1) / STEPS
+    return min(1.0, done / _WARM_UP) * 0.5 * (1 + cos(pi * min(1.0, done)))
+
+
+def _token_weights(target: torch.Tensor) -> torch.Tensor:
+    """``[N, T]``, 1 for usual tokens; scaled by their mean energy so that losses compare."""
+    energy = target.square().mean(-1)
+    usual = energy.median().clamp_min(1e-30)
+    return (energy / usual).clamp_min(1).rsqrt() / usual
+
+
+def _draws(count: int, task: FitTask) -> Iterator[torch.Tensor]:
+    """Windows for each step: epochs of a seeded shuffle."""
+    generator = torch.Generator().manual_seed(task.seed)
+    size = min(count, max(1, STEP_TOKENS // task.folded_inputs.shape[1]))
+    left: list[int] = []
+    for _ in range(STEPS):
+        if len(left) < size:
+            left += torch.randperm(count, generator=generator).tolist()
+        yield torch.tensor(left[:size])
+        left = left[size:]
+
+
+FITS: dict[str, tuple[Stage, ...]] = {
+    "none": (),
+    "refit": (refit_output,),
+    "local": (fit_attention, refit_output),
+}

@@ -1,0 +1,198 @@
+"""What a folding method sees: one group of KV heads that will share one.
+
+Biases ride along: the input is x~ = [x; 1], so every q, k, v row has C + 1 columns (X).
+All tensors are float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvfold.checkpoint.attention import AttentionWeights
+from kvfold.checkpoint.families import QKNorm
+from kvfold.geometry import AttentionGeometry
+
+if TYPE_CHECKING:
+    from kvfold.fold.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which dimensions of a head rotate together: the first ``rotary_dim``, in pairs.
+
+    Half-split pairs (Llama) are (j, j + r/2); interleaved pairs are (2j, 2j + 1).
+    A pair is one complex number, k_j = k[first] + i k[second]; rotary embeddings multiply
+    it by a phase, so a gauge that commutes with them is one complex number per pair.
+    """
+
+    rotary_dim: int
+    interleaved: bool = False
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[..., D, X]`` -> complex pairs ``[..., r/2, X]`` and the rest ``[..., D - r, X]``."""
+        rotating, rest = rows[..., : self.rotary_dim, :], rows[..., self.rotary_dim :, :]
+        if self.interleaved:
+            first, second = rotating[..., 0::2, :], rotating[..., 1::2, :]
+        else:
+            first, second = rotating.tensor_split(2, dim=-2)
+        return torch.complex(first.contiguous(), second.contiguous()), rest
+
+    def join(self, pairs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`split`."""
+        if self.interleaved:
+            rotating = torch.stack([pairs.real, pairs.imag], dim=-2).flatten(-3, -2)
+        else:
+            rotating = torch.cat([pairs.real, pairs.imag], dim=-2)
+        return torch.cat([rotating, rest], dim=-2)
+
+
+@dataclass
+class NormWeights:
+    """The multipliers ``[D]`` of RMS norms on queries and keys (QK-norm)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+    def free_phases(self, pairs: Pairs) -> torch.Tensor:
+        """``[r/2]``, true where a phase commutes with both norms: equal weights on the pair."""
+        free = None
+        for weight in (self.q, self.k):
+            complex_weight, _ = pairs.split(weight[:, None])
+            real, imag = complex_weight.real[:, 0], complex_weight.imag[:, 0]
+            equal = (real - imag).abs() <= 1e-6 * (real.abs() + imag.abs())
+            free = equal if free is None else free & equal
+        assert free is not None
+        return free
+
+
+@dataclass
+class HeadGroup:
+    """g KV heads and the R query heads of each.
+
+    Attributes:
+        q: ``[g, R, D, X]``; k: ``[g, D, X]``; v: ``[g, Dv, X]``; o: ``[g, R, C, Dv]``.
+        moment: ``[X, X]``, E[x~ x~ᵀ] at the layer's input (identity without calibration).
+        value_moment: ``[X, X]``, the same after x~ has been averaged with the attention weights:
+            what V really sees.
+        key_moments: ``[g, F, g, g]`` complex, or None; see ``LayerStatistics``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    moment: torch.Tensor
+    value_moment: torch.Tensor
+    pairs: Pairs
+    norm: NormWeights | None = None
+    key_moments: torch.Tensor | None = None
+
+
+@dataclass
+class SharedHead:
+    """The group's one KV head, and its query heads rewritten to fit.
+
+    Attributes:
+        q: ``[g, R, D, X]``; k: ``[D, X]``; v: ``[Dv, X]``; o: ``[g, R, C, Dv]``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+
+
+FoldGroup = Callable[[HeadGroup, torch.Generator], SharedHead]
+
+
+@dataclass
+class LayerHeads:
+    """All heads of a layer with bias columns, in float64; cut into groups to be folded.
+
+    Attributes:
+        q: ``[Hkv, R, D, X]``; k: ``[Hkv, D, X]``; v: ``[Hkv, Dv, X]``; o: ``[Hkv, R, C, Dv]``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    has_bias: bool
+    pairs: Pairs
+    norm: NormWeights | None
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, pairs: Pairs, norm: NormWeights | None) -> "LayerHeads":
+        w = weights
+        group_size = w.q.shape[0] // w.k.shape[0]
+        return cls(
+            q=_with_bias(w.q, w.q_bias).unflatten(0, (-1, group_size)),
+            k=_with_bias(w.k, w.k_bias),
+            v=_with_bias(w.v, w.v_bias),
+            o=w.o.double().unflatten(0, (-1, group_size)),
+            o_bias=w.o_bias,
+            has_bias=w.q_bias is not None or w.k_bias is not None or w.v_bias is not None,
+            pairs=pairs,
+            norm=norm,
+        )
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    def group(self, heads: list[int], statistics: "LayerStatistics") -> HeadGroup:
+        keys = statistics.key_moments
+        return HeadGroup(
+            q=self.q[heads],
+            k=self.k[heads],
+            v=self.v[heads],
+            o=self.o[heads],
+            moment=statistics.moment,
+            value_moment=statistics.value_moment,
+            pairs=self.pairs,
+            norm=self.norm,
+            key_moments=None if keys is None else keys[heads][:, :, heads][:, :, :, heads],
+        )
+
+    def weights(self, folded: list[SharedHead]) -> AttentionWeights:
+        """Put folded groups side by side, query heads in the order of their groups."""
+        q = torch.cat([head.q.flatten(0, 1) for head in folded])
+        k = torch.stack([head.k for head in folded])
+        v = torch.stack([head.v for head in folded])
+        o = torch.cat([head.o.flatten(0, 1) for head in folded])
+        biases = {}
+        if self.has_bias:
+            biases = {"q_bias": q[..., -1], "k_bias": k[..., -1], "v_bias": v[..., -1]}
+        return AttentionWeights(
+            q[..., :-1], k[..., :-1], v[..., :-1], o, o_bias=self.o_bias, **biases
+        )
+
+
+def _with_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    column = torch.zeros(weight.shape[:-1]) if bias is None else bias
+    return torch.cat([weight.double(), column.double()[..., None]], dim=-1)
+
+
+def norm_weights(
+    spec: QKNorm | None, prefix: str, load: Callable[[str], torch.Tensor]
+) -> NormWeights | None:
+    """Load the multipliers of a layer's QK-norm."""
+    if spec is None:
+        return None
+    return NormWeights(
+        load(f"{prefix}.{spec.q}").double() + spec.offset,
+        load(f"{prefix}.{spec.k}").double() + spec.offset,
+    )
+
+
+def consecutive_groups(geometry: AttentionGeometry, num_kv_heads: int) -> list[list[int]]:
+    """The GQA paper's grouping: neighbours share.
+
+    >>> consecutive_groups(AttentionGeometry(1, 4, 4, 8, 8, 32), 2)
+    [[0, 1], [2, 3]]
+    """
+    size = geometry.num_kv_heads // num_kv_heads
+    return [list(range(start, start + size)) for start in range(0, geometry.num_kv_heads, size)]

@@ -1,0 +1,95 @@
+"""The shared head that keeps the most energy of scores and outputs.
+
+V: the output error sum_r ||O_{h,r} (V_h - M_h V') x||^2 is a subspace problem with the metric
+A_h = sum_r O_{h,r}^T O_{h,r}. K without rotary: the score error is one with the metric
+W_h = sum_r E[q_{h,r} q_{h,r}^T], and with centred inputs, because what all keys have in common
+cancels in the softmax. K with rotary: each frequency is a problem of its own in one complex
+dimension, since only phases commute with the rotation. With calibration text, keys are compared
+by their covariance within each query's attention instead of over all tokens. See
+``fold.subspace`` for the solution.
+"""
+
+import torch
+
+from kvfold.fold.heads import HeadGroup, SharedHead
+from kvfold.fold.keys import normalised_keys
+from kvfold.fold.methods import method
+from kvfold.fold.subspace import centred, energy, shared_subspace
+
+Shared = tuple[torch.Tensor, torch.Tensor]  # queries and the key rows they now read
+_ROUNDS = 30
+
+
+@method("pca", candidate=True)
+def pca(group: HeadGroup, generator: torch.Generator) -> SharedHead:
+    """the best shared subspace, weighted by what queries ask and outputs read"""
+    metric = torch.einsum("hrcd,hrce->hde", group.o, group.o)
+    v, mix = shared_subspace(group.v, group.value_moment, metric)
+    o = torch.einsum("hrcd,hde->hrce", group.o, mix)
+    q, k = normalised_keys(group) if group.norm else principal_keys(group)
+    return SharedHead(q, k, v, o)
+
+
+def principal_keys(group: HeadGroup) -> Shared:
+    """Shared key rows ``[D, X]`` and the queries ``[g, R, D, X]`` that go with them."""
+    q_pairs, q_rest = group.pairs.split(group.q)
+    k_pairs, k_rest = group.pairs.split(group.k)
+    q_pairs, k_pairs = _rotating(group, q_pairs, k_pairs)
+    q_rest, k_rest = _still(q_rest, k_rest, group.moment)
+    return group.pairs.join(q_pairs, q_rest), group.pairs.join(k_pairs, k_rest)
+
+
+def _rotating(group: HeadGroup, q: torch.Tensor, k: torch.Tensor) -> Shared:
+    """Complex pairs: q ``[g, R, F, X]``, k ``[g, F, X]``, a batch of F problems of size 1."""
+    if not k.shape[-2]:
+        return q, k[0]
+    moment = group.moment
+    asked = ((q @ moment.to(q.dtype)) * q.conj()).real.sum((1, 3))  # [g, F], sum_r E|q|^2
+    stacks = k.transpose(0, 1)[:, :, None, :]  # [F, g, 1, X]
+    metrics = asked.T[..., None, None].to(k.dtype)  # [F, g, 1, 1]
+    shared, mixes = shared_subspace(stacks, moment, metrics)
+    rows, mix = shared[:, 0, :], mixes[..., 0, 0]
+    if group.key_moments is not None:
+        rows, mix = _within_attention(k.transpose(0, 1), mix, group.key_moments, moment)
+    # conj(q) k_h = conj(q) m k' = conj(conj(m) q) k'
+    return mix.T[:, None, :, None].conj() * q, rows
+
+
+def _within_attention(
+    k: torch.Tensor, mix: torch.Tensor, moments: torch.Tensor, moment: torch.Tensor
+) -> Shared:
+    """Refine k' = sum_h b_h k_h and k_h ~ m_h k' under what each head's queries attend to.
+
+    Minimises sum_h (e_h - m_h b)^T M_h conj(e_h - m_h b), M_h the covariance of the keys within
+    the attention of head h, by alternating the two linear solves (rank one, every frequency
+    apart).
+
+    Args:
+        k: ``[F, g, X]``; mix: ``[F, g]``, where to start; moments: ``[g, F, g, g]``.
+    """
+    count = k.shape[1]
+    by_frequency = moments.transpose(0, 1)  # [F, h, g, g], E[k_a conj(k_b)]
+    eye = torch.eye(count, dtype=k.dtype)
+    own = by_frequency.diagonal(dim1=1, dim2=2).permute(0, 2, 1)  # [F, h, g]: row h of M_h
+    floor = 1e-9 * by_frequency.diagonal(dim1=2, dim2=3).real.mean((1, 2)) + 1e-30
+    for _ in range(_ROUNDS):
+        power = (mix.abs() ** 2).to(k.dtype)
+        system = torch.einsum("fh,fhab->fba", power, by_frequency)
+        target = torch.einsum("fh,fha->fa", mix.conj(), own)
+        b = torch.linalg.solve(system + floor[:, None, None] * eye, target)
+        seen = torch.einsum("fa,fhab,fb->fh", b, by_frequency, b.conj()).real
+        mix = torch.einsum("fha,fa->fh", own, b.conj()) / (seen + floor[:, None])
+    rows = torch.einsum("fh,fhx->fx", b, k)
+    scale = (
+        energy(k, moment) / k.shape[1] / energy(rows[:, None], moment).clamp_min(1e-300)
+    ).sqrt()
+    return rows * scale[:, None], mix / scale[:, None]
+
+
+def _still(q: torch.Tensor, k: torch.Tensor, moment: torch.Tensor) -> Shared:
+    """Dimensions without rotary: q ``[g, R, d, X]``, k ``[g, d, X]``."""
+    if not k.shape[-2]:
+        return q, k[0]
+    metrics = torch.einsum("hrdx,xy,hrey->hde", q, moment, q)
+    shared, mixes = shared_subspace(k, centred(moment), metrics)
+    return torch.einsum("hrdx,hde->hrex", q, mixes), shared

@@ -1,0 +1,20 @@
+"""Fresh random K and V of the source's scale (Ainslie et al., arXiv 2305.13245, section 3.2)."""
+
+import torch
+
+from kvfold.fold.heads import HeadGroup, SharedHead
+from kvfold.fold.methods import method
+
+
+@method("random", paper="arXiv 2305.13245", regroups=False)
+def random(group: HeadGroup, generator: torch.Generator) -> SharedHead:
+    """draw K and V at random, with the source's scale: the floor for comparison"""
+    return SharedHead(group.q, _like(group.k, generator), _like(group.v, generator), group.o)
+
+
+def _like(heads: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One head whose weights, and whose biases, have the variance of the given heads'."""
+    noise = torch.randn(heads.shape[1:], dtype=heads.dtype, generator=generator)
+    noise[:, :-1] *= heads[..., :-1].square().mean().sqrt()
+    noise[:, -1] *= heads[..., -1].square().mean().sqrt()
+    return noise

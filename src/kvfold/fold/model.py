@@ -1,0 +1,85 @@
+"""Folding a transformers model that is already in memory."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvfold.checkpoint.source import Checkpoint, TensorDict
+from kvfold.errors import InputError
+from kvfold.evaluate.quality import Progress, no_progress
+from kvfold.fold.methods import AUTO, check_method
+from kvfold.fold.pipeline import FoldPlan, fold_all
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FIT_NAMES = ("none", "refit", "local")
+
+
+@dataclass(frozen=True)
+class FoldedModel:
+    """A folded model and, layer by layer, what folding did."""
+
+    model: "PreTrainedModel"
+    record: list[dict[str, Any]]
+
+
+def fold_model(
+    model: "PreTrainedModel",
+    num_kv_heads: int,
+    method: str = AUTO,
+    fit: str = "local",
+    windows: torch.Tensor | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> FoldedModel:
+    """Fold an in-memory causal language model to fewer KV heads; the model is not changed.
+
+    Args:
+        model: of a supported family (``kvfold families``).
+        num_kv_heads: a divisor of the model's number of KV heads.
+        windows: token ids ``[N, T]`` (int64) for calibration. Without them the fold is
+            data-free and ``fit`` must be ``none``.
+
+    Raises:
+        InputError: for anything that cannot be folded as asked.
+
+    >>> folded = fold_model(model, 1, fit="none").model  # doctest: +SKIP
+    """
+    check_method(method)
+    if fit not in FIT_NAMES:
+        raise InputError(f"unknown fit {fit!r}; expected one of {', '.join(FIT_NAMES)}")
+    if windows is None and fit != "none":
+        raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
+    config = model.config.to_dict()
+    checkpoint = Checkpoint(type(model).__name__, config, TensorDict(model.state_dict()))
+    checkpoint.geometry.with_kv_heads(num_kv_heads)
+    folded = {**config}
+    state = {name: checkpoint.tensor(name) for name in model.state_dict()}
+    record: list[dict[str, Any]] = []
+    if num_kv_heads != checkpoint.geometry.num_kv_heads:
+        family = checkpoint.family
+        folded = family.folded_config(config, num_kv_heads)
+        if family.rewrite:
+            state = {name: family.rewrite(name, tensor) for name, tensor in state.items()}
+        plan = FoldPlan(num_kv_heads, method, fit, seed)
+        for layer in fold_all(checkpoint, plan, windows, progress=progress):
+            state.update(layer.tensors)
+            record.append({**layer.report.as_dict(), "stages": layer.stages})
+    return FoldedModel(_build(folded, state, model), record)
+
+
+def _build(
+    config: dict[str, Any], state: dict[str, torch.Tensor], like: "PreTrainedModel"
+) -> "PreTrainedModel":
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    own = {name: tensor.clone() for name, tensor in state.items()}
+    built.load_state_dict(own, assign=True)
+    built.tie_weights()
+    built.generation_config = like.generation_config
+    return built.to(like.device).eval()  # type: ignore[arg-type]

@@ -1,0 +1,230 @@
+"""Going down the layers: statistics, fold, fit, next layer.
+
+Two models run side by side over the calibration windows, one layer at a time: the source, and
+the folded model as it comes into being. So every layer is fitted on the inputs it will really
+get, and what earlier layers lost can be made good by later ones.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.checkpoint.attention import AttentionWeights
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.checkpoint.tensors import torch_dtype
+from kvfold.evaluate.quality import Progress, no_progress
+from kvfold.fold.fit import FITS, FitTask
+from kvfold.fold.layer import LayerReport, fold_layer, layer_pairs
+from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
+from kvfold.fold.stream import LayerStream, LiveLayer, batches, hidden_states, layer_tensors
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What to fold to, and how.
+
+    Attributes:
+        fit: ``none``, ``refit`` or ``local``; more than ``none`` needs calibration windows.
+    """
+
+    num_kv_heads: int
+    method: str
+    fit: str
+    seed: int
+
+
+@dataclass
+class FoldedLayer:
+    """The tensors of one layer that differ from the source's, under the folded model's names."""
+
+    index: int
+    tensors: Tensors
+    report: LayerReport
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fold_without_data(checkpoint: Checkpoint, plan: FoldPlan, layer: int) -> FoldedLayer:
+    """Fold one layer from its weights alone."""
+    statistics = LayerStatistics.without_data(checkpoint.geometry.hidden_size)
+    weights, report = fold_layer(
+        checkpoint, layer, plan.num_kv_heads, plan.method, statistics, plan.seed
+    )
+    return FoldedLayer(layer, stored_attention(checkpoint, layer, weights), report)
+
+
+def stored_attention(checkpoint: Checkpoint, layer: int, weights: AttentionWeights) -> Tensors:
+    """A layer's folded projections as the folded checkpoint stores them, in its dtype."""
+    family = checkpoint.family
+    projections = family.target_projections or family.projections
+    tensors = projections.write(checkpoint.attention_prefix(layer), weights)
+    some_name = next(iter(checkpoint.attention_shapes(layer)))
+    dtype = torch_dtype(checkpoint.store.dtype(some_name))
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+class CalibratedFolder:
+    """Folds layers in order, with calibration windows ``[N, T]``.
+
+    Args:
+        spill: folder for hidden states too large for memory; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: FoldPlan,
+        windows: torch.Tensor,
+        spill: Path | None = None,
+    ) -> None:
+        self._checkpoint, self._plan = checkpoint, plan
+        family = checkpoint.family
+        size = checkpoint.geometry.hidden_size
+
+        def buffer(name: str) -> torch.Tensor:
+            return hidden_states(windows, size, spill / f"{name}.f32" if spill else None)
+
+        self._source = LayerStream(checkpoint.config, family.layer, family.attention)
+        self._inputs, self._outputs = buffer("source-in"), buffer("source-out")
+        self._source.start(windows, self._load_source, self._inputs)
+        self._folded: LayerStream | None = None
+        if plan.fit != "none":
+            config = family.folded_config(checkpoint.config, plan.num_kv_heads)
+            self._folded = LayerStream(config, family.layer, family.attention)
+            self._folded_inputs, self._attention = buffer("folded-in"), buffer("attention")
+            self._folded.start(windows, self._load_source, self._folded_inputs)
+
+    def _load_source(self, name: str) -> torch.Tensor:
+        """Load by the module's name, which old GPT-2 checkpoints store without its base."""
+        bare = name.partition(".")[2]
+        return self._checkpoint.tensor(name if name in self._checkpoint.names else bare)
+
+    def fold(self, index: int, progress: Progress = no_progress) -> FoldedLayer:
+        """Fold the next layer; layers must come in order."""
+        statistics = self._run_source(index, collect=True)
+        assert statistics is not None
+        weights, report = fold_layer(
+            self._checkpoint,
+            index,
+            self._plan.num_kv_heads,
+            self._plan.method,
+            statistics,
+            self._plan.seed,
+        )
+        folded = FoldedLayer(index, stored_attention(self._checkpoint, index, weights), report)
+        if self._folded is not None:
+            with self._folded.layer(index, self._folded_tensors(folded)) as live:
+                self._fit(live, folded, progress)
+            self._run_folded(folded)
+        self._advance()
+        return folded
+
+    def replay(self, folded: FoldedLayer) -> None:
+        """Pass over a layer that an interrupted run has folded already."""
+        self._run_source(folded.index, collect=False)
+        if self._folded is not None:
+            self._run_folded(folded)
+        self._advance()
+
+    @torch.no_grad()
+    def _run_source(self, index: int, collect: bool) -> LayerStatistics | None:
+        """Compute the source layer's outputs; with ``collect``, its statistics too."""
+        pairs = layer_pairs(self._checkpoint, index)
+        collector = StatisticsCollector(self._checkpoint.geometry.hidden_size, pairs)
+        tensors = layer_tensors(self._checkpoint, index)
+        with self._source.layer(index, tensors) as live:
+            for rows in batches(self._inputs):
+
+                def keep(output: torch.Tensor, rows: slice = rows) -> None:
+                    if self._folded is not None:
+                        self._attention[rows] = output
+
+                with live.listening(
+                    call=collector.call if collect else None,
+                    attention_input=collector.attention_input,
+                    attention_output=keep,
+                ):
+                    self._outputs[rows] = live(self._inputs[rows])
+        return collector.result() if collect else None
+
+    def _folded_tensors(self, folded: FoldedLayer) -> Tensors:
+        """All tensors of a folded layer, named below it."""
+        checkpoint, rewrite = self._checkpoint, self._checkpoint.family.rewrite
+        prefix = checkpoint.layer_prefix(folded.index) + "."
+        replaced = set(checkpoint.attention_shapes(folded.index))
+        tensors = dict(folded.tensors)
+        for name in checkpoint.layer_names(folded.index):
+            if name not in replaced and name not in tensors:
+                tensor = checkpoint.tensor(name)
+                tensors[name] = rewrite(name, tensor) if rewrite else tensor
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def _fit(self, live: LiveLayer, folded: FoldedLayer, progress: Progress) -> None:
+        """Run the plan's fitting stages and take up the parameters they changed."""
+        family = self._checkpoint.family
+        projections = family.target_projections or family.projections
+        scale_key = family.residual_scale
+        task = FitTask(
+            live=live,
+            output_name=f"{family.attention}.{projections.o}",
+            mlp_output_name=None if family.post_norm else family.mlp_output,
+            source_inputs=self._inputs,
+            source_attention=self._attention,
+            source_outputs=self._outputs,
+            folded_inputs=self._folded_inputs,
+            residual_scale=float(self._checkpoint.config.get(scale_key, 1.0)) if scale_key else 1.0,
+            drift=not family.post_norm,
+            seed=self._plan.seed + folded.index,
+        )
+        for stage in FITS[self._plan.fit]:
+            before = task.error()
+            stage(task, progress)
+            gained = {"stage": stage.__name__, "error_before": before, "error_after": task.error()}
+            folded.stages.append(gained)
+        prefix = self._checkpoint.layer_prefix(folded.index) + "."
+        dtype = next(iter(folded.tensors.values())).dtype
+        for name, parameter in live.module.named_parameters():
+            if name in task.changed:
+                folded.tensors[prefix + name] = parameter.detach().to(dtype).contiguous()
+
+    @torch.no_grad()
+    def _run_folded(self, folded: FoldedLayer) -> None:
+        """Advance the folded stream with the weights as they are stored."""
+        assert self._folded is not None
+        with self._folded.layer(folded.index, self._folded_tensors(folded)) as live:
+            for rows in batches(self._folded_inputs):
+                self._folded_inputs[rows] = live(self._folded_inputs[rows])
+
+    def _advance(self) -> None:
+        self._inputs, self._outputs = self._outputs, self._inputs
+
+
+FoldNext = Callable[[int], FoldedLayer]
+
+
+def fold_all(
+    checkpoint: Checkpoint,
+    plan: FoldPlan,
+    windows: torch.Tensor | None,
+    spill: Path | None = None,
+    finished: Callable[[int], FoldedLayer | None] = lambda index: None,
+    progress: Progress = no_progress,
+) -> Iterator[FoldedLayer]:
+    """Fold every layer in order; ``finished`` returns layers that are done already."""
+    layers = checkpoint.geometry.num_layers
+    folder = None if windows is None else CalibratedFolder(checkpoint, plan, windows, spill)
+    for index in range(layers):
+        folded = finished(index)
+        if folded is not None:
+            if folder is not None:
+                folder.replay(folded)
+        elif folder is not None:
+            folded = folder.fold(index, progress)
+        else:
+            folded = fold_without_data(checkpoint, plan, index)
+        progress("folding layers", index + 1, layers)
+        yield folded

@@ -1,0 +1,101 @@
+"""What a conversion leaves behind besides weights: ``kvfold.json`` and a model card. No torch."""
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from statistics import fmean
+from typing import Any
+
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.geometry import AttentionGeometry
+
+BUILTIN_WARNING = (
+    "calibrated on the small built-in text only; calibrate on text like your own for better quality"
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that touches the numbers."""
+    packages = ("kvfold", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in packages
+    }
+
+
+def geometry_record(source: AttentionGeometry, folded: AttentionGeometry) -> dict[str, Any]:
+    """Heads and cache size, before and after."""
+    return {
+        "num_heads": source.num_heads,
+        "num_kv_heads": {"source": source.num_kv_heads, "folded": folded.num_kv_heads},
+        "head_dim": source.head_dim,
+        "num_layers": source.num_layers,
+        "kv_bytes_per_token_16bit": {
+            "source": source.kv_bytes_per_token(),
+            "folded": folded.kv_bytes_per_token(),
+        },
+    }
+
+
+def summary(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over layers: captured energy, and the error before and after each fitting stage."""
+    if not layers:
+        return {}
+    result: dict[str, Any] = {
+        "captured_value": fmean(layer["captured_value"] for layer in layers),
+        "captured_key": fmean(layer["captured_key"] for layer in layers),
+    }
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        for stage in layer["stages"]:
+            stages.setdefault(stage["stage"], []).append(stage)
+    result["stages"] = {
+        name: {
+            "error_before": fmean(row["error_before"] for row in rows),
+            "error_after": fmean(row["error_after"] for row in rows),
+        }
+        for name, rows in stages.items()
+    }
+    return result
+
+
+def model_card(checkpoint: Checkpoint, record: dict[str, Any]) -> str:
+    """A README.md for the folded checkpoint."""
+    heads = record["geometry"]["num_kv_heads"]
+    cache = record["geometry"]["kv_bytes_per_token_16bit"]
+    name = record["source"]["name"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {name}",
+        "tags: [kvfold, gqa]",
+        "---",
+        "",
+        f"# {name.rstrip('/').split('/')[-1]}, folded to {heads['folded']} KV heads",
+        "",
+        f"Made by [kvfold](https://pypi.org/project/kvfold/) {record['versions']['kvfold']} from "
+        f"`{name}`, which has {heads['source']} KV heads.",
+        "",
+        "| | source | this model |",
+        "| --- | ---: | ---: |",
+        f"| KV heads (of {record['geometry']['num_heads']} query heads) "
+        f"| {heads['source']} | {heads['folded']} |",
+        f"| KV cache, bytes per token (16 bit) | {cache['source']:,} | {cache['folded']:,} |",
+        "",
+        f"Method `{record['method']}`, fit `{record['fit']}`, seed {record['seed']}. "
+        "Folding loses quality; measure what it kept on your own text:",
+        "",
+        "```",
+        f"kvfold eval {name} . --text your-text.txt",
+        "```",
+        "",
+        "It loads as any other checkpoint: "
+        '`AutoModelForCausalLM.from_pretrained("path/to/this/folder")`.',
+        "Everything about its making is in `kvfold.json`.",
+    ]
+    if checkpoint.family.qk_norm:
+        lines += ["", "This architecture normalises its keys (QK-norm), which limits what folding "
+                  "can align: healing by distillation is required."]  # fmt: skip
+    for warning in record["warnings"]:
+        lines += ["", f"> Warning: {warning}."]
+    return "\n".join(lines) + "\n"

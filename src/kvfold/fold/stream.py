@@ -1,0 +1,262 @@
+"""A model whose decoder layers exist one at a time.
+
+The model is built without weights; its own forward pass is run once with every layer replaced
+by a recorder, which yields the input of the first layer and, for each layer, the arguments
+(masks, rotary tables …) it is called with. Then single layers are given weights, run over
+stored hidden states, and emptied again. So any architecture whose transformers implementation
+calls its layers in order can be streamed, with no code of its own here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvfold.checkpoint.source import Checkpoint
+
+BATCH_TOKENS = 4096  # tokens run through a layer at once
+SPILL_BYTES = 2**30  # hidden states larger than this live in a file
+
+
+@dataclass
+class AttentionCall:
+    """What one attention module computed with: all after norms and rotary embedding.
+
+    Attributes:
+        query: ``[B, Hq, T, D]``; key: ``[B, Hkv, T, D]``; value: ``[B, Hkv, T, Dv]``.
+        mask: boolean or additive ``[B or 1, 1, T, T]``, or None for plain causal.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def probabilities(self) -> torch.Tensor:
+        """The attention weights ``[B, Hq, T, T]``."""
+        batch, heads, tokens, size = self.query.shape
+        groups = self.query.unflatten(1, (self.key.shape[1], -1))
+        scores = groups @ self.key[:, :, None].mT * self.scale
+        scores = scores.reshape(batch, heads, tokens, -1)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).tril()
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+        return scores.softmax(-1)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention implementation for transformers that can be listened to."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(query, key, value, attention_mask, scale, softcap)
+    listener = getattr(module, "kvfold_listener", None)
+    if listener is not None:
+        listener(call)
+    if softcap is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scale, **kwargs
+        )
+        return out, None
+    weights = call.probabilities().unflatten(1, (key.shape[1], -1))
+    out = (weights @ value[:, :, None]).flatten(1, 2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+_IMPLEMENTATION = "kvfold_stream"
+AttentionInterface.register(_IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: keeps what it is called with, returns its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Models read attributes of their layers (the kind of attention, for instance).
+        object.__setattr__(self, "layer", layer)
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "layer"), name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.arguments = (args, kwargs)
+        return hidden
+
+
+class LayerStream:
+    """Runs a checkpoint's decoder layers one at a time, in float32.
+
+    Args:
+        config: the model's ``config.json``.
+        layer_path: the family's path of a layer, with ``{layer}``.
+        attention: path of the attention module below a layer.
+    """
+
+    def __init__(self, config: Mapping[str, Any], layer_path: str, attention: str) -> None:
+        arguments = {key: value for key, value in config.items() if key != "dtype"}
+        hf_config = AutoConfig.for_model(**arguments)
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=_IMPLEMENTATION
+            )
+        self.model.eval().requires_grad_(False)
+        self._base_name, _, rest = layer_path.partition(".")
+        self._list_name = rest.partition(".")[0]
+        self._base = getattr(self.model, self._base_name)
+        self._layers: nn.ModuleList = getattr(self._base, self._list_name)
+        self._attention = attention
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def start(
+        self, windows: torch.Tensor, load: Callable[[str], torch.Tensor], out: torch.Tensor
+    ) -> None:
+        """Write the first layer's input for token ids ``[N, T]`` to ``out`` ``[N, T, C]``."""
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+        setattr(self._base, self._list_name, recorders)
+        names = [name for name, _ in self._base.named_parameters()]
+        state = {name: load(f"{self._base_name}.{name}").float() for name in names}
+        self._base.load_state_dict(state, strict=False, assign=True)
+        with torch.no_grad():
+            for index, window in enumerate(windows):
+                norm_skipped = _without_final_norm(self._base, window[None])
+                out[index] = norm_skipped[0]
+        self._arguments = [recorder.arguments for recorder in recorders]  # type: ignore[misc]
+        self._base.to("meta")
+        setattr(self._base, self._list_name, self._layers)
+
+    @contextmanager
+    def layer(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Iterator["LiveLayer"]:
+        """Give one layer its weights (names below the layer) for as long as the block runs."""
+        module = self._layers[index]
+        module.load_state_dict(
+            {name: tensor.float() for name, tensor in tensors.items()}, strict=False, assign=True
+        )
+        missing = [name for name, p in module.named_parameters() if p.is_meta]
+        assert not missing, f"layer {index} got no {missing}"
+        args, kwargs = self._arguments[index]
+        try:
+            yield LiveLayer(module, module.get_submodule(self._attention), args, kwargs)
+        finally:
+            module.to("meta")
+
+
+def _without_final_norm(base: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The first layer's input: recorders return theirs, so the first one has seen it."""
+    seen: list[torch.Tensor] = []
+    first = next(m for m in base.modules() if isinstance(m, _Recorder))
+    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        base(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@dataclass
+class LiveLayer:
+    """A decoder layer that has its weights.
+
+    Attributes:
+        module: the layer. attention: its attention module.
+        args, kwargs: what the model calls it with besides the hidden states (batch size 1,
+            which broadcasts).
+    """
+
+    module: nn.Module
+    attention: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[B, T, C]`` -> ``[B, T, C]``."""
+        out = self.module(hidden, *self.args, **self.kwargs)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    @contextmanager
+    def listening(
+        self,
+        *,
+        call: Callable[[AttentionCall], None] | None = None,
+        attention_input: Callable[[torch.Tensor], None] | None = None,
+        attention_output: Callable[[torch.Tensor], None] | None = None,
+    ) -> Iterator[None]:
+        """Hear what passes through the attention module while the block runs."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if attention_input is not None:
+                attention_input(args[0] if args else kwargs["hidden_states"])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if attention_output is not None:
+                attention_output(output[0])
+
+        handles = [
+            self.attention.register_forward_pre_hook(before, with_kwargs=True),
+            self.attention.register_forward_hook(after),
+        ]
+        self.attention.kvfold_listener = call  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self.attention.kvfold_listener = None  # type: ignore[assignment]
+            for handle in handles:
+                handle.remove()
+
+
+def batches(windows: torch.Tensor) -> Iterator[slice]:
+    """Slices of ``[N, T, …]`` of about ``BATCH_TOKENS`` tokens."""
+    count, tokens = windows.shape[:2]
+    size = max(1, BATCH_TOKENS // tokens)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def hidden_states(windows: torch.Tensor, hidden_size: int, spill: Path | None) -> torch.Tensor:
+    """An empty float32 ``[N, T, C]``; kept in the file ``spill`` when it is large."""
+    shape = (*windows.shape, hidden_size)
+    elements = windows.numel() * hidden_size
+    if spill is None or elements * 4 <= SPILL_BYTES:
+        return torch.empty(shape)
+    spill.parent.mkdir(parents=True, exist_ok=True)
+    flat = torch.from_file(str(spill), shared=True, size=elements, dtype=torch.float32)
+    return flat.reshape(shape)
+
+
+def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    """All tensors of a layer, named below it."""
+    prefix = checkpoint.layer_prefix(layer) + "."
+    names = checkpoint.layer_names(layer)
+    return {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}

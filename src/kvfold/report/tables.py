@@ -1,0 +1,49 @@
+"""Tables that fit a terminal."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str = "",
+    console: Console | None = None,
+) -> None:
+    """Print a table to stdout: the first column to the left, numbers to the right."""
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
+    table.caption_justify = "left"
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    (console or Console()).print(table)
+
+
+def size(number: float) -> str:
+    """Bytes for people.
+
+    >>> size(23040)
+    '22.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"
+
+
+def count(number: int) -> str:
+    """A number of parameters for people.
+
+    >>> count(134515008)
+    '134.5 M'
+    """
+    for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return str(number)
