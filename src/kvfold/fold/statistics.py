@@ -93,18 +93,18 @@ def _key_moments(call: AttentionCall, probabilities: torch.Tensor, pairs: Pairs)
     """sum_t E_t (sum_s p_ts k_s k_s^H - mean_t mean_t^H), E_t the energy of query t.
 
     The first term is sum_s c_s k_s k_s^H with c_s = sum_t p_ts E_t, so no t x s x heads^2
-    array is ever made.
+    array is ever made. Their difference is small beside them, hence float64.
     """
     queries, _ = pairs.split(call.query.mT)  # [B, Hq, F, T]
     keys, _ = pairs.split(call.key.mT)  # [B, Hkv, F, T]
     batch, kv_heads, frequencies, tokens = keys.shape
     group_size = queries.shape[1] // kv_heads
     energies = (queries.real.square() + queries.imag.square()).mT  # [B, Hq, T, F]
-    flat = torch.view_as_real(keys).permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
+    flat = torch.view_as_real(keys).double().permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
     result = torch.zeros(kv_heads, frequencies, kv_heads, kv_heads, dtype=torch.complex128)
-    k = keys.permute(2, 1, 0, 3).flatten(2)  # [F, Hkv, B T]
+    k = keys.permute(2, 1, 0, 3).flatten(2).to(torch.complex128)  # [F, Hkv, B T]
     for head in range(queries.shape[1]):
-        p, energy = probabilities[:, head], energies[:, head]
+        p, energy = probabilities[:, head].double(), energies[:, head].double()
         weight = (p.mT @ energy).permute(2, 0, 1).flatten(1)[:, None]  # [F, 1, B T]
         means = (p @ flat).reshape(batch, tokens, kv_heads, frequencies, 2)
         m = torch.view_as_complex(means).permute(3, 2, 0, 1).flatten(2)

@@ -1,0 +1,61 @@
+"""Shared fixtures."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests import tiny
+
+from kvfold.cli.main import main
+
+
+@dataclass
+class Run:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> object:
+        return json.loads(self.out)
+
+
+Kvfold = Callable[..., Run]
+
+
+@pytest.fixture
+def kvfold(capsys: pytest.CaptureFixture[str]) -> Kvfold:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Run:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Run(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MHA llama (6 KV heads) on disk in one file; read only."""
+    model = tiny.make("llama", num_key_value_heads=6)
+    return tiny.save_with_tokenizer(model, tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="session")
+def sharded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in several shards with an index; read only."""
+    model = tiny.make("llama", num_key_value_heads=6)
+    folder = tmp_path_factory.mktemp("source") / "sharded"
+    return tiny.save_with_tokenizer(model, folder, max_shard_size="60KB")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny.words(4000), encoding="utf-8")
+    return path
