@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from kvfold.cli.main import main
+from tests import tiny
 
 
 @dataclass

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import tiny
-from tests.conftest import Kvfold
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold import convert, fold_model
 from kvfold.checkpoint.source import open_checkpoint
 from kvfold.checkpoint.tensors import read_header
 from kvfold.errors import InputError, RunError
-from kvfold.evaluate.text import token_windows
 from kvfold.fold import convert as convert_module
+from kvfold.quality.text import token_windows
+from tests import tiny
+from tests.conftest import Kvfold
 
-CALIBRATION = {"calibration_tokens": 1024, "context": 64}
+CALIBRATION: dict[str, Any] = {"calibration_tokens": 1024, "context": 64}
 
 
 def digests(folder: Path) -> dict[str, str]:

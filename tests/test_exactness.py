@@ -6,9 +6,9 @@ of order one, about a hundred times what rounding alone costs in two layers.
 
 import pytest
 import torch
-from tests import tiny
 
 from kvfold.fold.model import fold_model
+from tests import tiny
 
 TOLERANCE = 1e-4
 PHASES_ONLY = ("qwen3", "gemma3_text")

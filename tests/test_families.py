@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests import tiny
 
 from kvfold.checkpoint.families import FAMILIES, REFUSALS, family_of
 from kvfold.errors import UnsupportedError
 from kvfold.fold.model import fold_model
+from tests import tiny
 
 # float32 sums of these sizes, taken in another order, differ by about 1e-6 of the logits.
 ORDER_OF_SUMS = 2e-5

@@ -189,7 +189,8 @@ def random_gauge(size: int, generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
     left, right = torch.linalg.qr(noise).Q
     stretch = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
-    return left @ (stretch[:, None] * right)
+    gauge: torch.Tensor = left @ (stretch[:, None] * right)
+    return gauge
 
 
 def hidden_mha(model: Any, seed: int = 7) -> Any:

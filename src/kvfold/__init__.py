@@ -11,21 +11,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvfold.errors import KVFoldError
-    from kvfold.evaluate.quality import Quality, compare
-    from kvfold.evaluate.run import evaluate
     from kvfold.fold.convert import convert
     from kvfold.fold.inspect import inspect
     from kvfold.fold.model import FoldedModel, fold_model
     from kvfold.geometry import AttentionGeometry
+    from kvfold.quality.run import evaluate
+    from kvfold.quality.scores import Quality, compare
 
 _HOMES = {
     "AttentionGeometry": "kvfold.geometry",
     "FoldedModel": "kvfold.fold.model",
     "KVFoldError": "kvfold.errors",
-    "Quality": "kvfold.evaluate.quality",
-    "compare": "kvfold.evaluate.quality",
+    "Quality": "kvfold.quality.scores",
+    "compare": "kvfold.quality.scores",
     "convert": "kvfold.fold.convert",
-    "evaluate": "kvfold.evaluate.run",
+    "evaluate": "kvfold.quality.run",
     "fold_model": "kvfold.fold.model",
     "inspect": "kvfold.fold.inspect",
 }

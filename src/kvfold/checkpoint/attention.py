@@ -41,7 +41,9 @@ class AttentionWeights:
 class Projections(Protocol):
     """How an architecture stores q, k, v and o below its attention module."""
 
-    o: str
+    @property
+    def o(self) -> str:
+        """The name of the output projection below the attention module."""
 
     def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
         """Every tensor this layout holds, with its shape; biases only if in ``names``."""

@@ -21,6 +21,7 @@ class GGUFSummary:
 
 
 def is_gguf(source: str | Path) -> bool:
+    """Whether a source is an existing GGUF file."""
     path = Path(source).expanduser()
     return path.suffix.lower() == ".gguf" and path.is_file()
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvfold.errors import CheckpointError
 
@@ -112,9 +112,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _entry(name: str, info: dict[str, object], path: Path, data_start: int) -> TensorEntry:
+def _entry(name: str, info: dict[str, Any], path: Path, data_start: int) -> TensorEntry:
     try:
-        dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]  # type: ignore[misc]
+        dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
         entry = TensorEntry(
             name, str(dtype), tuple(shape), path, data_start + start, data_start + stop
         )
@@ -150,7 +150,7 @@ def read_tensor(entry: TensorEntry) -> "torch.Tensor":
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.start)
-        view, done = memoryview(raw.numpy()), 0
+        view, done = raw.numpy().data, 0
         while done < entry.nbytes:
             count = file.readinto(view[done:])
             if not count:
@@ -198,7 +198,7 @@ def write_tensors(path: Path, specs: list[TensorSpec], tensors: Iterator["torch.
             if tuple(tensor.shape) != spec.shape or dtype_name(tensor.dtype) != spec.dtype:
                 raise AssertionError(f"{spec} was planned, got {tensor.dtype} {tensor.shape}")
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            file.write(memoryview(flat.numpy()))
+            file.write(flat.numpy().data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -132,8 +132,10 @@ def carry_files(source: Path, out: Path) -> list[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people to read too."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def total_bytes(shards: Iterable[Shard]) -> int:
+    """The size of all tensors of the output."""
     return sum(shard.nbytes for shard in shards)

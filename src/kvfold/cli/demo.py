@@ -48,14 +48,7 @@ def command(out: Path, seed: int, force: bool, as_json: bool) -> None:
 def _print(result: "DemoResult") -> None:
     from kvfold.report.tables import count, print_table, size
 
-    columns = (
-        "KV heads",
-        "method",
-        "KV bytes/token (f16)",
-        "perplexity",
-        "nats lost",
-        "top-1 agreement",
-    )
+    columns = ("KV heads", "method", "KV/token", "perplexity", "nats lost", "top-1")
     rows = [
         (
             str(row.kv_heads),
@@ -70,6 +63,7 @@ def _print(result: "DemoResult") -> None:
     caption = (
         f"{count(result.parameters)} parameters, trained on {count(result.training_tokens)} tokens "
         f"of Python's documentation, seed {result.seed}; "
-        f"{result.rows[0].quality.tokens:,} held-out tokens; ± one standard error"
+        f"{result.rows[0].quality.tokens:,} held-out tokens. "
+        "KV/token: bytes of KV cache (f16); top-1: agreement with the source; ±: one standard error"
     )
     print_table("Folding 8 KV heads", columns, rows, caption)

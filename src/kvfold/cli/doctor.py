@@ -67,6 +67,6 @@ def _disk() -> Check:
 
 
 def _text() -> Check:
-    from kvfold.evaluate.text import builtin_calibration_text
+    from kvfold.quality.text import builtin_calibration_text
 
     return "built-in calibration text", True, f"{len(builtin_calibration_text().split()):,} words"

@@ -40,8 +40,8 @@ def command(
     not used for calibration, and some of another kind.
     """
     from kvfold.cli.progress import progress_bar
-    from kvfold.evaluate.run import check_eval, check_thresholds, evaluate
-    from kvfold.evaluate.text import read_texts
+    from kvfold.quality.run import check_eval, check_thresholds, evaluate
+    from kvfold.quality.text import read_texts
 
     sources = (source, *outs)
     check_eval(sources, texts, context, max_tokens)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvfold.evaluate.quality import Progress, no_progress
+from kvfold.quality.scores import Progress, no_progress
 
 
 @contextmanager
@@ -14,9 +14,15 @@ def progress_bar() -> Iterator[Progress]:
         yield no_progress
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
-    from rich.progress import TaskID, TimeRemainingColumn
 
     tasks: dict[str, TaskID] = {}
     columns = (

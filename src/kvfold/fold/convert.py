@@ -32,8 +32,6 @@ from kvfold.checkpoint.writer import (
     write_shards,
 )
 from kvfold.errors import InputError, RunError
-from kvfold.evaluate.quality import Progress, no_progress
-from kvfold.evaluate.text import builtin_calibration_text, read_texts, token_windows
 from kvfold.fold.methods import AUTO, check_method
 from kvfold.fold.record import (
     BUILTIN_WARNING,
@@ -43,11 +41,13 @@ from kvfold.fold.record import (
     versions,
 )
 from kvfold.geometry import AttentionGeometry
+from kvfold.quality.scores import Progress, no_progress
+from kvfold.quality.text import builtin_calibration_text, read_texts, token_windows
 
 if TYPE_CHECKING:
     import torch
 
-    from kvfold.fold.pipeline import FoldedLayer, FoldPlan
+    from kvfold.fold.pipeline import FoldedLayer
 
 FITS = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
@@ -348,7 +348,7 @@ def _verify(checkpoint: Checkpoint, store: TensorFiles, progress: Progress) -> d
 
 
 def _windows(checkpoint: Checkpoint, folder: Path, request: Request, text: str) -> "torch.Tensor":
-    from kvfold.evaluate.run import load_tokenizer
+    from kvfold.quality.run import load_tokenizer
 
     longest = checkpoint.config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
@@ -371,7 +371,7 @@ def _fold_layers(
     """Fold all layers, keeping each on disk; return their reports."""
     from kvfold.fold.pipeline import FoldPlan, fold_all
 
-    plan: FoldPlan = FoldPlan(request.num_kv_heads, request.method, request.fit, request.seed)
+    plan = FoldPlan(request.num_kv_heads, request.method, request.fit, request.seed)
     kept = partial / "layers"
     reports = []
     stored = _stored_layers(kept)

@@ -12,7 +12,6 @@ import torch
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.subspace import centred, energy
 
-
 _TINY = torch.finfo(torch.float64).tiny
 
 

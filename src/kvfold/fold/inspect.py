@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint
-from kvfold.evaluate.quality import Progress, no_progress
-from kvfold.evaluate.run import local_folder
 from kvfold.geometry import AttentionGeometry, divisors
+from kvfold.quality.run import local_folder
+from kvfold.quality.scores import Progress, no_progress
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class LayerReport:
 
 
 def layer_pairs(checkpoint: Checkpoint, layer: int) -> Pairs:
+    """Which dimensions of this layer's heads rotate together."""
     rotary = checkpoint.family.rotary
     dim = rotary.dim(checkpoint.config, checkpoint.geometry.head_dim, layer)
     return Pairs(dim, rotary.interleaved)

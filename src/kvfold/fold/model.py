@@ -7,9 +7,9 @@ import torch
 
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
-from kvfold.evaluate.quality import Progress, no_progress
 from kvfold.fold.methods import AUTO, check_method
 from kvfold.fold.pipeline import FoldPlan, fold_all
+from kvfold.quality.scores import Progress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,4 +82,4 @@ def _build(
     built.load_state_dict(own, assign=True)
     built.tie_weights()
     built.generation_config = like.generation_config
-    return built.to(like.device).eval()  # type: ignore[arg-type]
+    return built.to(like.device).eval()

@@ -49,7 +49,7 @@ class AttentionCall:
 
     def probabilities(self) -> torch.Tensor:
         """The attention weights ``[B, Hq, T, T]``."""
-        batch, heads, tokens, size = self.query.shape
+        batch, heads, tokens, _ = self.query.shape
         groups = self.query.unflatten(1, (self.key.shape[1], -1))
         scores = groups @ self.key[:, :, None].mT * self.scale
         scores = scores.reshape(batch, heads, tokens, -1)
@@ -62,7 +62,8 @@ class AttentionCall:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
-        return scores.softmax(-1)
+        result: torch.Tensor = scores.softmax(-1)
+        return result
 
 
 def _attention(

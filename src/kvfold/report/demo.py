@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import InputError, RunError
-from kvfold.evaluate.quality import Progress, Quality, compare, no_progress
-from kvfold.evaluate.text import Tokenizer, token_windows
 from kvfold.fold.methods import AUTO
+from kvfold.quality.scores import Progress, Quality, compare, no_progress
+from kvfold.quality.text import Tokenizer, token_windows
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ _PEAK_RATE = 3e-3
 _HELD_OUT_EVERY = 8
 _CALIBRATION_EVERY = 4
 _CALIBRATION_TOKENS = 96 * CONTEXT
+_HELD_OUT_TOKENS = 128 * CONTEXT
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def run_demo(
     from kvfold.report.plots import plot_demo
 
     check_out(out, force)
-    model, tokenizer, splits = train_demo_model(seed, progress)
+    model, tokenizer, splits = train_demo_model(seed, progress, STEPS)
     rows = fold_and_compare(model, tokenizer, splits, seed, progress)
     result = DemoResult(rows, seed, model.num_parameters(), STEPS * _BATCH * CONTEXT, out)
     with _whole_folder(out) as folder:
@@ -176,14 +177,15 @@ def fold_and_compare(
     total = len(FOLDED_KV_HEADS) * len(FOLDS)
     for kv_heads in FOLDED_KV_HEADS:
         for label, method, fit in FOLDS:
-            folded = fold_model(model, kv_heads, method=method, fit=fit, windows=windows, seed=seed)
+            data = windows if method == AUTO else None  # averaging looks at weights only
+            folded = fold_model(model, kv_heads, method, fit, data, seed)
             names.append((kv_heads, label))
             models.append(folded.model)
             progress("folding", len(models) - 1, total)
     labelled = [
         (f"{label} {heads}", each) for (heads, label), each in zip(names, models, strict=True)
     ]
-    held_out = token_windows(tokenizer, joined(splits.held_out), CONTEXT)
+    held_out = token_windows(tokenizer, joined(splits.held_out), CONTEXT, _HELD_OUT_TOKENS)
     qualities = compare(labelled, held_out, "held-out topics", progress)
     return tuple(
         DemoRow(kv_heads, label, quality)

@@ -43,7 +43,7 @@ def plot_demo(rows: Sequence[DemoRow], path: Path, seed: int = 0) -> None:
     >>> plot_demo(run_demo(Path("out")).rows, Path("demo.png"))  # doctest: +SKIP
     """
     source, lines = rows[0], _lines(rows)
-    figure = Figure(figsize=(7.6, 4.9), layout="none")
+    figure = Figure(figsize=(7.6, 4.9))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.095, 0.215, 0.875, 0.615))
     for line, style in zip(lines, _STYLES, strict=False):
@@ -101,7 +101,7 @@ def _size_axis(axes: Axes, rows: Sequence[DemoRow]) -> None:
     heads = {row.quality.kv_bytes_per_token: row.kv_heads for row in rows}
     ticks = sorted(heads)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(ticks[0] / 1.75, ticks[-1] * 1.12)  # room for the labels at the left
+    axes.set_xlim(ticks[0] / 1.8, ticks[-1] * 1.25)  # room for the labels at the left
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     most = max(heads.values())
@@ -121,15 +121,15 @@ def _quality_axis(axes: Axes, lines: Sequence[_Line]) -> None:
     if most > _LOG_BEYOND * least:
         axes.set_yscale("log")
         axes.set_ylim(least / 1.12, most * 1.2)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         spread = max(most - least, 1e-3 * most)
         axes.set_ylim(least - 0.12 * spread, most + 0.12 * spread)
         axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    scale = ", log scale" if axes.get_yscale() == "log" else ""
-    axes.set_ylabel(f"perplexity on held-out text{scale} (lower is better)", color=_INK)
+    scale = " (log scale)" if axes.get_yscale() == "log" else ""
+    axes.set_ylabel(f"perplexity on held-out text{scale}", color=_INK)
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -186,7 +186,7 @@ def _spread(positions: Sequence[float], gap: float) -> list[float]:
 
 def _words(figure: Figure, rows: Sequence[DemoRow], seed: int) -> None:
     title: dict[str, Any] = {"ha": "left", "va": "top", "color": _INK}
-    figure.text(0.02, 0.965, finding(rows), fontsize=12.5, fontweight="bold", **title)
+    figure.text(0.02, 0.965, finding(rows), fontsize=12, fontweight="bold", **title)
     quality = rows[0].quality
     figure.text(
         0.02,
@@ -210,7 +210,7 @@ def finding(rows: Sequence[DemoRow]) -> str:
     worst = max(smallest, key=lambda row: row.quality.perplexity)
     factor = source.quality.kv_bytes_per_token / best.quality.kv_bytes_per_token
     return (
-        f"A {factor:g}\N{MULTIPLICATION SIGN} smaller KV cache costs "
+        f"{'An' if factor == 8 else 'A'} {factor:g}\N{MULTIPLICATION SIGN} smaller KV cache costs "
         f"{best.quality.nats_lost:.2f} nats per token with {best.method}, "
         f"{worst.quality.nats_lost:.2f} with {worst.method}"
     )

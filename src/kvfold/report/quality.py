@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvfold.evaluate.quality import Quality
+from kvfold.quality.scores import Quality
 from kvfold.report.tables import print_table, size
 
 

@@ -95,8 +95,11 @@ def _check_vocabularies(models: "Sequence[tuple[str, PreTrainedModel]]") -> None
 
 def _logits(model: "PreTrainedModel", window: "torch.Tensor") -> "torch.Tensor":
     """Log-probabilities ``[T - 1, vocabulary]`` in float32 of the tokens after the first."""
+    import torch
+
     logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
-    return logits.float().log_softmax(-1)
+    result: torch.Tensor = logits.float().log_softmax(-1)
+    return result
 
 
 def _score(

@@ -10,8 +10,8 @@ from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
-from kvfold.evaluate.quality import Progress, Quality, compare, no_progress
-from kvfold.evaluate.text import read_texts, token_windows
+from kvfold.quality.scores import Progress, Quality, compare, no_progress
+from kvfold.quality.text import read_texts, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

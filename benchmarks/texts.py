@@ -1,0 +1,84 @@
+"""Prepare the texts of the quality benchmark.
+
+    apt-get download debian-handbook && dpkg -x debian-handbook_*.deb handbook
+    python benchmarks/texts.py handbook texts
+
+writes three files: ``calibration.txt`` and ``handbook.txt`` (chapters of the Debian handbook,
+every fifth held out) and ``documentation.txt`` (Python's language reference, from the standard
+library). The handbook is by Raphaël Hertzog and Roland Mas, CC BY-SA 3.0 or GPL 2+.
+"""
+
+import argparse
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from pydoc_data.topics import topics
+
+HELD_OUT_EVERY = 5
+_BLOCKS = {"p", "pre", "li", "h1", "h2", "h3", "h4", "dt", "dd", "td", "th", "div"}
+_SKIPPED = {"head", "script", "style", "ul.docnav", "ol.docnav", "p#title", "div.toc"}
+_NAVIGATION = {"Download the ebook", "Prev", "Next", "The Debian Administrator's Handbook"}
+_VOID = {"img", "br", "hr", "link", "meta", "input", "col", "wbr", "area", "base"}
+
+
+class _Prose(HTMLParser):
+    """Collects the text of a page without its navigation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self._skipping: list[str] = []
+        self._pre = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _VOID:
+            return
+        values = dict(attrs)
+        named = {tag, f"{tag}.{values.get('class')}", f"{tag}#{values.get('id')}"}
+        if self._skipping or named & _SKIPPED:
+            self._skipping.append(tag)
+        if tag in _BLOCKS:
+            self.parts.append("\n\n")
+        self._pre += tag == "pre"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._skipping:
+            while self._skipping.pop() != tag:
+                pass
+        self._pre -= tag == "pre"
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipping:
+            self.parts.append(data if self._pre else re.sub(r"\s+", " ", data))
+
+
+def page_text(html: str) -> str:
+    """The text of one page, paragraphs apart by one blank line."""
+    parser = _Prose()
+    parser.feed(html)
+    paragraphs = (part.strip() for part in re.split(r"\n\s*\n", "".join(parser.parts)))
+    return "\n\n".join(part for part in paragraphs if part and part not in _NAVIGATION)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("handbook", type=Path, help="the unpacked package")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    pages = sorted(arguments.handbook.glob("usr/share/doc/debian-handbook/html/en-US/*.html"))
+    if not pages:
+        parser.error(f"no handbook pages below {arguments.handbook}")
+    texts = [page_text(page.read_text(encoding="utf-8")) for page in pages]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    held_out = texts[::HELD_OUT_EVERY]
+    calibration = [t for i, t in enumerate(texts) if i % HELD_OUT_EVERY]
+    for name, parts in (
+        ("handbook", held_out),
+        ("calibration", calibration),
+        ("documentation", [topics[name] for name in sorted(topics)]),
+    ):
+        (arguments.out / f"{name}.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
