@@ -20,7 +20,7 @@ from typing import Any
 
 from kvfold import convert, evaluate
 from kvfold.checkpoint.gguf import transcode
-from kvfold.fold.convert import DATA_FREE
+from kvfold.fold.request import DATA_FREE
 
 # Method, fit. The GQA paper's methods look at no data until they are refitted.
 ROWS = (

@@ -191,7 +191,7 @@ def test_no_disk_space(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     run = kvfold("convert", llama_folder, tmp_path / "out", "--kv-heads", 2)
-    complaint(run, "disk space", "GB")
+    complaint(run, "disk space", "MB needed")
     assert not list(tmp_path.iterdir())
 
 
@@ -297,4 +297,6 @@ def test_ctrl_c(kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kvfold.fold.methods.all_methods", interrupt)
-    assert kvfold("methods").code == 130
+    run = kvfold("methods")
+    assert run.code == 130
+    assert "interrupted" in run.err

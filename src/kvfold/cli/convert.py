@@ -55,7 +55,8 @@ def command(
     SRC is a Hugging Face folder, a hub name, or a GGUF file; it is only read.
     """
     from kvfold.cli.progress import progress_bar
-    from kvfold.fold.convert import convert, make_request, preview
+    from kvfold.fold.convert import run_request
+    from kvfold.fold.request import make_request, preview
 
     request = make_request(
         source,
@@ -73,21 +74,7 @@ def command(
         emit(as_json, found.as_dict(), lambda: _print_preview(found.as_dict()))
         return
     with progress_bar() as progress:
-        record = convert(
-            source,
-            out,
-            kv_heads,
-            method=method,
-            fit=fit,
-            calibration=calibration,
-            calibrate=not no_calibration,
-            calibration_tokens=calibration_tokens,
-            context=context,
-            seed=seed,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
+        record = run_request(request, out, resume=resume, force=force, progress=progress)
     emit(as_json, record, lambda: _print_record(record, out))
     for warning in record["warnings"]:
         click.echo(f"warning: {warning}", err=True)

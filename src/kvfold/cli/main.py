@@ -76,18 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except KVFoldError as error:
         return _complain(error.message, error.hint, error.exit_code, debug)
-    except click.exceptions.Abort:
-        return _complain("interrupted", "", INTERRUPTED, False)
     except click.ClickException as error:
         message, _, hint = error.format_message().partition("\nhint: ")
         name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         hint = hint or f"`{name or 'kvfold'} --help` shows what can be given"
         return _complain(message, hint, 2, debug)
-    except KeyboardInterrupt:
-        hint = (
-            "`kvfold convert … --resume` goes on where it stopped" if "convert" in arguments else ""
-        )
-        return _complain("interrupted; nothing was overwritten", hint, INTERRUPTED, False)
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click turns the first into the second
+        hint = "the same command with --resume goes on" if "convert" in arguments else ""
+        return _complain("interrupted; nothing was overwritten", hint, INTERRUPTED, debug)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -13,92 +13,51 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import kvfold
-from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
-from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint
+from kvfold.checkpoint.gguf import is_gguf, transcode
+from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint, resolve
+from kvfold.checkpoint.tensors import (
+    TensorEntry,
+    TensorSpec,
+    dtype_name,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
     carry_files,
     folded_config,
-    folded_shapes,
     plan_shards,
-    total_bytes,
     write_json,
     write_shards,
 )
 from kvfold.errors import InputError, RunError
-from kvfold.fold.methods import AUTO, check_method
-from kvfold.fold.record import (
-    BUILTIN_WARNING,
-    geometry_record,
-    model_card,
-    summary,
-    versions,
+from kvfold.fold.methods import AUTO
+from kvfold.fold.record import BUILTIN_WARNING, geometry_record, model_card, summary, versions
+from kvfold.fold.request import (
+    DEFAULT_CALIBRATION_TOKENS,
+    DEFAULT_CONTEXT,
+    LEAST_TOKENS,
+    Request,
+    calibration_text,
+    command_line,
+    make_request,
+    preview,
 )
-from kvfold.geometry import AttentionGeometry
+from kvfold.quality.run import load_tokenizer
 from kvfold.quality.scores import Progress, no_progress
-from kvfold.quality.text import builtin_calibration_text, read_texts, token_windows
+from kvfold.quality.text import token_windows
 
 if TYPE_CHECKING:
     import torch
 
     from kvfold.fold.pipeline import FoldedLayer
 
-FITS = ("none", "refit", "local")
-DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
-DEFAULT_CONTEXT = 512
-DEFAULT_CALIBRATION_TOKENS = 50_000
 RECORD = "kvfold.json"
-_LEAST_TOKENS = 1024
-_GGUF_BYTES_PER_WEIGHT = 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, with every default filled in; two equal requests give equal output."""
-
-    source: str
-    num_kv_heads: int
-    method: str
-    fit: str
-    calibration: tuple[str, ...] | None
-    calibration_tokens: int
-    context: int
-    seed: int
-    max_shard_bytes: int
-
-    @property
-    def calibrates(self) -> bool:
-        return self.calibration is not None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "kvfold": kvfold.__version__}
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a conversion would do: the answer to ``--dry-run``."""
-
-    request: Request
-    source: AttentionGeometry
-    folded: AttentionGeometry
-    output_bytes: int
-    disk_bytes: int
-    free_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "request": self.request.as_dict(),
-            "geometry": geometry_record(self.source, self.folded),
-            "output_bytes": self.output_bytes,
-            "disk_bytes_needed": self.disk_bytes,
-            "disk_bytes_free": self.free_bytes,
-        }
 
 
 def convert(
@@ -144,9 +103,21 @@ def convert(
         calibrate=calibrate, calibration_tokens=calibration_tokens, context=context, seed=seed,
         max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
-    out_path = Path(out).expanduser()
+    return run_request(request, Path(out), resume=resume, force=force, progress=progress)
+
+
+def run_request(
+    request: Request,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Do what :func:`convert` describes."""
+    out_path = out.expanduser()
     preview(request, out_path, force=force)
-    text = _calibration_text(request)
+    text = calibration_text(request)
     partial = out_path.with_name(out_path.name + ".partial")
     _prepare(partial, request, resume=resume, force=force)
     started = time.monotonic()
@@ -160,106 +131,6 @@ def convert(
         write_json(partial / "out" / RECORD, record)
     _publish(partial, out_path)
     return record
-
-
-def make_request(
-    source: str | Path,
-    num_kv_heads: int,
-    *,
-    method: str = AUTO,
-    fit: str | None = None,
-    calibration: Sequence[str | Path] | None = None,
-    calibrate: bool = True,
-    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
-    context: int = DEFAULT_CONTEXT,
-    seed: int = 0,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Request:
-    """Fill in defaults and refuse what contradicts itself (no torch)."""
-    check_method(method)
-    if fit is not None and fit not in FITS:
-        raise InputError(f"unknown fit {fit!r}; expected one of {', '.join(FITS)}")
-    if context < 16:
-        raise InputError(f"--context {context}: expected at least 16 tokens")
-    if calibration and not calibrate:
-        raise InputError("calibration text and --no-calibration exclude each other")
-    data_free = method in DATA_FREE and not calibration and fit in (None, "none")
-    wants_data = calibrate and not data_free
-    chosen = fit or ("local" if wants_data and method not in DATA_FREE else "none")
-    if chosen != "none" and not wants_data:
-        raise InputError(f"--fit {chosen} needs calibration text", "drop --no-calibration")
-    texts = tuple(str(path) for path in calibration or ())
-    return Request(
-        str(source), num_kv_heads, method, chosen, texts if wants_data else None,
-        calibration_tokens, context, seed, max_shard_bytes,
-    )  # fmt: skip
-
-
-def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
-    """Check everything that config, headers and file system can tell, before heavy work.
-
-    Raises:
-        InputError: with the reason why the conversion cannot run.
-    """
-    _check_out(out, Path(request.source).expanduser(), force)
-    if is_gguf(request.source):
-        found = summarize(Path(request.source).expanduser())
-        geometry = found.geometry
-        transcoded = found.parameters * _GGUF_BYTES_PER_WEIGHT
-        output = changed = transcoded
-    else:
-        checkpoint = open_checkpoint(request.source)
-        geometry, transcoded = checkpoint.geometry, 0
-        geometry.with_kv_heads(request.num_kv_heads)
-        folded_config(checkpoint, request.num_kv_heads)
-        shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
-        output = total_bytes(shards)
-        names = set(folded_shapes(checkpoint, request.num_kv_heads))
-        changed = sum(s.nbytes for shard in shards for s in shard.specs if s.name in names)
-    folded = geometry.with_kv_heads(request.num_kv_heads)
-    _calibration_text(request)
-    hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
-    needed = output + changed + transcoded + hidden
-    free = shutil.disk_usage(_existing_parent(out)).free
-    if needed > free:
-        raise InputError(
-            f"not enough disk space for {out}: {needed / 1e9:.1f} GB needed, "
-            f"{free / 1e9:.1f} GB free",
-            "free some space or write to another disk",
-        )
-    return Preview(request, geometry, folded, output, needed, free)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def _check_out(out: Path, source: Path, force: bool) -> None:
-    here, there = out.resolve(), source.resolve()
-    if source.exists() and there.is_dir() and (here == there or there in here.parents):
-        raise InputError(
-            f"OUT {out} is inside SRC {source}", "write to a folder outside the source"
-        )
-    if source.exists() and here in there.parents:
-        raise InputError(
-            f"SRC {source} is inside OUT {out}, which would be replaced", "choose another OUT"
-        )
-    if not out.exists():
-        return
-    if not force:
-        raise InputError(f"{out} exists already", "choose another OUT, or --force to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise InputError(
-            f"{out} is not a checkpoint folder; --force replaces only those", "choose another OUT"
-        )
-
-
-def _calibration_text(request: Request) -> str | None:
-    if request.calibration is None:
-        return None
-    if not request.calibration:
-        return builtin_calibration_text()
-    return read_texts(request.calibration, _LEAST_TOKENS)
 
 
 def _prepare(partial: Path, request: Request, *, resume: bool, force: bool) -> None:
@@ -323,8 +194,6 @@ def _run(request: Request, text: str | None, partial: Path, progress: Progress) 
 def _local_source(request: Request, partial: Path) -> Path:
     """The source's folder; a GGUF file is dequantized into the working folder once."""
     if not is_gguf(request.source):
-        from kvfold.checkpoint.source import resolve
-
         return resolve(request.source)
     folder = partial / "source"
     if not folder.exists():
@@ -348,14 +217,12 @@ def _verify(checkpoint: Checkpoint, store: TensorFiles, progress: Progress) -> d
 
 
 def _windows(checkpoint: Checkpoint, folder: Path, request: Request, text: str) -> "torch.Tensor":
-    from kvfold.quality.run import load_tokenizer
-
     longest = checkpoint.config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
     windows = token_windows(load_tokenizer(folder), text, context, request.calibration_tokens)
-    if windows.numel() < _LEAST_TOKENS:
+    if windows.numel() < LEAST_TOKENS:
         raise InputError(
-            f"the calibration text has {windows.numel()} tokens; expected at least {_LEAST_TOKENS}",
+            f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",
             "give more text: 50,000 tokens is good",
         )
     return windows
@@ -385,9 +252,11 @@ def _fold_layers(
 
 def _keep_layer(folder: Path, layer: "FoldedLayer") -> None:
     """The report is renamed into place last: it says that the layer is whole."""
-    from safetensors.torch import save_file
-
-    save_file(layer.tensors, folder / f"{layer.index}.safetensors")
+    specs = [
+        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in layer.tensors.items()
+    ]
+    write_tensors(folder / f"{layer.index}.safetensors", specs, iter(layer.tensors.values()))
     temporary = folder / f"{layer.index}.json.tmp"
     write_json(temporary, {"report": layer.report.as_dict(), "stages": layer.stages})
     temporary.replace(folder / f"{layer.index}.json")
@@ -398,13 +267,12 @@ def _stored_layers(folder: Path) -> "Callable[[int], FoldedLayer | None]":
         path = folder / f"{index}.json"
         if not path.is_file():
             return None
-        from safetensors.torch import load_file
-
         from kvfold.fold.layer import LayerReport
         from kvfold.fold.pipeline import FoldedLayer
 
         value = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / f"{index}.safetensors")
+        entries = read_header(folder / f"{index}.safetensors")
+        tensors = {name: read_tensor(entry) for name, entry in entries.items()}
         return FoldedLayer(index, tensors, LayerReport(**value["report"]), value["stages"])
 
     return stored
@@ -418,19 +286,14 @@ def _write(
     progress: Progress,
 ) -> None:
     """Stream the output: folded tensors from the kept layers, the rest from the source."""
-    from safetensors import safe_open
-
-    changed: dict[str, Path] = {}
-    for path in sorted((partial / "layers").glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            changed |= dict.fromkeys(file.keys(), path)
+    changed: dict[str, TensorEntry] = {}
+    for path in (partial / "layers").glob("*.safetensors"):
+        changed |= read_header(path)
     rewrite = checkpoint.family.rewrite if changed else None
 
     def load(name: str) -> "torch.Tensor":
         if name in changed:
-            with safe_open(changed[name], "pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
+            return read_tensor(changed[name])
         tensor = checkpoint.tensor(name)
         return rewrite(name, tensor) if rewrite else tensor
 
@@ -471,19 +334,6 @@ def _record(
         "summary": summary(layers),
         "layers": layers,
     }
-
-
-def command_line(request: Request) -> str:
-    """The command that repeats a request (to a folder called OUT)."""
-    parts = ["kvfold convert", request.source, "OUT", f"--kv-heads {request.num_kv_heads}"]
-    parts += [f"--method {request.method}", f"--fit {request.fit}", f"--seed {request.seed}"]
-    if request.calibration is None:
-        parts.append("--no-calibration")
-    else:
-        parts += [f"--calibration {path}" for path in request.calibration]
-        parts += [f"--calibration-tokens {request.calibration_tokens}"]
-        parts += [f"--context {request.context}"]
-    return " ".join(parts)
 
 
 def _publish(partial: Path, out: Path) -> None:

@@ -1,0 +1,190 @@
+"""What a conversion is asked to do, and everything that can be checked before it starts.
+
+No torch: bad input is told in a fraction of a second.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kvfold
+from kvfold.checkpoint.gguf import is_gguf, summarize
+from kvfold.checkpoint.source import open_checkpoint
+from kvfold.checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    folded_config,
+    folded_shapes,
+    plan_shards,
+    total_bytes,
+)
+from kvfold.errors import InputError
+from kvfold.fold.methods import AUTO, check_method
+from kvfold.fold.record import geometry_record
+from kvfold.geometry import AttentionGeometry
+from kvfold.quality.text import builtin_calibration_text, read_texts
+
+FITS = ("none", "refit", "local")
+DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
+DEFAULT_CONTEXT = 512
+DEFAULT_CALIBRATION_TOKENS = 50_000
+LEAST_TOKENS = 1024
+_GGUF_BYTES_PER_WEIGHT = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, with every default filled in; two equal requests give equal output."""
+
+    source: str
+    num_kv_heads: int
+    method: str
+    fit: str
+    calibration: tuple[str, ...] | None
+    calibration_tokens: int
+    context: int
+    seed: int
+    max_shard_bytes: int
+
+    @property
+    def calibrates(self) -> bool:
+        return self.calibration is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "kvfold": kvfold.__version__}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion would do: the answer to ``--dry-run``."""
+
+    request: Request
+    source: AttentionGeometry
+    folded: AttentionGeometry
+    output_bytes: int
+    disk_bytes: int
+    free_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "request": self.request.as_dict(),
+            "geometry": geometry_record(self.source, self.folded),
+            "output_bytes": self.output_bytes,
+            "disk_bytes_needed": self.disk_bytes,
+            "disk_bytes_free": self.free_bytes,
+        }
+
+
+def make_request(
+    source: str | Path,
+    num_kv_heads: int,
+    *,
+    method: str = AUTO,
+    fit: str | None = None,
+    calibration: Sequence[str | Path] | None = None,
+    calibrate: bool = True,
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
+    context: int = DEFAULT_CONTEXT,
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Request:
+    """Fill in defaults and refuse what contradicts itself (no torch)."""
+    check_method(method)
+    if fit is not None and fit not in FITS:
+        raise InputError(f"unknown fit {fit!r}; expected one of {', '.join(FITS)}")
+    if context < 16:
+        raise InputError(f"--context {context}: expected at least 16 tokens")
+    if calibration and not calibrate:
+        raise InputError("calibration text and --no-calibration exclude each other")
+    data_free = method in DATA_FREE and not calibration and fit in (None, "none")
+    wants_data = calibrate and not data_free
+    chosen = fit or ("local" if wants_data and method not in DATA_FREE else "none")
+    if chosen != "none" and not wants_data:
+        raise InputError(f"--fit {chosen} needs calibration text", "drop --no-calibration")
+    texts = tuple(str(path) for path in calibration or ())
+    return Request(
+        str(source), num_kv_heads, method, chosen, texts if wants_data else None,
+        calibration_tokens, context, seed, max_shard_bytes,
+    )  # fmt: skip
+
+
+def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
+    """Check everything that config, headers and file system can tell, before heavy work.
+
+    Raises:
+        InputError: with the reason why the conversion cannot run.
+    """
+    _check_out(out, Path(request.source).expanduser(), force)
+    if is_gguf(request.source):
+        found = summarize(Path(request.source).expanduser())
+        geometry = found.geometry
+        transcoded = found.parameters * _GGUF_BYTES_PER_WEIGHT
+        output = changed = transcoded
+    else:
+        checkpoint = open_checkpoint(request.source)
+        geometry, transcoded = checkpoint.geometry, 0
+        geometry.with_kv_heads(request.num_kv_heads)
+        folded_config(checkpoint, request.num_kv_heads)
+        shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
+        output = total_bytes(shards)
+        names = set(folded_shapes(checkpoint, request.num_kv_heads))
+        changed = sum(s.nbytes for shard in shards for s in shard.specs if s.name in names)
+    folded = geometry.with_kv_heads(request.num_kv_heads)
+    calibration_text(request)
+    hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
+    needed = output + changed + transcoded + hidden
+    free = shutil.disk_usage(_existing_parent(out)).free
+    if needed > free:
+        raise InputError(
+            f"not enough disk space for {out}: {needed / 1e6:,.0f} MB needed, "
+            f"{free / 1e6:,.0f} MB free",
+            "free some space or write to another disk",
+        )
+    return Preview(request, geometry, folded, output, needed, free)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def _check_out(out: Path, source: Path, force: bool) -> None:
+    here, there = out.resolve(), source.resolve()
+    if source.exists() and there.is_dir() and (here == there or there in here.parents):
+        raise InputError(
+            f"OUT {out} is inside SRC {source}", "write to a folder outside the source"
+        )
+    if source.exists() and here in there.parents:
+        raise InputError(
+            f"SRC {source} is inside OUT {out}, which would be replaced", "choose another OUT"
+        )
+    if not out.exists():
+        return
+    if not force:
+        raise InputError(f"{out} exists already", "choose another OUT, or --force to replace it")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise InputError(
+            f"{out} is not a checkpoint folder; --force replaces only those", "choose another OUT"
+        )
+
+
+def calibration_text(request: Request) -> str | None:
+    """The text a request calibrates on; None if it uses none."""
+    if request.calibration is None:
+        return None
+    if not request.calibration:
+        return builtin_calibration_text()
+    return read_texts(request.calibration, LEAST_TOKENS)
+
+
+def command_line(request: Request) -> str:
+    """The command that repeats a request (to a folder called OUT)."""
+    parts = ["kvfold convert", request.source, "OUT", f"--kv-heads {request.num_kv_heads}"]
+    parts += [f"--method {request.method}", f"--fit {request.fit}", f"--seed {request.seed}"]
+    if request.calibration is None:
+        parts.append("--no-calibration")
+    else:
+        parts += [f"--calibration {path}" for path in request.calibration]
+        parts += [f"--calibration-tokens {request.calibration_tokens}"]
+        parts += [f"--context {request.context}"]
+    return " ".join(parts)
