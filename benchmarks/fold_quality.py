@@ -27,7 +27,6 @@ ROWS = (
     ("random", "none"),
     ("first", "none"),
     ("mean", "none"),
-    ("mean", "refit"),
     ("aligned", "none"),
     ("pca", "none"),
     ("pca", "refit"),
@@ -84,6 +83,7 @@ def main() -> None:
     texts = [arguments.texts / "handbook.txt", arguments.texts / "documentation.txt"]
     scores = evaluate(models, texts, max_tokens=arguments.tokens)
     half = len(models)
+    lines = []
     with RESULTS.open("a", encoding="utf-8") as file:
         for row, record, *pair in zip(
             rows, records, scores[1:half], scores[half + 1 :], strict=True
@@ -97,7 +97,31 @@ def main() -> None:
                 "source_perplexity": [scores[0].perplexity, scores[half].perplexity],
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
-            print_row(line)
+            lines.append(line)
+    print_scores(lines)
+    print_captured(lines)
+
+
+def print_scores(lines: list[dict[str, Any]]) -> None:
+    """The Markdown table of nats lost."""
+    handbook, documentation = lines[0]["source_perplexity"]
+    print(
+        f"Source perplexity: handbook {handbook:.2f}, documentation {documentation:.2f}\n\n"
+        "| method | fit | handbook | documentation | KL | top-1 | seconds |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    )
+    for line in lines:
+        print_row(line)
+
+
+def print_captured(lines: list[dict[str, Any]]) -> None:
+    """The Markdown table of captured energy, V and K, layer by layer."""
+    closed = [line for line in lines if line["fit"] == "none"]
+    print("\n| layer | " + " | ".join(f"{line['method']} V, K" for line in closed) + " |")
+    print("| --- |" + " ---: |" * len(closed))
+    for layer, pairs in enumerate(zip(*(line["captured"] for line in closed), strict=True)):
+        cells = [f"{value:.2f}, {key:.2f}" for value, key in pairs]
+        print(f"| {layer} | {' | '.join(cells)} |")
 
 
 def print_row(line: dict[str, Any]) -> None:

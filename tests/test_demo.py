@@ -121,6 +121,9 @@ def test_existing_folder_is_refused_without_force(
 ) -> None:
     with pytest.raises(InputError, match="exists already"):
         check_out(tmp_path, force=False)
+    with pytest.raises(InputError, match="earlier demo"):
+        check_out(tmp_path, force=True)
+    (tmp_path / "demo.json").touch()
     check_out(tmp_path, force=True)
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "--force" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from kvfold.cli.output import emit
 @click.option(
     "--fit",
     type=click.Choice(["none", "refit", "local"]),
-    help="After the closed form: refit the outputs, or fit q, k, v, o of each layer too.  "
-    "[default: local; none for mean, first, random]",
+    help="After folding: solve each layer's output and MLP projections again (refit), or train "
+    "its q, k, v, o before that (local).  [default: local; none for mean, first, random]",
 )
 @click.option(
     "--calibration",

@@ -49,6 +49,11 @@ class FitTask:
         lack = self.source_inputs[rows] - self.folded_inputs[rows]
         return target + lack / self.residual_scale
 
+    def linear(self, name: str) -> nn.Linear:
+        module = self.live.module.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
     @torch.no_grad()
     def error(self) -> float:
         """Median over tokens of the squared error of the layer's output, relative to what
@@ -65,89 +70,94 @@ class FitTask:
 
 
 Stage = Callable[[FitTask, Progress], None]
+Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and wanted outputs, [B, T, …]
 
 
 class _CapturedError(Exception):
     """The linear layer's input has been seen; the rest of the layer need not run."""
 
 
-def _ridge(
-    gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor, strength: float
-) -> torch.Tensor:
-    """argmin_W sum |W h - y|^2 + r |W - start|^2, r = strength * mean of diag(gram).
+def refit_output(task: FitTask, progress: Progress) -> None:
+    """Solve o_proj in closed form on the folded heads' own outputs."""
+    linear = task.linear(task.output_name)
+
+    def pairs() -> Pairs:
+        for rows in batches(task.folded_inputs):
+            yield _input_of(linear, task, rows), task.attention_target(rows)
+
+    _solve(task, task.output_name, pairs())
+
+
+def refit_mlp(task: FitTask, progress: Progress) -> None:
+    """Solve the MLP's last layer in closed form, for the source layer's output.
+
+    Attention alone cannot make good all that the residual stream has lost; the MLP, which is
+    wider, takes up much of the rest. Left as it is where a norm or several experts follow it.
+    """
+    if task.mlp_output_name is None:
+        return
+    linear = task.linear(task.mlp_output_name)
+
+    def pairs() -> Pairs:
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for rows in batches(task.folded_inputs):
+            handle = linear.register_forward_hook(
+                lambda module, args, output: seen.append((args[0], output))
+            )
+            try:
+                lack = task.source_outputs[rows] - task.live(task.folded_inputs[rows])
+            finally:
+                handle.remove()
+            inputs, output = seen.pop()
+            yield inputs, output + lack / task.residual_scale
+
+    _solve(task, task.mlp_output_name, pairs())
+
+
+@torch.no_grad()
+def _solve(task: FitTask, name: str, pairs: Pairs) -> None:
+    """Set the linear layer ``name`` to the ridge solution over (input, wanted output) pairs."""
+    linear = task.linear(name)
+    size = linear.in_features
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    cross = torch.zeros(size, linear.out_features, dtype=torch.float64)
+    for inputs, wanted in pairs:
+        x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
+        if linear.bias is not None:
+            y = y - linear.bias
+        gram += (x.T @ x).double()
+        cross += (x.T @ y).double()
+    linear.weight.copy_(_ridge(gram, cross, linear.weight))
+    task.changed.add(f"{name}.weight")
+
+
+def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """argmin_W sum |W h - y|^2 + r |W - start|^2, r = RIDGE * mean of diag(gram).
 
     Args:
         gram: ``[n, n]``, sum h h^T. cross: ``[n, m]``, sum h y^T. start: ``[m, n]``.
     """
-    weight = strength * gram.diagonal().mean()
+    weight = RIDGE * gram.diagonal().mean()
     system = gram + weight * torch.eye(len(gram), dtype=gram.dtype)
     solution: torch.Tensor = torch.linalg.solve(system, cross + weight * start.T.double())
     return solution.T
 
 
-def refit_output(task: FitTask, progress: Progress) -> None:
-    """Solve o_proj in closed form on the folded heads' own outputs."""
-    linear = task.live.module.get_submodule(task.output_name)
-    _refit_linear(task, linear, task.output_name, task.attention_target)
-
-
-def refit_mlp(task: FitTask, progress: Progress) -> None:
-    """Solve the MLP's last layer too, for the source layer's output."""
-    if task.mlp_output_name is None:
-        return
-    linear = task.live.module.get_submodule(task.mlp_output_name)
-    assert isinstance(linear, nn.Linear)
-
-    def target(rows: slice) -> torch.Tensor:
-        out: list[torch.Tensor] = []
-        handle = linear.register_forward_hook(lambda module, args, output: out.append(output))
-        inputs = task.folded_inputs[rows]
-        try:
-            lack = task.source_outputs[rows] - task.live(inputs)
-        finally:
-            handle.remove()
-        return out[0] + lack / task.residual_scale
-
-    _refit_linear(task, linear, task.mlp_output_name, target)
-
-
-@torch.no_grad()
-def _refit_linear(
-    task: FitTask,
-    linear: nn.Module,
-    name: str,
-    target: Callable[[slice], torch.Tensor],
-) -> None:
-    assert isinstance(linear, nn.Linear)
-    size = linear.in_features
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(size, linear.out_features, dtype=torch.float64)
-    for rows, inputs in _inputs_of(linear, task):
-        wanted = target(rows).flatten(0, -2)
-        if linear.bias is not None:
-            wanted = wanted - linear.bias
-        gram += (inputs.T @ inputs).double()
-        cross += (inputs.T @ wanted).double()
-    linear.weight.copy_(_ridge(gram, cross, linear.weight, RIDGE))
-    task.changed.add(f"{name}.weight")
-
-
-def _inputs_of(linear: nn.Module, task: FitTask) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Run the folded layer up to ``linear``; yield its inputs ``[B T, in]``, batch by batch."""
+def _input_of(linear: nn.Linear, task: FitTask, rows: slice) -> torch.Tensor:
+    """Run the folded layer up to ``linear`` and no further; return its input."""
 
     def capture(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0].flatten(0, -2))
+        seen.append(args[0])
         raise _CapturedError
 
     seen: list[torch.Tensor] = []
-    for rows in batches(task.folded_inputs):
-        handle = linear.register_forward_pre_hook(capture)
-        try:
-            with suppress(_CapturedError):
-                task.live(task.folded_inputs[rows])
-        finally:
-            handle.remove()
-        yield rows, seen.pop()
+    handle = linear.register_forward_pre_hook(capture)
+    try:
+        with suppress(_CapturedError):
+            task.live(task.folded_inputs[rows])
+    finally:
+        handle.remove()
+    return seen.pop()
 
 
 STEPS = 60
@@ -174,7 +184,7 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
         error = task.live(task.folded_inputs[rows]) - task.source_outputs[rows]
         loss = (error.square().mean(-1) * weights[rows]).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     attention.requires_grad_(False)
@@ -213,7 +223,6 @@ def _draws(count: int, task: FitTask) -> Iterator[torch.Tensor]:
 
 FITS: dict[str, tuple[Stage, ...]] = {
     "none": (),
-    "refit": (refit_output,),
-    "local": (fit_attention, refit_output),
-    "local+mlp": (fit_attention, refit_output, refit_mlp),
+    "refit": (refit_output, refit_mlp),
+    "local": (fit_attention, refit_output, refit_mlp),
 }

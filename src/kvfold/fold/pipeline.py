@@ -180,10 +180,11 @@ class CalibratedFolder:
             drift=not family.post_norm,
             seed=self._plan.seed + folded.index,
         )
+        error = task.error()
         for stage in FITS[self._plan.fit]:
-            before = task.error()
             stage(task, progress)
-            gained = {"stage": stage.__name__, "error_before": before, "error_after": task.error()}
+            before, error = error, task.error()
+            gained = {"stage": stage.__name__, "error_before": before, "error_after": error}
             folded.stages.append(gained)
         prefix = self._checkpoint.layer_prefix(folded.index) + "."
         dtype = next(iter(folded.tensors.values())).dtype

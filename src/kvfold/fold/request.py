@@ -11,9 +11,10 @@ from typing import Any
 
 import kvfold
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.source import open_checkpoint
+from kvfold.checkpoint.source import Checkpoint, open_checkpoint
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
+    Shard,
     folded_config,
     folded_shapes,
     plan_shards,
@@ -128,8 +129,7 @@ def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
         folded_config(checkpoint, request.num_kv_heads)
         shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
         output = total_bytes(shards)
-        names = set(folded_shapes(checkpoint, request.num_kv_heads))
-        changed = sum(s.nbytes for shard in shards for s in shard.specs if s.name in names)
+        changed = _changed_bytes(checkpoint, shards, request)
     folded = geometry.with_kv_heads(request.num_kv_heads)
     calibration_text(request)
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
@@ -142,6 +142,16 @@ def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
             "free some space or write to another disk",
         )
     return Preview(request, geometry, folded, output, needed, free)
+
+
+def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: Request) -> int:
+    """Size of the tensors kept apart until the output is written: attention, fitted MLPs."""
+    names = set(folded_shapes(checkpoint, request.num_kv_heads))
+    if request.fit != "none":
+        layers = range(checkpoint.geometry.num_layers)
+        mlp = checkpoint.family.mlp_output
+        names |= {f"{checkpoint.layer_prefix(layer)}.{mlp}.weight" for layer in layers}
+    return sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
 
 
 def _existing_parent(path: Path) -> Path:

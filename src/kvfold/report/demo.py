@@ -34,6 +34,7 @@ FOLDS = (
     ("auto", AUTO, "local"),
 )
 SOURCE = "source"
+RECORD = "demo.json"
 _END = "<|endoftext|>"
 _BATCH = 8
 _WARM_UP = 50
@@ -134,7 +135,7 @@ def run_demo(
         ):
             (folder / path.name).write_text(joined(topics), encoding="utf-8")
         record = json.dumps(result.as_dict(), indent=2)
-        (folder / "demo.json").write_text(record + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(record + "\n", encoding="utf-8")
         plot_demo(result.rows, folder / result.plot.name, seed)
     return result
 
@@ -147,8 +148,11 @@ def check_out(out: Path, force: bool) -> None:
     """
     if out.exists() and not force:
         raise InputError(f"{out} exists already", "name another folder with --out, or add --force")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is not a folder", "name another folder with --out")
+    if out.exists() and not (out / RECORD).is_file():
+        raise InputError(
+            f"{out} is not a folder of an earlier demo; --force replaces only those",
+            "name another folder with --out",
+        )
 
 
 @contextmanager
