@@ -55,10 +55,13 @@ def test_missing_source(kvfold: Kvfold, tmp_path: Path) -> None:
     complaint(kvfold("convert", "nowhere", tmp_path / "out", "--kv-heads", 2), "nowhere")
 
 
-def test_hub_name_offline(kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_hub_name_offline(
+    kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    run = kvfold("inspect", "some-org/some-model-that-is-not-here")
+    more = (tmp_path / "out", "--kv-heads", 2) if command == "convert" else ()
+    run = kvfold(command, "some-org/some-model-that-is-not-here", *more)
     complaint(run, "some-org/some-model", "hub")
 
 

@@ -1,5 +1,7 @@
 """Every family against the transformers implementation, with tiny random models."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,15 @@ from tests import tiny
 
 # float32 sums of these sizes, taken in another order, differ by about 1e-6 of the logits.
 ORDER_OF_SUMS = 2e-5
+
+
+def with_averaged_heads(model: Any) -> Any:
+    """The same architecture with every KV head set to the mean of all."""
+    heads = tiny.all_heads(model)
+    for layer in heads:
+        layer.k[:] = layer.k.mean(0)
+        layer.v[:] = layer.v.mean(0)
+    return tiny.with_kv_heads(model, heads)
 
 
 def test_every_family_has_a_case() -> None:
@@ -32,11 +43,7 @@ def test_writing_what_was_read_changes_nothing(case: str) -> None:
 def test_mean_fold_is_the_source_with_averaged_heads(case: str) -> None:
     """transformers computes the same from fewer heads as from all heads set to their mean."""
     model = tiny.make(case)
-    heads = tiny.all_heads(model)
-    for layer in heads:
-        layer.k[:] = layer.k.mean(0)
-        layer.v[:] = layer.v.mean(0)
-    averaged = tiny.with_kv_heads(model, heads)
+    averaged = with_averaged_heads(model)
     folded = fold_model(model, 1, method="mean", fit="none").model
     assert folded.config.num_key_value_heads == 1
     ids = tiny.tokens()
@@ -48,11 +55,7 @@ def test_mean_fold_is_the_source_with_averaged_heads(case: str) -> None:
 
 def test_mean_fold_of_gpt2_is_gpt_bigcode() -> None:
     model = tiny.build("gpt2", tiny.GPT2)
-    heads = tiny.all_heads(model)
-    for layer in heads:
-        layer.k[:] = layer.k.mean(0)
-        layer.v[:] = layer.v.mean(0)
-    averaged = tiny.with_kv_heads(model, heads)
+    averaged = with_averaged_heads(model)
     folded = fold_model(model, 1, method="mean", fit="none").model
     assert folded.config.model_type == "gpt_bigcode"
     ids = tiny.tokens()

@@ -184,20 +184,26 @@ def resolve(source: str | Path) -> Path:
             f"no such file or folder: {source}",
             "give a folder with config.json, a hub name like org/model, or a .gguf file",
         )
-    return _download(str(source))
+    return _download(str(source), _HUB_FILES)
 
 
-def _download(name: str) -> Path:
+def peek_config(source: str | Path) -> dict[str, Any]:
+    """The config of a folder or hub name, before a hub model's weights are downloaded."""
+    path = Path(source).expanduser()
+    if path.exists() or not _HUB_NAME.fullmatch(str(source)):
+        return read_config(resolve(source))
+    return read_config(_download(str(source), ["config.json"]))
+
+
+def _download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        first_line = (
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"no folder {name} here, and the hub could not be asked for it ({first_line[:120]})",
+            f"no folder {name} here, and the hub could not be asked for it ({lines[0][:120]})",
             "check the name and the network, or download the model and give its folder",
         ) from error
 

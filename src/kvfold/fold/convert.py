@@ -115,7 +115,7 @@ def run_request(
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Do what :func:`convert` describes."""
-    out_path = out.expanduser()
+    out_path = out.expanduser().absolute()
     preview(request, out_path, force=force)
     text = calibration_text(request)
     partial = out_path.with_name(out_path.name + ".partial")

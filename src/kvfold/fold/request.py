@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
+from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.source import Checkpoint, open_checkpoint
+from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
@@ -123,9 +124,10 @@ def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
         transcoded = found.parameters * _GGUF_BYTES_PER_WEIGHT
         output = changed = transcoded
     else:
+        config = peek_config(request.source)
+        family_of(config).geometry(config).with_kv_heads(request.num_kv_heads)
         checkpoint = open_checkpoint(request.source)
         geometry, transcoded = checkpoint.geometry, 0
-        geometry.with_kv_heads(request.num_kv_heads)
         folded_config(checkpoint, request.num_kv_heads)
         shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
         output = total_bytes(shards)
