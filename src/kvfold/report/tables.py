@@ -15,10 +15,18 @@ def print_table(
     console: Console | None = None,
 ) -> None:
     """Print a table to stdout: the first column to the left, numbers to the right."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        show_header=any(columns),
+    )
     table.caption_justify = "left"
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        cells = [row[index].lstrip("-") for row in rows if row[index]]
+        numeric = index > 0 and all(cell[0].isdigit() for cell in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     (console or Console()).print(table)
