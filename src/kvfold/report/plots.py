@@ -101,7 +101,7 @@ def _size_axis(axes: Axes, rows: Sequence[DemoRow]) -> None:
     heads = {row.quality.kv_bytes_per_token: row.kv_heads for row in rows}
     ticks = sorted(heads)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(ticks[0] / 1.8, ticks[-1] * 1.25)  # room for the labels at the left
+    axes.set_xlim(ticks[0] / 2.2, ticks[-1] * 1.25)  # room for the labels at the left
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     most = max(heads.values())
