@@ -43,10 +43,13 @@ def test_help_of_a_command_imports_no_torch(command: str) -> None:
     assert "transformers" not in modules
 
 
-def test_bad_arguments_are_told_before_torch_is_imported(llama_folder: Path) -> None:
+def test_bad_arguments_are_told_before_torch_is_imported(
+    llama_folder: Path, tmp_path: Path
+) -> None:
     code = (
         "from kvfold.cli.main import main; "
-        f"assert main(['convert', {str(llama_folder)!r}, '/tmp/x', '--kv-heads', '4']) == 2"
+        f"arguments = ['convert', {str(llama_folder)!r}, {str(tmp_path / 'out')!r}]; "
+        "assert main([*arguments, '--kv-heads', '4']) == 2"
     )
     assert "torch" not in modules_after(code)
 

@@ -73,7 +73,7 @@ def model_card(checkpoint: Checkpoint, record: dict[str, Any]) -> str:
         "",
         f"# {name.rstrip('/').split('/')[-1]}, folded to {heads['folded']} KV heads",
         "",
-        f"Made by [kvfold](https://pypi.org/project/kvfold/) {record['versions']['kvfold']} from "
+        f"Made by kvfold {record['versions']['kvfold']} from "
         f"`{name}`, which has {heads['source']} KV heads.",
         "",
         "| | source | this model |",
