@@ -246,6 +246,28 @@ def test_fit_without_calibration(kvfold: Kvfold, llama_folder: Path, tmp_path: P
     complaint(run, "calibration")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--calibration-tokens", 10),
+        ("--context", 3),
+        ("--fit", "locl"),
+        ("--calibration", "a.txt", "--no-calibration"),
+    ],
+)
+def test_options_out_of_range(
+    kvfold: Kvfold, llama_folder: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    complaint(kvfold("convert", llama_folder, tmp_path / "o", "--kv-heads", 2, *options))
+
+
+def test_fit_names_are_the_fits_there_are() -> None:
+    from kvfold.fold.fit import FITS
+    from kvfold.fold.request import FIT_NAMES
+
+    assert tuple(FITS) == FIT_NAMES
+
+
 def test_typo_in_a_command_and_in_an_option(kvfold: Kvfold, llama_folder: Path) -> None:
     complaint(kvfold("inspct", llama_folder), "did you mean inspect?")
     complaint(kvfold("convert", llama_folder, "out", "--kv-head", "2"), "--kv-heads")

@@ -70,7 +70,7 @@ class FitTask:
 
 
 Stage = Callable[[FitTask, Progress], None]
-Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and wanted outputs, [B, T, …]
+Samples = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and wanted outputs, [B, T, …]
 
 
 class _CapturedError(Exception):
@@ -81,7 +81,7 @@ def refit_output(task: FitTask, progress: Progress) -> None:
     """Solve o_proj in closed form on the folded heads' own outputs."""
     linear = task.linear(task.output_name)
 
-    def pairs() -> Pairs:
+    def pairs() -> Samples:
         for rows in batches(task.folded_inputs):
             yield _input_of(linear, task, rows), task.attention_target(rows)
 
@@ -98,7 +98,7 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
         return
     linear = task.linear(task.mlp_output_name)
 
-    def pairs() -> Pairs:
+    def pairs() -> Samples:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for rows in batches(task.folded_inputs):
             handle = linear.register_forward_hook(
@@ -115,7 +115,7 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
 
 
 @torch.no_grad()
-def _solve(task: FitTask, name: str, pairs: Pairs) -> None:
+def _solve(task: FitTask, name: str, pairs: Samples) -> None:
     """Set the linear layer ``name`` to the ridge solution over (input, wanted output) pairs."""
     linear = task.linear(name)
     size = linear.in_features

@@ -9,12 +9,11 @@ from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO, check_method
 from kvfold.fold.pipeline import FoldPlan, fold_all
+from kvfold.fold.request import check_fit
 from kvfold.quality.scores import Progress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FIT_NAMES = ("none", "refit", "local")
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ def fold_model(
     >>> folded = fold_model(model, 1, fit="none").model  # doctest: +SKIP
     """
     check_method(method)
-    if fit not in FIT_NAMES:
-        raise InputError(f"unknown fit {fit!r}; expected one of {', '.join(FIT_NAMES)}")
+    check_fit(fit)
     if windows is None and fit != "none":
         raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
     config = model.config.to_dict()

@@ -204,9 +204,6 @@ class CalibratedFolder:
         self._inputs, self._outputs = self._outputs, self._inputs
 
 
-FoldNext = Callable[[int], FoldedLayer]
-
-
 def fold_all(
     checkpoint: Checkpoint,
     plan: FoldPlan,

@@ -27,7 +27,7 @@ from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
 from kvfold.quality.text import builtin_calibration_text, read_texts
 
-FITS = ("none", "refit", "local")
+FIT_NAMES = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
 DEFAULT_CONTEXT = 512
 DEFAULT_CALIBRATION_TOKENS = 50_000
@@ -93,12 +93,17 @@ def make_request(
 ) -> Request:
     """Fill in defaults and refuse what contradicts itself (no torch)."""
     check_method(method)
-    if fit is not None and fit not in FITS:
-        raise InputError(f"unknown fit {fit!r}; expected one of {', '.join(FITS)}")
+    if fit is not None:
+        check_fit(fit)
     if context < 16:
-        raise InputError(f"--context {context}: expected at least 16 tokens")
+        raise InputError(f"--context {context}: expected at least 16 tokens", "512 is usual")
+    if calibration_tokens < LEAST_TOKENS:
+        raise InputError(
+            f"--calibration-tokens {calibration_tokens}: expected at least {LEAST_TOKENS}",
+            "50,000 is good; --no-calibration uses none",
+        )
     if calibration and not calibrate:
-        raise InputError("calibration text and --no-calibration exclude each other")
+        raise InputError("calibration text and --no-calibration exclude each other", "drop one")
     data_free = method in DATA_FREE and not calibration and fit in (None, "none")
     wants_data = calibrate and not data_free
     chosen = fit or ("local" if wants_data and method not in DATA_FREE else "none")
@@ -109,6 +114,19 @@ def make_request(
         str(source), num_kv_heads, method, chosen, texts if wants_data else None,
         calibration_tokens, context, seed, max_shard_bytes,
     )  # fmt: skip
+
+
+def check_fit(fit: str) -> None:
+    """Refuse an unknown fit.
+
+    Raises:
+        InputError: naming those there are.
+    """
+    if fit not in FIT_NAMES:
+        raise InputError(
+            f"unknown fit {fit!r}; expected one of {', '.join(FIT_NAMES)}",
+            "`kvfold convert --help` describes them",
+        )
 
 
 def preview(request: Request, out: Path, *, force: bool = False) -> Preview:

@@ -69,9 +69,11 @@ def check_eval(
     if not texts:
         raise InputError("no text to evaluate on", "name one or more files with --text")
     if context < 2:
-        raise InputError(f"--context {context}: expected at least 2 tokens")
+        raise InputError(f"--context {context}: expected at least 2 tokens", "512 is usual")
     if max_tokens is not None and max_tokens < context:
-        raise InputError(f"--max-tokens {max_tokens} is less than one window of {context}")
+        raise InputError(
+            f"--max-tokens {max_tokens} is less than one window of {context}", "raise it"
+        )
     for source in sources:
         if is_gguf(source):
             summarize(Path(source).expanduser())
