@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.fold.heads import HeadGroup, SharedHead
-from kvfold.fold.subspace import centred, energy
+from kvfold.fold.subspace import centred, energy, through
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -57,9 +57,9 @@ def _outputs(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
     """sum_r E||O V x||^2 and its error, from D x D products only."""
     moment = group.value_moment
     v_new = shared.v.expand_as(group.v)
-    own = torch.einsum("hdx,xy,hey->hde", group.v, moment, group.v)
-    cross = torch.einsum("hdx,xy,hey->hde", group.v, moment, v_new)
-    new = torch.einsum("hdx,xy,hey->hde", v_new, moment, v_new)
+    own = torch.einsum("hdx,hex->hde", through(group.v, moment), group.v)
+    cross = torch.einsum("hdx,hex->hde", through(group.v, moment), v_new)
+    new = torch.einsum("hdx,hex->hde", through(v_new, moment), v_new)
     oo = torch.einsum("hrcd,hrce->hde", group.o, group.o)
     on = torch.einsum("hrcd,hrce->hde", group.o, shared.o)
     nn = torch.einsum("hrcd,hrce->hde", shared.o, shared.o)
@@ -89,7 +89,7 @@ def _rotating_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float
     (q_old, q_new), (k_old, k_new) = queries, keys
 
     def second(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return ((a @ group.moment.to(a.dtype)) * b.conj()).sum(-1)
+        return (through(a, group.moment) * b.conj()).sum(-1)
 
     def product(qa: torch.Tensor, qb: torch.Tensor, ka: torch.Tensor, kb: torch.Tensor) -> float:
         # E[(conj(qa) ka) conj(conj(qb) kb)] = conj(E[qa conj(qb)]) E[ka conj(kb)]
@@ -108,19 +108,20 @@ def _attended_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float
     """
     assert group.key_moments is not None
     (q_old, q_new), (k_old, k_new) = queries, keys
-    moment = group.moment.to(q_old.dtype)
+    moment = group.moment
     if not k_old.shape[-2]:
         return 0.0, 0.0
     rows, new = k_old.transpose(0, 1), k_new[0][:, None]  # [F, g, X], [F, 1, X]
-    gram = rows @ moment @ rows.mH
+    gram = through(rows, moment) @ rows.mH
     floor = 1e-12 * gram.diagonal(dim1=1, dim2=2).real.sum(-1) + _TINY
     gram = gram + floor[:, None, None] * torch.eye(len(k_old), dtype=gram.dtype)
-    b = torch.linalg.solve(gram.mT, (new @ moment @ rows.mH).mT)[..., 0]  # [F, g]
+    b = torch.linalg.solve(gram.mT, (through(new, moment) @ rows.mH).mT)[..., 0]  # [F, g]
     rest = energy(new - b[:, None] @ rows, group.moment) / energy(new, group.moment).clamp_min(
         _TINY
     )
-    asked = ((q_old @ moment) * q_old.conj()).real.sum((1, 3))
-    m = ((q_new @ moment) * q_old.conj()).sum((1, 3)).conj() / asked.clamp_min(_TINY)  # [g, F]
+    asked = (through(q_old, moment) * q_old.conj()).real.sum((1, 3))
+    agreed = (through(q_new, moment) * q_old.conj()).sum((1, 3))  # [g, F]
+    m = agreed.conj() / asked.clamp_min(_TINY)
     moments = group.key_moments.transpose(0, 1)  # [F, h, g, g]
     own = torch.eye(len(k_old), dtype=b.dtype)
     errors = own - m.T[..., None] * b[:, None]  # [F, h, g]
@@ -142,8 +143,8 @@ def _still_scores(
     covariance = centred(moment)
 
     def product(qa: torch.Tensor, qb: torch.Tensor, ka: torch.Tensor, kb: torch.Tensor) -> float:
-        queries = torch.einsum("hrdx,xy,hrey->hde", qa, moment, qb)
-        keys = torch.einsum("hdx,xy,hey->hde", ka, covariance, kb)
+        queries = torch.einsum("hrdx,hrex->hde", through(qa, moment), qb)
+        keys = torch.einsum("hdx,hex->hde", through(ka, covariance), kb)
         return float((queries * keys).sum())
 
     size = product(q_old, q_old, k_old, k_old)

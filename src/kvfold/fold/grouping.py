@@ -13,7 +13,7 @@ import torch
 
 from kvfold.fold.heads import LayerHeads
 from kvfold.fold.statistics import LayerStatistics
-from kvfold.fold.subspace import centred, energy, matrix_roots
+from kvfold.fold.subspace import centred, energy, matrix_roots, through
 
 _TINY = torch.finfo(torch.float64).tiny
 _EXACT_UP_TO = 12  # heads; dynamic programming over subsets beyond that takes too long
@@ -142,10 +142,10 @@ def key_pair_energy(layer: LayerHeads, statistics: LayerStatistics) -> PairEnerg
     none = torch.zeros(len(keys), dtype=torch.float64)
     result = PairEnergy(torch.zeros(len(keys), len(keys), dtype=torch.float64), none)
     if pairs.shape[-2]:
-        asked = ((q_pairs @ moment.to(q_pairs.dtype)) * q_pairs.conj()).real.sum((1, 3))
+        asked = (through(q_pairs, moment) * q_pairs.conj()).real.sum((1, 3))
         result += _frequency_energy(pairs, asked, moment)
     if rest.shape[-2]:
-        metric = torch.einsum("hrdx,xy,hrey->hde", q_rest, moment, q_rest)
+        metric = torch.einsum("hrdx,hrex->hde", through(q_rest, moment), q_rest)
         result += _subspace_energy(rest, metric, centred(moment))
     return result
 
@@ -159,7 +159,7 @@ def _subspace_energy(
     weighted = root @ stacks
     count, size, _ = weighted.shape
     flat = weighted.flatten(0, 1)
-    gram = (flat @ moment @ flat.T).unflatten(0, (count, size)).unflatten(2, (count, size))
+    gram = (through(flat, moment) @ flat.T).unflatten(0, (count, size)).unflatten(2, (count, size))
     lost = torch.zeros(count, count, dtype=torch.float64)
     for a, b in combinations(range(count), 2):
         pair = gram[[a, b]][:, :, [a, b]].flatten(0, 1).flatten(1, 2)
@@ -175,7 +175,7 @@ def _frequency_energy(keys: torch.Tensor, asked: torch.Tensor, moment: torch.Ten
         keys: ``[n, F, X]`` complex. asked: ``[n, F]``, the queries' energy.
     """
     weighted = (asked.sqrt()[..., None] * keys).transpose(0, 1)  # [F, n, X]
-    gram = weighted @ moment.to(keys.dtype) @ weighted.mH
+    gram = through(weighted, moment) @ weighted.mH
     own = gram.diagonal(dim1=1, dim2=2).real  # [F, n]
     a, b = own[:, :, None], own[:, None, :]
     smaller = (a + b - ((a - b).square() + 4 * gram.abs().square()).sqrt()) / 2

@@ -73,7 +73,7 @@ class HeadGroup:
 
     Attributes:
         q: ``[g, R, D, X]``; k: ``[g, D, X]``; v: ``[g, Dv, X]``; o: ``[g, R, C, Dv]``.
-        moment: ``[X, X]``, E[x~ x~ᵀ] at the layer's input (identity without calibration).
+        moment: ``[X, X]``, E[x~ x~ᵀ] at the layer's input; ``[X]``, ones, without calibration.
         value_moment: ``[X, X]``, the same after x~ has been averaged with the attention weights:
             what V really sees.
         key_moments: ``[g, F, g, g]`` complex, or None; see ``LayerStatistics``.

@@ -8,7 +8,7 @@ agree, and averaged; what cannot be aligned this way is left to the fit and to h
 import torch
 
 from kvfold.fold.heads import HeadGroup
-from kvfold.fold.subspace import energy
+from kvfold.fold.subspace import energy, through
 
 _ROUNDS = 10  # alternating phases and their mean converges in a few rounds
 
@@ -30,10 +30,9 @@ def normalised_keys(group: HeadGroup) -> tuple[torch.Tensor, torch.Tensor]:
 def _turns(pairs: torch.Tensor, moment: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
     """Unit phases ``[g, F]`` that bring keys ``[g, F, X]`` together; signs where not free."""
     reference = pairs[0]
-    moment = moment.to(pairs.dtype)
     turns = torch.ones(pairs.shape[:2], dtype=pairs.dtype)
     for _ in range(_ROUNDS):
-        agreement = ((pairs @ moment) * reference.conj()).sum(-1)  # E[z_h conj(z)]
+        agreement = (through(pairs, moment) * reference.conj()).sum(-1)  # E[z_h conj(z)]
         phase = torch.where(agreement.abs() > 0, agreement / agreement.abs(), 1)
         sign = torch.where(agreement.real < 0, -1.0, 1.0).to(pairs.dtype)
         turns = torch.where(free, phase, sign)

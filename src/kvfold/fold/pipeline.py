@@ -23,6 +23,8 @@ from kvfold.quality.scores import Progress, no_progress
 
 Tensors = dict[str, torch.Tensor]
 
+STATISTICS_TOKENS = 16_384  # second moments change little with more, and cost as much as the rest
+
 
 @dataclass(frozen=True)
 class FoldPlan:
@@ -137,14 +139,14 @@ class CalibratedFolder:
         collector = StatisticsCollector(self._checkpoint.geometry.hidden_size, pairs)
         tensors = layer_tensors(self._checkpoint, index)
         with self._source.layer(index, tensors) as live:
-            for rows in batches(self._inputs):
+            for rows, sampled in zip(batches(self._inputs), _samples(self._inputs), strict=True):
 
                 def keep(output: torch.Tensor, rows: slice = rows) -> None:
                     if self._folded is not None:
                         self._attention[rows] = output
 
                 with live.listening(
-                    call=collector.call if collect else None,
+                    call=collector.call if collect and sampled else None,
                     attention_input=collector.attention_input,
                     attention_output=keep,
                 ):
@@ -202,6 +204,13 @@ class CalibratedFolder:
 
     def _advance(self) -> None:
         self._inputs, self._outputs = self._outputs, self._inputs
+
+
+def _samples(windows: torch.Tensor) -> list[bool]:
+    """Which batches of ``[N, T, …]`` the statistics are taken from, spread over the text."""
+    tokens = windows.shape[0] * windows.shape[1]
+    stride = max(1, tokens // STATISTICS_TOKENS)
+    return [index % stride == 0 for index, _ in enumerate(batches(windows))]
 
 
 def fold_all(

@@ -7,15 +7,13 @@ import torch
 from kvfold.fold.heads import Pairs
 from kvfold.fold.stream import AttentionCall
 
-KEY_TOKENS = 16_384  # enough for a few numbers per frequency; their cost grows with Hkv
-
 
 @dataclass
 class LayerStatistics:
     """Second moments of one layer, in float64. X = C + 1: the input with a 1 for biases.
 
     Attributes:
-        moment: ``[X, X]``, E[x~ x~ᵀ] over tokens.
+        moment: ``[X, X]``, E[x~ x~ᵀ] over tokens; or ``[X]``, the diagonal of a diagonal one.
         value_moment: ``[X, X]``, the same for attention-averaged inputs A_r x~, over tokens and
             query heads. Values are only ever seen averaged, which keeps slow directions and
             damps the others.
@@ -32,7 +30,7 @@ class LayerStatistics:
     @classmethod
     def without_data(cls, hidden_size: int) -> "LayerStatistics":
         """Independent inputs of unit size: what is assumed without calibration."""
-        identity = torch.eye(hidden_size + 1, dtype=torch.float64)
+        identity = torch.ones(hidden_size + 1, dtype=torch.float64)
         return cls(identity, identity)
 
 
@@ -47,7 +45,6 @@ class StatisticsCollector:
         self._pairs = pairs
         self._inputs = torch.empty(0)
         self._tokens = 0
-        self._key_tokens = 0
 
     def attention_input(self, inputs: torch.Tensor) -> None:
         self._inputs = inputs
@@ -58,18 +55,17 @@ class StatisticsCollector:
         self._moment += _gram(inputs)
         self._value_moment += _gram(_averaged_inputs(probabilities, inputs))
         self._tokens += inputs.shape[0] * inputs.shape[1]
-        if self._pairs.rotary_dim and self._key_tokens < KEY_TOKENS:
+        if self._pairs.rotary_dim:
             moments = _key_moments(call, probabilities, self._pairs)
             previous = self._key_moments
             self._key_moments = moments if previous is None else previous + moments
-            self._key_tokens += inputs.shape[0] * inputs.shape[1]
 
     def result(self) -> LayerStatistics:
         keys = self._key_moments
         return LayerStatistics(
             self._moment / self._tokens,
             self._value_moment / self._tokens,
-            None if keys is None else keys / self._key_tokens,
+            None if keys is None else keys / self._tokens,
         )
 
 

@@ -30,7 +30,7 @@ def shared_subspace(
 
     Args:
         stacks: ``[..., g, d, X]``, real or complex.
-        moment: ``[X, X]``, real.
+        moment: ``[X, X]`` or ``[X]``, real.
         metrics: ``[..., g, d, d]``, Hermitian.
 
     Returns:
@@ -40,8 +40,7 @@ def shared_subspace(
     count, size = stacks.shape[-3:-1]
     root, inverse_root = matrix_roots(metrics)
     weighted = (root @ stacks).flatten(-3, -2)
-    moment = moment.to(weighted.dtype)
-    gram = weighted @ moment @ weighted.mH
+    gram = through(weighted, moment) @ weighted.mH
     _, vectors = torch.linalg.eigh((gram + gram.mH) / 2)
     top = vectors[..., -size:].flip(-1)
     shared = top.mH @ weighted
@@ -50,19 +49,28 @@ def shared_subspace(
     return shared * scale, mixes / scale[..., None, :, :]
 
 
+def through(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """``rows`` ``[..., d, X]`` times a second moment; one of shape ``[X]`` is diagonal."""
+    if moment.dim() == 1:
+        return rows * moment
+    return rows @ moment.to(rows.dtype)
+
+
 def centred(moment: torch.Tensor) -> torch.Tensor:
     """The covariance part of E[x~ x~T]: what all tokens have in common removed.
 
     Keys without rotary need it: a constant adds the same to all of a query's scores, and
     cancels in the softmax.
     """
+    if moment.dim() == 1:
+        return torch.cat([moment[:-1], torch.zeros_like(moment[-1:])])
     mean = moment[:, -1:] / moment[-1, -1]
     return moment - moment[-1, -1] * mean @ mean.T
 
 
 def energy(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """E |rows x|^2 summed over rows: ``[..., d, X]`` -> ``[...]``."""
-    return ((rows @ moment.to(rows.dtype)) * rows.conj()).real.sum((-1, -2))
+    return (through(rows, moment) * rows.conj()).real.sum((-1, -2))
 
 
 def _matching_scale(

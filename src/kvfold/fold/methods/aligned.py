@@ -9,7 +9,7 @@ import torch
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.keys import normalised_keys
 from kvfold.fold.methods import method
-from kvfold.fold.subspace import energy
+from kvfold.fold.subspace import energy, through
 
 _ROUNDS = 20
 
@@ -48,7 +48,7 @@ def _procrustes(stacks: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tenso
         mean rows ``[..., d, X]`` and the unitary turns ``[..., g, d, d]``.
     """
     # E[s_h s_i^H] for every pair of members: the rounds need no more than these d x d blocks.
-    gram = torch.einsum("...gdx,...hex->...ghde", stacks @ moment.to(stacks.dtype), stacks.conj())
+    gram = torch.einsum("...gdx,...hex->...ghde", through(stacks, moment), stacks.conj())
     turns = stacks.new_zeros(())
     agreement = gram[..., :1, :, :, :].squeeze(-4)  # the first head leads the first round
     for _ in range(_ROUNDS):

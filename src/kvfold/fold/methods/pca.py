@@ -14,7 +14,7 @@ import torch
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.keys import normalised_keys
 from kvfold.fold.methods import method
-from kvfold.fold.subspace import centred, energy, shared_subspace
+from kvfold.fold.subspace import centred, energy, shared_subspace, through
 
 Shared = tuple[torch.Tensor, torch.Tensor]  # queries and the key rows they now read
 _ROUNDS = 30
@@ -44,7 +44,7 @@ def _rotating(group: HeadGroup, q: torch.Tensor, k: torch.Tensor) -> Shared:
     if not k.shape[-2]:
         return q, k[0]
     moment = group.moment
-    asked = ((q @ moment.to(q.dtype)) * q.conj()).real.sum((1, 3))  # [g, F], sum_r E|q|^2
+    asked = (through(q, moment) * q.conj()).real.sum((1, 3))  # [g, F], sum_r E|q|^2
     stacks = k.transpose(0, 1)[:, :, None, :]  # [F, g, 1, X]
     metrics = asked.T[..., None, None].to(k.dtype)  # [F, g, 1, 1]
     shared, mixes = shared_subspace(stacks, moment, metrics)
@@ -90,6 +90,6 @@ def _still(q: torch.Tensor, k: torch.Tensor, moment: torch.Tensor) -> Shared:
     """Dimensions without rotary: q ``[g, R, d, X]``, k ``[g, d, X]``."""
     if not k.shape[-2]:
         return q, k[0]
-    metrics = torch.einsum("hrdx,xy,hrey->hde", q, moment, q)
+    metrics = torch.einsum("hrdx,hrex->hde", through(q, moment), q)
     shared, mixes = shared_subspace(k, centred(moment), metrics)
     return torch.einsum("hrdx,hde->hrex", q, mixes), shared
