@@ -10,37 +10,48 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvfold.cache.kv import KVCache
     from kvfold.errors import KVFoldError
     from kvfold.fold.convert import convert
     from kvfold.fold.inspect import inspect
     from kvfold.fold.model import FoldedModel, fold_model
     from kvfold.geometry import AttentionGeometry
+    from kvfold.kernels.dispatch import attention, explain
+    from kvfold.ops.reference import merge
     from kvfold.quality.run import evaluate
     from kvfold.quality.scores import Quality, compare
 
 _HOMES = {
     "AttentionGeometry": "kvfold.geometry",
     "FoldedModel": "kvfold.fold.model",
+    "KVCache": "kvfold.cache.kv",
     "KVFoldError": "kvfold.errors",
     "Quality": "kvfold.quality.scores",
+    "attention": "kvfold.kernels.dispatch",
     "compare": "kvfold.quality.scores",
     "convert": "kvfold.fold.convert",
     "evaluate": "kvfold.quality.run",
+    "explain": "kvfold.kernels.dispatch",
     "fold_model": "kvfold.fold.model",
     "inspect": "kvfold.fold.inspect",
+    "merge": "kvfold.ops.reference",
 }
 
 __all__ = [
     "AttentionGeometry",
     "FoldedModel",
+    "KVCache",
     "KVFoldError",
     "Quality",
     "__version__",
+    "attention",
     "compare",
     "convert",
     "evaluate",
+    "explain",
     "fold_model",
     "inspect",
+    "merge",
 ]
 
 

@@ -1,0 +1,1 @@
+"""One timing function, the cases, the peers."""

@@ -1,0 +1,451 @@
+"""The KV cache: contiguous, paged or sliding, in any format."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.cache.store import Shape, Store
+from kvfold.errors import InputError
+from kvfold.kernels.call import KernelCall, readable
+from kvfold.kernels.dispatch import attention
+from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, Part, library
+from kvfold.ops.quantize import FORMATS, Format, format_of
+
+KINDS = ("contiguous", "paged", "sliding")
+_EXACT_FIRST = 16  # attention sinks live there, and quantize badly
+_EXACT_RECENT = 64  # most of the attention's weight lies on what came last
+_MOVED_AT_ONCE = 32  # tokens that leave the recent window together
+_EXACT_PAGE = 16
+_START_CAPACITY = 256
+
+Dtype = str | torch.dtype
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """How much of each sequence stays in bfloat16: its first and its most recent tokens."""
+
+    first: int
+    recent: int
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, one layer's, and attention over them.
+
+    Each key and value is read once per step, whatever the number of query heads that share it.
+    On the CPU the compiled kernels read the cache as it is stored; without them PyTorch decodes
+    it first.
+
+    Args:
+        num_kv_heads, head_dim, v_head_dim: of the layer; ``v_head_dim`` defaults to ``head_dim``.
+        batch: number of sequences. They may have different lengths.
+        dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8`` or ``int4`` (see
+            ``kvfold.ops.quantize``), or a pair for keys and values: ``("int8", "int4")``.
+        kind: ``contiguous``: one run of memory per sequence, which grows by half when it is full
+            unless ``max_length`` reserves it at once. ``paged``: pages of ``page_size`` tokens,
+            which sequences can share (``fork``). ``sliding``: pages that have left the last
+            ``window`` tokens are freed, except the first ``sinks`` tokens.
+        page_size: tokens per page; multiples of 16 are read fastest.
+        exact_first, exact_recent: tokens kept in bfloat16 at both ends when keys or values are
+            INT4; 0 switches that off. At most 32 tokens more than ``exact_recent`` are.
+
+    Raises:
+        InputError: for what cannot be.
+
+    >>> cache = KVCache(num_kv_heads=2, head_dim=64, dtype="int8")
+    >>> cache.append(torch.randn(1, 2, 10, 64), torch.randn(1, 2, 10, 64))
+    >>> cache.attend(torch.randn(1, 8, 1, 64)).shape
+    torch.Size([1, 8, 1, 64])
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        v_head_dim: int | None = None,
+        batch: int = 1,
+        dtype: Dtype | tuple[Dtype, Dtype] = "bf16",
+        kind: str = "contiguous",
+        max_length: int | None = None,
+        page_size: int = 64,
+        window: int | None = None,
+        sinks: int = 0,
+        exact_first: int | None = None,
+        exact_recent: int | None = None,
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        k_dtype, v_dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+        formats = format_of(k_dtype), format_of(v_dtype)
+        _check_kind(kind, window, sinks, max_length)
+        for name, value, low, high in (
+            ("num_kv_heads", num_kv_heads, 1, 1 << 16),
+            ("head_dim", head_dim, 1, MAX_DIM),
+            ("v_head_dim", v_head_dim, 1, MAX_DIM),
+            ("batch", batch, 0, 1 << 20),
+            ("page_size", page_size, 1, 1 << 20),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"{name}={value}: expected {low} to {high}")
+        self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
+        self.kind, self.max_length, self.window, self.sinks = kind, max_length, window, sinks
+        self.formats = formats
+        self.lengths = [0] * batch
+        self._capacity = 0
+        if kind == "contiguous":
+            page_size = _round_up(max_length or _START_CAPACITY)
+            self._capacity = page_size
+        self._exact = _exact(formats, exact_first, exact_recent)
+        self._tails = [self._exact.first] * batch if self._exact else []
+        self._main = self._store(formats, page_size, batch if kind == "contiguous" else 0)
+        half = FORMATS["bf16"]
+        self._ends = self._store((half, half), _EXACT_PAGE, 0) if self._exact else None
+
+    def _store(self, formats: tuple[Format, Format], page_size: int, reserve: int) -> Store:
+        sizes = self.num_kv_heads, self.head_dim, self.v_head_dim
+        return Store(Shape(len(self.lengths), *sizes, *formats, page_size, reserve))
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the cache has allocated, used or not."""
+        return sum(store.nbytes for store in self._stores)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes a token of one sequence takes in the middle of the cache, scales included."""
+        k, v = self._main.keys, self._main.values
+        per_page = (k.nbytes + v.nbytes) / max(1, len(k.data))
+        return per_page / self._main.page_size
+
+    @property
+    def _stores(self) -> list[Store]:
+        return [self._main] if self._ends is None else [self._main, self._ends]
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, sequences: list[int] | None = None) -> None:
+        """Add tokens at the end of the sequences.
+
+        Args:
+            k: ``[B, Hkv, T, D]``; v: ``[B, Hkv, T, Dv]``; float32, float16 or bfloat16, after
+                rotary embedding.
+            sequences: which ones, B indices; all of them by default.
+
+        Raises:
+            InputError: for shapes or dtypes that do not fit, or beyond ``max_length``.
+        """
+        rows = self._rows(sequences)
+        self._check_rows("k", k, len(rows), self.head_dim)
+        self._check_rows("v", v, len(rows), self.v_head_dim)
+        if k.shape[2] != v.shape[2]:
+            raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
+        tokens = k.shape[2]
+        longest = max((self.lengths[b] for b in rows), default=0) + tokens
+        if self.max_length is not None and longest > self.max_length:
+            raise InputError(
+                f"{longest} tokens do not fit a cache with max_length={self.max_length}",
+                "make it longer, or leave max_length out to let it grow",
+            )
+        if self.kind == "contiguous" and longest > self._capacity:
+            self._capacity = _round_up(max(longest, self._capacity * 3 // 2))
+            self._main.lengthen(self._capacity)
+        k, v = readable(k), readable(v)
+        alike = len({self._state(b) for b in rows}) <= 1
+        if alike:
+            self._append(k, v, rows)
+        else:
+            for i, b in enumerate(rows):
+                self._append(k[i : i + 1], v[i : i + 1], [b])
+
+    def _state(self, b: int) -> tuple[int, ...]:
+        return (self.lengths[b], *self._tails[b : b + 1])
+
+    def _append(self, k: torch.Tensor, v: torch.Tensor, rows: list[int]) -> None:
+        """Sequences of one length."""
+        tokens = k.shape[2]
+        if not rows or not tokens:
+            return
+        old = self.lengths[rows[0]]
+        new = old + tokens
+        if self.window is not None and self.kind == "sliding":
+            for store in self._stores:
+                for b in rows:
+                    store.release(b, self.sinks, old - self.window + 1)
+        if self._exact is None:
+            self._write(self._main, k, v, rows, old, old, new)
+        else:
+            self._append_exact(k, v, rows, old, new)
+        for b in rows:
+            self.lengths[b] = new
+
+    def _append_exact(
+        self, k: torch.Tensor, v: torch.Tensor, rows: list[int], old: int, new: int
+    ) -> None:
+        """First and recent tokens go to the exact store; what leaves the recent is quantized."""
+        assert self._exact is not None
+        assert self._ends is not None
+        first, tail = self._exact.first, self._tails[rows[0]]
+        if new - tail >= self._exact.recent + _MOVED_AT_ONCE:
+            self._move(rows, tail, min(old, new - self._exact.recent))
+            tail = new - self._exact.recent
+            # From here to the tail tokens are quantized as they come.
+            self._write(self._main, k, v, rows, old, max(old, first), tail)
+            for b in rows:
+                self._tails[b] = tail
+        self._write(self._ends, k, v, rows, old, old, min(first, new))
+        self._write(self._ends, k, v, rows, old, max(old, tail), new)
+
+    def _move(self, rows: list[int], low: int, high: int) -> None:
+        """Quantize positions that are in the exact store."""
+        if low >= high:
+            return
+        assert self._ends is not None
+        read = [self._ends.read(b, low, high) for b in rows]
+        k, v = (torch.stack(side) for side in zip(*read, strict=True))
+        self._write(self._main, k, v, rows, low, low, high)
+        for b in rows:
+            self._ends.release(b, _round_up(low - _EXACT_PAGE + 1, _EXACT_PAGE), high)
+
+    def _write(
+        self,
+        store: Store,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: list[int],
+        base: int,
+        low: int,
+        high: int,
+    ) -> None:
+        """Write positions ``low <= j < high``; ``k`` and ``v`` begin at position ``base``."""
+        if low >= high:
+            return
+        for b in rows:
+            store.reserve(b, low, high)
+        cut = slice(low - base, high - base)
+        store.write(k[:, :, cut], v[:, :, cut], [low] * len(rows), rows)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        sinks: int | None = None,
+        start: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        return_lse: bool = False,
+        sequences: list[int] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the last T tokens over everything in the cache, themselves included.
+
+        Args:
+            q: ``[B, Hq, T, D]``; the last query stands at the last token appended.
+            start: int ``[B]``, first position that may be seen (left padding).
+            mask: boolean or additive, broadcastable to ``[B, Hq, T, longest length]``.
+            sequences: which ones, B indices; all of them by default.
+            causal, window, sinks, scale, softcap, alibi_slopes, return_lse: see
+                ``kvfold.attention``; a sliding cache has its own window and sinks.
+
+        Returns:
+            ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
+
+        Raises:
+            InputError: for shapes that do not fit.
+        """
+        rows = self._rows(sequences)
+        self._check_rows("q", q, len(rows), self.head_dim, heads=False)
+        if q.shape[1] % self.num_kv_heads:
+            raise InputError(
+                f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
+            )
+        if self.kind == "sliding":
+            window, sinks = self.window, self.sinks
+        lengths = torch.tensor([self.lengths[b] for b in rows], dtype=torch.int32)
+        lib = library()
+        if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
+            call = KernelCall(
+                q,
+                self.num_kv_heads,
+                lengths,
+                causal=causal,
+                window=window or 0,
+                sinks=sinks or 0,
+                scale=scale,
+                softcap=softcap or 0.0,
+            )
+            call.hide(start, mask, alibi_slopes, max((self.lengths[b] for b in rows), default=0))
+            parts = self._parts(rows, lengths, call)
+            out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
+            return out if lse is None else (out, lse)
+        k, v = self._tensors(rows, q.dtype)
+        return attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            window=window,
+            sinks=sinks or 0,
+            start=start,
+            lengths=lengths,
+            mask=mask,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            return_lse=return_lse,
+        )
+
+    def _parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
+        table = call.kept(self._main._rows(rows))
+        if self._exact is None:
+            return [self._main.part(table, None, lengths)]
+        assert self._ends is not None
+        tails = call.kept(torch.tensor([self._tails[b] for b in rows], dtype=torch.int32))
+        begin = call.kept(torch.full_like(tails, self._exact.first))
+        exact_table = call.kept(self._ends._rows(rows))
+        head_end = call.kept(torch.minimum(begin, lengths))
+        return [
+            self._main.part(table, begin, tails),
+            self._ends.part(exact_table, None, head_end),
+            self._ends.part(exact_table, tails, lengths),
+        ]
+
+    def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds of a sequence, decoded: float32 ``[Hkv, S, D]``, ``[Hkv, S, Dv]``.
+
+        Freed positions of a sliding cache are zeros.
+        """
+        length = self.lengths[self._rows([sequence])[0]]
+        if self._exact is None or self._ends is None:
+            return self._main.read(sequence, 0, length)
+        first, tail = min(self._exact.first, length), self._tails[sequence]
+        pieces = [self._ends.read(sequence, 0, first)]
+        if tail > first:
+            pieces.append(self._main.read(sequence, first, tail))
+        pieces.append(self._ends.read(sequence, max(first, tail), length))
+        k, v = (torch.cat(side, 1) for side in zip(*pieces, strict=True))
+        return k, v
+
+    def _tensors(self, rows: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything, decoded: ``[B, Hkv, S, D]``, shorter sequences filled up with zeros."""
+        longest = max((self.lengths[b] for b in rows), default=0)
+        k = torch.zeros(len(rows), self.num_kv_heads, longest, self.head_dim, dtype=dtype)
+        v = torch.zeros(len(rows), self.num_kv_heads, longest, self.v_head_dim, dtype=dtype)
+        for i, b in enumerate(rows):
+            keys, values = self.read(b)
+            k[i, :, : self.lengths[b]] = keys
+            v[i, :, : self.lengths[b]] = values
+        return k, v
+
+    def truncate(self, length: int, sequences: list[int] | None = None) -> None:
+        """Forget all tokens from position ``length`` on, as speculative decoding must.
+
+        Raises:
+            InputError: if a sliding cache would need tokens that it has freed.
+        """
+        for b in self._rows(sequences):
+            old = self.lengths[b]
+            if not 0 <= length < old:
+                continue
+            if self.kind == "sliding" and self.window is not None:
+                freed = old - self.window
+                if length - self.window + 1 < freed and freed > self.sinks and length:
+                    raise InputError(
+                        f"cannot go back from {old} to {length} tokens: the window has moved on",
+                        "a sliding cache can only forget tokens of its last append",
+                    )
+            for store in self._stores:
+                store.release(b, length, store.table.shape[1] * store.page_size)
+            self.lengths[b] = length
+            if self._exact is not None:
+                self._tails[b] = max(self._exact.first, min(self._tails[b], length))
+
+    def clear(self, sequences: list[int] | None = None) -> None:
+        """Forget everything; the memory is kept for new tokens."""
+        for b in self._rows(sequences):
+            for store in self._stores:
+                store.clear(b)
+            self.lengths[b] = 0
+            if self._exact is not None:
+                self._tails[b] = self._exact.first
+
+    def fork(self, source: int, target: int) -> None:
+        """Make ``target`` a copy of ``source`` that shares its pages until either changes.
+
+        Raises:
+            InputError: for a contiguous cache, which has no pages to share.
+        """
+        if self.kind == "contiguous":
+            raise InputError("a contiguous cache cannot fork", "use kind='paged'")
+        self._rows([source, target])
+        if source == target:
+            return
+        for store in self._stores:
+            store.share(source, target, self.lengths[source])
+        self.lengths[target] = self.lengths[source]
+        if self._exact is not None:
+            self._tails[target] = self._tails[source]
+
+    def reorder(self, sequences: list[int]) -> None:
+        """Make sequence i what sequence ``sequences[i]`` was (beam search). Pages are shared."""
+        rows = self._rows(sequences)
+        if len(rows) != self.batch:
+            raise InputError(f"reorder needs {self.batch} indices, got {len(rows)}")
+        for store in self._stores:
+            store.select(rows)
+        self.lengths = [self.lengths[b] for b in rows]
+        self._tails = [self._tails[b] for b in rows] if self._exact else []
+
+    def _rows(self, sequences: list[int] | None) -> list[int]:
+        if sequences is None:
+            return list(range(self.batch))
+        for b in sequences:
+            if not 0 <= b < self.batch:
+                raise InputError(f"sequence {b}: the cache has sequences 0 to {self.batch - 1}")
+        return sequences
+
+    def _check_rows(
+        self, name: str, x: torch.Tensor, batch: int, dim: int, heads: bool = True
+    ) -> None:
+        expected = (batch, self.num_kv_heads if heads else x.shape[1] if x.dim() == 4 else 0)
+        if x.dim() != 4 or x.shape[:2] != expected or x.shape[3] != dim:
+            shape = f"[{batch}, {self.num_kv_heads if heads else 'Hq'}, T, {dim}]"
+            raise InputError(f"{name} has shape {list(x.shape)}, expected {shape}")
+        if x.device.type != "cpu":
+            raise InputError(f"{name} is on {x.device}, but this cache is on the CPU")
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{name} is {x.dtype}, expected float32, float16 or bfloat16")
+
+
+def _round_up(n: int, to: int = 16) -> int:
+    return -(-n // to) * to
+
+
+def _check_kind(kind: str, window: int | None, sinks: int, max_length: int | None) -> None:
+    if kind not in KINDS:
+        raise InputError(f"unknown kind of cache {kind!r}", f"choose one of {', '.join(KINDS)}")
+    if (kind == "sliding") != (window is not None):
+        raise InputError(
+            f"kind={kind!r} with window={window}",
+            "a sliding cache needs a window; give other kinds theirs when attending",
+        )
+    if window is not None and window < 1:
+        raise InputError(f"window={window}: expected at least 1")
+    if sinks < 0:
+        raise InputError(f"sinks={sinks}: expected 0 or more")
+    if max_length is not None and max_length < 1:
+        raise InputError(f"max_length={max_length}: expected at least 1")
+
+
+def _exact(formats: tuple[Format, Format], first: int | None, recent: int | None) -> _Exact | None:
+    for name, value in (("exact_first", first), ("exact_recent", recent)):
+        if value is not None and value < 0:
+            raise InputError(f"{name}={value}: expected 0 or more")
+    int4 = any(f.name == "int4" for f in formats)
+    first = (_EXACT_FIRST if int4 else 0) if first is None else first
+    recent = (_EXACT_RECENT if int4 else 0) if recent is None else recent
+    return _Exact(first, recent) if first or recent else None

@@ -1,0 +1,299 @@
+"""Pages of encoded keys and values, and the table that says which page holds which positions.
+
+A contiguous cache is one page per sequence; a sliding one frees pages that leave the window; so
+every kind of cache is this one store. Positions are absolute: position j of sequence b is at slot
+j % page_size of page table[b, j // page_size].
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.cache.layout import BLOCK, Layout
+from kvfold.errors import InputError, RunError
+from kvfold.kernels.library import Append, Part, Side, Tensor, library
+from kvfold.ops.quantize import Format, decode, encode, rotate, rotation_size
+
+_GROWTH = 1.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a store holds: ``batch`` sequences of KV heads in two formats.
+
+    Attributes:
+        reserve: pages to allocate at once, or 0 to grow as needed.
+    """
+
+    batch: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    k_format: Format
+    v_format: Format
+    page_size: int
+    reserve: int = 0
+
+
+class Half:
+    """The pages of keys, or of values."""
+
+    def __init__(self, layout: Layout, heads: int, pages: int) -> None:
+        self.layout, self.heads = layout, heads
+        self.rotation = rotation_size(layout.fmt, layout.dim) if layout.key else 0
+        self.data = torch.zeros(pages, heads, layout.page_bytes, dtype=torch.uint8)
+        self.scales = torch.zeros(pages, heads, layout.page_scales, dtype=torch.bfloat16)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scales.nbytes
+
+    def resized(self, pages: int, page_size: int) -> "Half":
+        """A copy with more or longer pages."""
+        old = self.layout
+        layout = Layout(old.fmt, old.dim, page_size, old.packed, old.key)
+        new = Half(layout, self.heads, pages)
+        count = self.data.shape[0]
+        new.data[:count, :, : old.page_bytes] = self.data
+        new.scales[:count, :, : old.page_scales] = self.scales
+        return new
+
+    def side(self) -> Side:
+        layout = self.layout
+        return Side(
+            layout.fmt.code,
+            layout.packed,
+            layout.dim,
+            self.rotation,
+            self.data.data_ptr(),
+            self.data.stride(0),
+            self.data.stride(1),
+            layout.fmt.row_bytes(layout.dim),
+            self.scales.data_ptr(),
+            self.scales.stride(0),
+            self.scales.stride(1),
+        )
+
+    def write(self, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows ``[n, H, D]`` at slots ``[n]`` of pages ``[n]`` (unpacked pages only)."""
+        rows = rows.float()
+        if self.rotation:
+            padding = self.layout.padded - rows.shape[-1]
+            rows = rotate(torch.nn.functional.pad(rows, (0, padding)), self.rotation)
+        data, scales = encode(rows, self.layout.fmt)
+        size = self.layout.page_size
+        self.data.unflatten(-1, (size, -1))[pages, :, slots] = data
+        if scales.shape[-1]:
+            self.scales.unflatten(-1, (size, -1))[pages, :, slots] = scales
+
+    def read(self, pages: torch.Tensor) -> torch.Tensor:
+        """Decode whole pages ``[n]``: float32 ``[H, n * page_size, D]``."""
+        rows = self.layout.rows(self.data[pages])
+        scales = self.layout.scales(self.scales[pages])
+        dim = self.layout.padded if self.rotation else self.layout.dim
+        numbers = rotate(decode(rows, scales, self.layout.fmt, dim), self.rotation)
+        return numbers[..., : self.layout.dim].transpose(0, 1).flatten(1, 2)
+
+
+class Store:
+    """Pages shared by the sequences of a batch, with reference counts."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.page_size = shape.page_size
+        # Kernels read blocks of 16 tokens; smaller pages hold plain rows.
+        packed = library() is not None and shape.page_size % BLOCK == 0
+        self.keys = self._half(shape.k_format, shape.head_dim, packed, key=True)
+        self.values = self._half(shape.v_format, shape.v_head_dim, packed, key=False)
+        self.references = [0] * shape.reserve
+        self._free = list(range(shape.reserve - 1, -1, -1))
+        self.table = torch.full((shape.batch, 0), -1, dtype=torch.int32)
+        self._sides: tuple[Side, Side] | None = None
+
+    def _half(self, fmt: Format, dim: int, packed: bool, key: bool) -> Half:
+        layout = Layout(fmt, dim, self.page_size, packed, key)
+        return Half(layout, self.shape.num_kv_heads, self.shape.reserve)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, used or not, tables included."""
+        return self.keys.nbytes + self.values.nbytes + self.table.nbytes
+
+    @property
+    def pages_in_use(self) -> int:
+        return len(self.references) - len(self._free)
+
+    def lengthen(self, capacity: int) -> None:
+        """Make the (one) page of every sequence hold ``capacity`` positions."""
+        self.page_size = capacity
+        pages = len(self.references)
+        self.keys = self.keys.resized(pages, capacity)
+        self.values = self.values.resized(pages, capacity)
+        self._sides = None
+
+    def _take_page(self) -> int:
+        if not self._free:
+            old = len(self.references)
+            new = max(old + 1, math.ceil(old * _GROWTH), self.shape.batch)
+            self.keys = self.keys.resized(new, self.page_size)
+            self.values = self.values.resized(new, self.page_size)
+            self.references += [0] * (new - old)
+            self._free = list(range(new - 1, old - 1, -1))
+            self._sides = None
+        page = self._free.pop()
+        self.references[page] = 1
+        return page
+
+    def _drop_page(self, page: int) -> None:
+        self.references[page] -= 1
+        if self.references[page] < 0:
+            raise RunError(f"page {page} was freed twice")
+        if self.references[page] == 0:
+            self._free.append(page)
+
+    def reserve(self, sequence: int, low: int, high: int) -> None:
+        """Give positions ``low <= j < high`` of a sequence pages of its own."""
+        if low >= high:
+            return
+        first, last = low // self.page_size, (high - 1) // self.page_size
+        if last >= self.table.shape[1]:
+            width = max(last + 1, math.ceil(self.table.shape[1] * _GROWTH))
+            wider = torch.full((self.table.shape[0], width), -1, dtype=torch.int32)
+            wider[:, : self.table.shape[1]] = self.table
+            self.table = wider
+        row = self.table[sequence]
+        for index in range(first, last + 1):
+            page = int(row[index])
+            if page < 0:
+                row[index] = self._take_page()
+            elif self.references[page] > 1:
+                row[index] = self._own_copy(page)
+
+    def _own_copy(self, page: int) -> int:
+        """Copy a shared page before it is written to."""
+        copy = self._take_page()
+        for half in (self.keys, self.values):
+            half.data[copy] = half.data[page]
+            half.scales[copy] = half.scales[page]
+        self._drop_page(page)
+        return copy
+
+    def release(self, sequence: int, low: int, high: int) -> None:
+        """Free the pages that lie wholly within ``low <= j < high``."""
+        first, last = -(-low // self.page_size), high // self.page_size
+        row = self.table[sequence]
+        for index in range(first, min(last, self.table.shape[1])):
+            if row[index] >= 0:
+                self._drop_page(int(row[index]))
+                row[index] = -1
+
+    def clear(self, sequence: int) -> None:
+        self.release(sequence, 0, self.table.shape[1] * self.page_size)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let ``target`` hold the first ``length`` positions of ``source``, without copying."""
+        pages = self.table[source, : -(-length // self.page_size)].clone()
+        kept = pages[pages >= 0].tolist()
+        for page in kept:
+            self.references[page] += 1
+        self.clear(target)
+        self.table[target, : len(pages)] = pages
+
+    def select(self, sequences: list[int]) -> None:
+        """Make sequence i what sequence ``sequences[i]`` was, as beam search does."""
+        old = self.table
+        table = old[sequences]
+        for page in table[table >= 0].tolist():
+            self.references[page] += 1
+        for page in old[old >= 0].tolist():
+            self._drop_page(page)
+        self.table = table.contiguous()
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, first: list[int], rows: list[int]) -> None:
+        """Write tokens ``[B, Hkv, T, D]`` of sequences ``rows`` at positions ``first`` on.
+
+        Positions without a page are skipped.
+        """
+        lib = library()
+        table = self._rows(rows)
+        if lib is None:
+            self._write_plainly(k, v, first, table)
+            return
+        starts = torch.tensor(first, dtype=torch.int32)
+        call = Append(len(rows), self.shape.num_kv_heads, k.shape[2], Tensor.of(k), Tensor.of(v))
+        call.first = starts.data_ptr()
+        call.part = self.part(table, None, starts)
+        lib.append(call)
+
+    def _write_plainly(
+        self, k: torch.Tensor, v: torch.Tensor, first: list[int], table: torch.Tensor
+    ) -> None:
+        for row, start in enumerate(first):
+            positions = torch.arange(start, start + k.shape[2])
+            pages = table[row].long()[positions // self.page_size]
+            held = pages >= 0
+            slots = (positions % self.page_size)[held]
+            self.keys.write(pages[held], slots, k[row].transpose(0, 1)[held])
+            self.values.write(pages[held], slots, v[row].transpose(0, 1)[held])
+
+    def read(self, sequence: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
+
+        Positions without a page are zeros.
+        """
+        if low >= high:
+            heads = self.shape.num_kv_heads
+            return torch.zeros(heads, 0, self.shape.head_dim), torch.zeros(
+                heads, 0, self.shape.v_head_dim
+            )
+        first, last = low // self.page_size, -(-high // self.page_size)
+        pages = self.table[sequence, first:last].long()
+        held = (pages >= 0).repeat_interleave(self.page_size)[None, :, None]
+        cut = slice(low - first * self.page_size, high - first * self.page_size)
+
+        def rows(half: Half) -> torch.Tensor:
+            return torch.where(held, half.read(pages.clamp_min(0)), 0.0)[:, cut]
+
+        return rows(self.keys), rows(self.values)
+
+    def _rows(self, rows: list[int]) -> torch.Tensor:
+        everything = len(rows) == len(self.table) and rows == list(range(len(rows)))
+        return self.table if everything else self.table[rows]
+
+    def part(
+        self, table: torch.Tensor | None, begin: torch.Tensor | None, end: torch.Tensor
+    ) -> Part:
+        """The store as a kernel sees it; the tensors must outlive the call."""
+        table = self.table if table is None else table
+        if self._sides is None:
+            self._sides = self.keys.side(), self.values.side()
+        first = None if begin is None else begin.data_ptr()
+        return Part(
+            *self._sides,
+            table.data_ptr(),
+            table.stride(0),
+            self.page_size,
+            first,
+            end.data_ptr(),
+        )
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """The tensors that hold the store."""
+        for half in (self.keys, self.values):
+            yield half.data
+            yield half.scales
+
+
+def check_table(table: torch.Tensor, pages: int) -> None:
+    """Refuse a page index out of range before a kernel would follow it.
+
+    Raises:
+        InputError: if an entry is not below ``pages``.
+    """
+    if table.numel() and int(table.max()) >= pages:
+        raise InputError(
+            f"page table names page {int(table.max())}, but the store has {pages} pages",
+            "indices run from 0; -1 marks a page that holds nothing",
+        )

@@ -1,0 +1,83 @@
+// The C interface between Python (ctypes) and the kernels. Mirrored in library.py.
+#pragma once
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// How numbers are stored. The one definition of each is in kvfold/ops/quantize.py.
+enum KvfFormat : int32_t { KVF_F32, KVF_F16, KVF_BF16, KVF_FP8, KVF_INT8, KVF_INT4, KVF_FORMATS };
+
+// One side (keys or values) of a store. Strides are in bytes.
+//
+// packed = 1: blocks of 16 tokens in the order the kernels read them (see layout.h).
+// packed = 0: one row per token, row_stride apart.
+struct KvfSide {
+  int32_t format;
+  int32_t packed;
+  int32_t dim;       // head size
+  int32_t rotation;  // size of the Hadamard blocks the rows were rotated by; 0 for none
+  uint8_t* data;
+  int64_t page_stride, head_stride, row_stride;
+  uint16_t* scales;  // bfloat16, [page][head][block][group][16] or, unpacked, [..][token][group]
+  int64_t scale_page_stride, scale_head_stride;
+};
+
+// A store of keys and values: tokens begin[b] <= position < end[b] of each sequence b, at
+// page table[b][position / page_size], slot position % page_size. Entries < 0 hold nothing.
+struct KvfPart {
+  KvfSide k, v;
+  const int32_t* table;
+  int64_t table_stride;
+  int32_t page_size;
+  const int32_t* begin;  // null: 0
+  const int32_t* end;
+};
+
+enum { KVF_MAX_PARTS = 4 };
+
+struct KvfTensor {  // [B, H, T, dim], the last dimension contiguous; strides in elements
+  void* data;
+  int32_t format;  // KVF_F32, KVF_F16 or KVF_BF16
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+struct KvfAttend {
+  int32_t batch, num_heads, num_kv_heads, tokens, head_dim, v_head_dim;
+  KvfTensor q, out;
+  float* lse;             // [B, Hq, T] contiguous, or null
+  const int32_t* start;   // [B]: first visible position, or null
+  const int32_t* length;  // [B]: the last query's position + 1
+  float scale, softcap;   // softcap 0: none
+  int32_t causal, window, sinks;  // window 0: none
+  const float* slopes;    // [Hq] ALiBi, or null
+  const float* mask;      // additive, or null; strides in elements, keys contiguous
+  int64_t mask_batch_stride, mask_head_stride, mask_token_stride;
+  int32_t num_parts;
+  KvfPart parts[KVF_MAX_PARTS];
+  int32_t threads;
+  int32_t chunk;          // keys per unit of work; 0 chooses
+};
+
+// Write tokens at positions first[b] … first[b] + tokens - 1 of each sequence.
+struct KvfAppend {
+  int32_t batch, num_kv_heads, tokens;
+  KvfTensor k, v;
+  const int32_t* first;
+  KvfPart part;  // begin and end are not read
+  int32_t threads;
+};
+
+// Run body(data) on `threads` threads, as OpenMP's GOMP_parallel does.
+typedef void (*KvfParallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+const char* kvf_isa();                 // the instruction set in use
+int32_t kvf_set_isa(const char* name); // 0 when this machine has it
+const char* kvf_isas();                // all that this machine has, best first, space-separated
+void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
+int32_t kvf_attend(const KvfAttend* call);
+int32_t kvf_append(const KvfAppend* call);
+double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads);  // sums; for bandwidth
+int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror
+}
+#pragma GCC visibility pop

@@ -1,0 +1,434 @@
+// Attention of a few queries over stored keys and values.
+//
+// A unit of work is (sequence, KV head, a run of keys): every key and value of it is read once,
+// for all queries of the head's group. Units of one head are merged by whoever finishes last, by
+// the split-KV identity: with m = max, o = sum_i 2^(m_i - m) o_i, l = sum_i 2^(m_i - m) l_i.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "bf16.h"
+#include "encode.h"
+#include "integer.h"
+
+namespace KVF_NAMESPACE {
+
+template <class Step>
+static constexpr KeyKernel generic_keys() { return {prepare_floats, score_generic<Step>}; }
+template <class Step>
+static constexpr ValueKernel generic_values() { return {add_generic<Step>}; }
+
+// By format, in KvfFormat's order.
+static const KeyKernel KEYS[KVF_FORMATS] = {
+    generic_keys<StepF32>(),
+    generic_keys<StepF16>(),
+#if defined(__AVX512BF16__)
+    {prepare_bf16, score_bf16},
+#else
+    generic_keys<StepBF16>(),
+#endif
+    generic_keys<StepFP8>(),
+#if defined(__AVX512VNNI__)
+    {prepare_int8, score_int8},
+    {prepare_int4, score_int4},
+#else
+    generic_keys<StepINT8<true>>(),
+    generic_keys<StepINT4>(),
+#endif
+};
+static const ValueKernel VALUES[KVF_FORMATS] = {
+    generic_values<StepF32>(),
+    generic_values<StepF16>(),
+#if defined(__AVX512BF16__)
+    {add_bf16},
+#else
+    generic_values<StepBF16>(),
+#endif
+    generic_values<StepFP8>(),
+#if defined(__AVX512VNNI__)
+    {add_int8},
+    {add_int4},
+#else
+    generic_values<StepINT8<false>>(),
+    generic_values<StepINT4>(),
+#endif
+};
+
+struct Unit {
+  int32_t b, head, part, low, high;  // positions low <= j < high
+  int32_t slot;                      // its place among the head's units
+};
+
+struct HeadWork {
+  int32_t units = 0;
+  int64_t first = 0;  // its first partial result
+  std::atomic<int32_t> left{0};
+};
+
+struct Plan {
+  const KvfAttend* call;
+  int rows, padded;             // queries of a KV head; width of a partial result
+  std::vector<Unit> units;
+  std::vector<HeadWork> heads;  // [B * Hkv]
+  std::vector<float> partial;   // [unit][rows][padded + 2]: o, m, l
+  std::atomic<int64_t> next{0};
+};
+
+struct Range {
+  int32_t low, high;
+};
+
+// What the sequence's queries can see of a part: at most the sinks and the window.
+static int visible(const KvfAttend& call, const KvfPart& part, int b, Range out[2]) {
+  const int start = call.start ? call.start[b] : 0, length = call.length[b];
+  int low = part.begin ? part.begin[b] : 0, high = part.end[b];
+  if (low < start) low = start;
+  if (high > length) high = length;
+  int count = 0;
+  if (call.window > 0) {
+    const int64_t first = (int64_t)length - call.tokens - call.window + 1;
+    const int sinks_end = start + call.sinks < high ? start + call.sinks : high;
+    if (first > sinks_end) {
+      if (low < sinks_end) out[count++] = {low, sinks_end};
+      if (first > low) low = (int)(first < high ? first : high);
+    }
+  }
+  if (low < high) out[count++] = {low, high};
+  return count;
+}
+
+static void make_plan(Plan& plan) {
+  const KvfAttend& call = *plan.call;
+  const int heads = call.num_kv_heads;
+  plan.heads = std::vector<HeadWork>((size_t)call.batch * heads);
+  int64_t keys = 0;
+  Range ranges[2];
+  for (int b = 0; b < call.batch; ++b)
+    for (int p = 0; p < call.num_parts; ++p)
+      for (int i = 0, n = visible(call, call.parts[p], b, ranges); i < n; ++i)
+        keys += (int64_t)(ranges[i].high - ranges[i].low) * heads;
+  // About eight units a thread even out what they take; short ones would cost more than they give.
+  int64_t chunk = call.chunk > 0 ? call.chunk : keys / (8 * (call.threads > 0 ? call.threads : 1));
+  if (call.chunk <= 0 && chunk < 256) chunk = 256;
+  chunk = round_up((int)(chunk < (1 << 24) ? chunk : 1 << 24), TILE);
+  int64_t count = 0;
+  for (int b = 0; b < call.batch; ++b)
+    for (int head = 0; head < heads; ++head) {
+      HeadWork& work = plan.heads[(size_t)b * heads + head];
+      work.first = count;
+      for (int p = 0; p < call.num_parts; ++p)
+        for (int i = 0, n = visible(call, call.parts[p], b, ranges); i < n; ++i)
+          for (int64_t low = ranges[i].low; low < ranges[i].high;) {
+            int64_t high = low / TILE * TILE + chunk;
+            if (high + chunk / 4 > ranges[i].high) high = ranges[i].high;
+            plan.units.push_back({b, head, p, (int)low, (int)high, work.units++});
+            low = high;
+          }
+      work.left = work.units;
+      count += work.units;
+    }
+  plan.partial.resize((size_t)count * plan.rows * (plan.padded + 2));
+}
+
+// Memory of one thread, for all of its units.
+struct Scratch {
+  std::vector<float> x, o, s, weights, decay, m, l, unit;
+  std::vector<uint16_t> bf16, scales;
+  std::vector<int8_t> high, low;
+  std::vector<int32_t> sums;
+  std::vector<uint8_t> blocks;
+  int sequence = -1, head = -1, part = -1;  // whose queries are prepared
+};
+
+static inline float read(const KvfTensor& t, int b, int h, int i, int d) {
+  return element(t, row_of(t, b, h, i), d);
+}
+
+static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Queries& q) {
+  const KvfAttend& call = *plan.call;
+  const KvfSide& keys = call.parts[unit.part].k;
+  const int group_size = call.num_heads / call.num_kv_heads;
+  q.rows = plan.rows;
+  q.dim = key_dim(keys.format, keys.dim);
+  const size_t size = (size_t)q.rows * q.dim;
+  const bool ready = a.sequence == unit.b && a.head == unit.head && a.part == unit.part;
+  if (!ready) {
+    a.x.assign(size, 0.f);
+    a.bf16.resize(size);
+    a.high.resize(size);
+    a.low.resize(size);
+    a.unit.resize(q.rows);
+    a.sums.resize((size_t)q.rows * 2 * (q.dim / GROUP + 1));
+    for (int r = 0; r < group_size; ++r)
+      for (int t = 0; t < call.tokens; ++t) {
+        float* x = &a.x[(size_t)(r * call.tokens + t) * q.dim];
+        const void* row = row_of(call.q, unit.b, unit.head * group_size + r, t);
+        for (int d = 0; d < keys.dim; ++d) x[d] = element(call.q, row, d);
+        if (keys.rotation) hadamard(x, q.dim, keys.rotation);
+      }
+  }
+  q.x = a.x.data();
+  q.bf16 = a.bf16.data();
+  q.high = a.high.data();
+  q.low = a.low.data();
+  q.unit = a.unit.data();
+  q.sums = a.sums.data();
+  if (!ready) KEYS[keys.format].prepare(q);
+  a.sequence = unit.b;
+  a.head = unit.head;
+  a.part = unit.part;
+}
+
+// One side's blocks of a tile. Whole packed blocks are used where they lie; others (at the ends,
+// unpacked, or missing) are put together in scratch, with zeros for tokens outside the unit, whose
+// memory may hold anything.
+static void gather(const KvfPart& part, bool key, const Unit& unit, int first, Scratch& a, Tile& tile) {
+  const KvfSide& side = key ? part.k : part.v;
+  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
+  const int groups = scale_groups(side.format, side.dim);
+  const int32_t* table = part.table + unit.b * part.table_stride;
+  const size_t half = a.blocks.size() / 2, scale_half = a.scales.size() / 2;
+  tile.dim = side.dim;
+  for (int i = 0; i < tile.blocks; ++i) {
+    const int position = first + i * BLOCK;
+    const bool whole = position >= unit.low && position + BLOCK <= unit.high;
+    if (side.packed) {
+      const int32_t page = table[position / part.page_size];
+      const int block = position % part.page_size / BLOCK;
+      if (page >= 0) {
+        tile.block[i] = page_of(side, page, unit.head) + block * bytes;
+        if (groups) tile.scales[i] = scales_of(side, page, unit.head) + (int64_t)block * groups * BLOCK;
+        if (whole || key) continue;  // scores of keys outside are thrown away
+      }
+    }
+    uint8_t* to = a.blocks.data() + (key ? 0 : half) + i * bytes;
+    uint16_t* scales = a.scales.data() + (key ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
+    const bool copied = side.packed && table[position / part.page_size] >= 0;
+    if (copied) {
+      memcpy(to, tile.block[i], bytes);
+      if (groups) memcpy(scales, tile.scales[i], 2 * groups * BLOCK);
+    } else {
+      memset(to, 0, bytes);
+      memset(scales, 0, 2 * groups * BLOCK);
+    }
+    for (int slot = 0; slot < BLOCK; ++slot) {
+      const int at = position + slot;
+      const bool inside = at >= unit.low && at < unit.high;
+      if (copied) {
+        if (inside) continue;
+        clear_value(side.format, side.dim, to, slot);
+        for (int g = 0; g < groups; ++g) scales[g * BLOCK + slot] = 0;
+      } else if (inside && !side.packed) {
+        const int32_t page = table[at / part.page_size];
+        if (page < 0) continue;
+        const int row = at % part.page_size;
+        const uint8_t* from = page_of(side, page, unit.head) + row * side.row_stride;
+        if (key) place_key(side.format, side.dim, from, to, slot);
+        else place_value(side.format, side.dim, from, to, slot);
+        for (int g = 0; g < groups; ++g)
+          scales[g * BLOCK + slot] = scales_of(side, page, unit.head)[(int64_t)row * groups + g];
+      }
+    }
+    tile.block[i] = to;
+    tile.scales[i] = scales;
+  }
+}
+
+static void set_next(const KvfPart& part, bool key, const Unit& unit, int first, Tile& tile) {
+  const KvfSide& side = key ? part.k : part.v;
+  tile.next[0] = nullptr;
+  if (!side.packed || tile.blocks < TILE_BLOCKS || first + TILE > unit.high) return;
+  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
+  const int32_t* table = part.table + unit.b * part.table_stride;
+  for (int i = 0; i < TILE_BLOCKS; ++i) {
+    const int position = first + i * BLOCK;
+    const int32_t page = table[position / part.page_size];
+    const int block = position % part.page_size / BLOCK;
+    tile.next[i] = page_of(side, page < 0 ? 0 : page, unit.head) + block * bytes;
+  }
+}
+
+// Turn scores into logits in base 2, and hide what a query may not see.
+static void finish_scores(const Plan& plan, const Unit& unit, int first, int count, float* s) {
+  const KvfAttend& call = *plan.call;
+  constexpr float LOG2E = 1.44269504f;
+  const int group_size = call.num_heads / call.num_kv_heads;
+  const int start = call.start ? call.start[unit.b] : 0;
+  const int64_t length = call.length[unit.b];
+  for (int row = 0; row < plan.rows; ++row) {
+    float* x = s + row * TILE;
+    const int head = unit.head * group_size + row / call.tokens, t = row % call.tokens;
+    const int64_t position = length - call.tokens + t;
+    if (call.softcap > 0)
+      for (int j = 0; j < count; ++j) x[j] = call.softcap * std::tanh(x[j] * call.scale / call.softcap) * LOG2E;
+    else
+      for (int j = 0; j < count; j += 16) store(x + j, load(x + j) * splat(call.scale * LOG2E));
+    if (call.slopes)
+      for (int j = 0; j < count; ++j) x[j] -= call.slopes[head] * LOG2E * (float)(position - (first + j));
+    if (call.mask) {
+      const float* mask = call.mask + unit.b * call.mask_batch_stride + head * call.mask_head_stride +
+                          t * call.mask_token_stride + first;
+      for (int j = 0; j < count; ++j)
+        if (first + j >= unit.low && first + j < unit.high) x[j] += mask[j] * LOG2E;
+    }
+    int64_t low = unit.low, high = unit.high, sinks_end = 0;
+    if (call.causal && position + 1 < high) high = position + 1;
+    if (call.window > 0) {
+      sinks_end = start + call.sinks;
+      if (position - call.window + 1 > low) low = position - call.window + 1;
+    }
+    if (first >= low && first + count <= high) continue;
+    for (int j = 0; j < count; ++j) {
+      const int64_t at = first + j;
+      const bool sink = at >= unit.low && at < sinks_end;
+      if (at >= high || (at < low && !sink)) x[j] = -INFINITY;
+    }
+  }
+}
+
+// Scores to weights 2^(s - max), row by row; what was summed so far must decay.
+static void soften(int rows, int count, float* s, float* m, float* l, float* decay) {
+  for (int row = 0; row < rows; ++row) {
+    float* x = s + row * TILE;
+    F16x top = load(x);
+    for (int j = 16; j < count; j += 16) top = max(top, load(x + j));
+    const float largest = reduce_max(top), before = m[row];
+    const float now = largest > before ? largest : before;
+    const float base = now == -INFINITY ? 0 : now;
+    F16x sum = splat(0);
+    for (int j = 0; j < count; j += 16) {
+      const F16x p = exp2_nonpositive(load(x + j) - splat(base));
+      store(x + j, p);
+      sum = sum + p;
+    }
+    decay[row] = before == -INFINITY ? 0 : exp2f(before - now);
+    l[row] = l[row] * decay[row] + reduce_add(sum);
+    m[row] = now;
+  }
+}
+
+static void write(const Plan& plan, int b, int kv_head, int row, const float* o, float m, float l) {
+  const KvfAttend& call = *plan.call;
+  const int group_size = call.num_heads / call.num_kv_heads;
+  const int head = kv_head * group_size + row / call.tokens, t = row % call.tokens;
+  const float scale = l == 0 ? 0 : 1 / l;
+  void* out = (void*)row_of(call.out, b, head, t);
+  for (int d = 0; d < call.v_head_dim; ++d) {
+    const float x = l == 0 ? 0 : o[d] * scale;
+    if (call.out.format == KVF_F32) ((float*)out)[d] = x;
+    else ((uint16_t*)out)[d] = call.out.format == KVF_F16 ? to_f16(x) : to_bf16(x);
+  }
+  if (call.lse)
+    call.lse[((int64_t)b * call.num_heads + head) * call.tokens + t] =
+        l == 0 ? -INFINITY : (m + std::log2(l)) * 0.693147181f;
+}
+
+static void merge(const Plan& plan, int b, int head, const HeadWork& work, Scratch& a) {
+  const int width = plan.padded + 2;
+  for (int row = 0; row < plan.rows; ++row) {
+    const float* parts = plan.partial.data() + (work.first * plan.rows + row) * width;
+    const int64_t stride = (int64_t)plan.rows * width;
+    float top = -INFINITY, l = 0;
+    for (int i = 0; i < work.units; ++i) top = std::fmax(top, parts[i * stride + plan.padded]);
+    a.o.assign(plan.padded, 0.f);
+    for (int i = 0; i < work.units; ++i) {
+      const float* part = parts + i * stride;
+      const float weight = part[plan.padded] == -INFINITY ? 0 : exp2f(part[plan.padded] - top);
+      l += weight * part[plan.padded + 1];
+      if (part[plan.padded + 1] != 0)  // NaN included
+        for (int d = 0; d < plan.padded; ++d) a.o[d] += weight * part[d];
+    }
+    write(plan, b, head, row, a.o.data(), top, l);
+  }
+}
+
+static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
+  const KvfAttend& call = *plan.call;
+  const KvfPart& part = call.parts[unit.part];
+  const int rows = plan.rows, padded = value_dim(part.v.format, part.v.dim);
+  Queries q;
+  prepare_queries(plan, unit, a, q);
+  a.o.assign((size_t)rows * padded, 0.f);
+  a.s.resize((size_t)rows * TILE);
+  a.m.assign(rows, -INFINITY);
+  a.l.assign(rows, 0.f);
+  a.decay.resize(rows);
+  const int64_t bytes = key_block_bytes(part.k.format, part.k.dim) + value_block_bytes(part.v.format, part.v.dim);
+  a.blocks.resize(2 * TILE_BLOCKS * bytes);
+  a.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)64);
+  for (int first = unit.low / BLOCK * BLOCK; first < unit.high; first += TILE) {
+    Tile keys{}, values{};
+    const int left = (unit.high - first + BLOCK - 1) / BLOCK;
+    keys.blocks = values.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
+    gather(part, true, unit, first, a, keys);
+    set_next(part, true, unit, first + TILE, keys);
+    KEYS[part.k.format].score(q, keys, a.s.data());
+    const int count = keys.blocks * BLOCK;
+    finish_scores(plan, unit, first, count, a.s.data());
+    soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
+    gather(part, false, unit, first, a, values);
+    set_next(part, false, unit, first + TILE, values);
+    VALUES[part.v.format].add(rows, a.s.data(), a.decay.data(), values, a.o.data());
+  }
+  HeadWork& work = plan.heads[(size_t)unit.b * call.num_kv_heads + unit.head];
+  if (work.units == 1) {
+    for (int row = 0; row < rows; ++row)
+      write(plan, unit.b, unit.head, row, &a.o[(size_t)row * padded], a.m[row], a.l[row]);
+    return;
+  }
+  for (int row = 0; row < rows; ++row) {
+    float* to = plan.partial.data() + ((work.first + unit.slot) * rows + row) * (plan.padded + 2);
+    memcpy(to, &a.o[(size_t)row * padded], sizeof(float) * call.v_head_dim);
+    to[plan.padded] = a.m[row];
+    to[plan.padded + 1] = a.l[row];
+  }
+  if (work.left.fetch_sub(1, std::memory_order_acq_rel) == 1) merge(plan, unit.b, unit.head, work, a);
+}
+
+static void attend_thread(void* data) {
+  Plan& plan = *(Plan*)data;
+  static thread_local Scratch scratch;
+  scratch.sequence = -1;  // queries of an earlier call
+  for (int64_t i; (i = plan.next.fetch_add(1)) < (int64_t)plan.units.size();)
+    run_unit(plan, plan.units[i], scratch);
+}
+
+static void attend(const KvfAttend& call, KvfParallel parallel) {
+  Plan plan;
+  plan.call = &call;
+  plan.rows = call.num_heads / call.num_kv_heads * call.tokens;
+  plan.padded = call.v_head_dim;
+  make_plan(plan);
+  for (int b = 0; b < call.batch; ++b)
+    for (int head = 0; head < call.num_kv_heads; ++head)
+      if (!plan.heads[(size_t)b * call.num_kv_heads + head].units) {
+        std::vector<float> zeros(call.v_head_dim, 0.f);
+        for (int row = 0; row < plan.rows; ++row) write(plan, b, head, row, zeros.data(), -INFINITY, 0);
+      }
+  const int64_t threads = std::min<int64_t>(call.threads, plan.units.size());
+  if (threads <= 1) attend_thread(&plan);
+  else parallel(attend_thread, &plan, (unsigned)threads, 0);
+}
+
+struct AppendPlan {
+  const KvfAppend* call;
+  std::atomic<int64_t> next{0};
+};
+
+static void append_thread(void* data) {
+  AppendPlan& plan = *(AppendPlan*)data;
+  const KvfAppend& call = *plan.call;
+  for (int64_t i; (i = plan.next.fetch_add(1)) < (int64_t)call.batch * call.num_kv_heads;)
+    append(call, (int)(i / call.num_kv_heads), (int)(i % call.num_kv_heads));
+}
+
+static void append_all(const KvfAppend& call, KvfParallel parallel) {
+  AppendPlan plan;
+  plan.call = &call;
+  const int64_t items = (int64_t)call.batch * call.num_kv_heads;
+  if (call.threads <= 1 || items * call.tokens < 64) append_thread(&plan);
+  else parallel(append_thread, &plan, (unsigned)std::min<int64_t>(call.threads, items), 0);
+}
+
+}  // namespace

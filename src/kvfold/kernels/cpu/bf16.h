@@ -1,0 +1,110 @@
+// bfloat16 with AVX512-BF16: a register holds two dimensions of 16 keys, or 16 dimensions of two
+// values, and one instruction multiplies and adds both. Weights are rounded to bfloat16, as
+// FlashAttention does; sums are floats.
+#pragma once
+#include "generic.h"
+
+#if defined(__AVX512BF16__)
+namespace KVF_NAMESPACE {
+
+static INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+static void prepare_bf16(Queries& q) {
+  for (int64_t i = 0; i < (int64_t)q.rows * q.dim; ++i) q.bf16[i] = to_bf16(q.x[i]);
+}
+
+template <int ROWS, int BLOCKS>
+static INLINE void score_bf16_rows(const Queries& q, int row, const Tile& tile, int block,
+                                   bool fetch, float* s) {
+  __m512 sum[ROWS][BLOCKS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BLOCKS; ++b) sum[r][b] = _mm512_setzero_ps();
+  const int pairs = q.dim / 2;
+  const int32_t* query = (const int32_t*)(q.bf16 + (int64_t)row * q.dim);
+  for (int d = 0; d < pairs; ++d) {
+    __m512i k[BLOCKS];
+    for (int b = 0; b < BLOCKS; ++b) k[b] = _mm512_loadu_si512(tile.block[block + b] + d * 64);
+    if (fetch)
+      for (int b = 0; b < BLOCKS; ++b) prefetch(tile.next[block + b] + d * 64);
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512i x = _mm512_set1_epi32(query[r * pairs + d]);
+      for (int b = 0; b < BLOCKS; ++b) sum[r][b] = dot_pairs(sum[r][b], k[b], x);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BLOCKS; ++b)
+      _mm512_storeu_ps(s + (row + r) * TILE + (block + b) * BLOCK, sum[r][b]);
+}
+
+static void score_bf16(const Queries& q, const Tile& tile, float* s) {
+  const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
+  if (tile.blocks == TILE_BLOCKS && q.rows <= 6) {
+    for_rows<6>(q.rows, [&](auto n, int row) {
+      score_bf16_rows<decltype(n)::value, 4>(q, row, tile, 0, fetch && row == 0, s);
+    });
+    return;
+  }
+  int block = 0;
+  for (; block + 2 <= tile.blocks; block += 2)
+    for_rows<8>(q.rows, [&](auto n, int row) {
+      score_bf16_rows<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s);
+    });
+  if (block < tile.blocks)
+    for_rows<8>(q.rows, [&](auto n, int row) {
+      score_bf16_rows<decltype(n)::value, 1>(q, row, tile, block, false, s);
+    });
+}
+
+template <int ROWS, int CHUNKS>
+static INLINE void add_bf16_rows(int row, const int32_t* weights, const float* decay,
+                                 const Tile& tile, int chunk, bool fetch, float* o, int padded) {
+  __m512 sum[ROWS][CHUNKS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < CHUNKS; ++c)
+      sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(o + (row + r) * (int64_t)padded + (chunk + c) * 16),
+                                _mm512_set1_ps(decay[row + r]));
+  for (int block = 0; block < tile.blocks; ++block) {
+    const uint8_t* base = tile.block[block] + (int64_t)chunk * 512;
+    const uint8_t* next = fetch ? tile.next[block] + (int64_t)chunk * 512 : nullptr;
+    for (int pair = 0; pair < 8; ++pair) {
+      __m512i v[CHUNKS];
+      for (int c = 0; c < CHUNKS; ++c) v[c] = _mm512_loadu_si512(base + c * 512 + pair * 64);
+      if (fetch)
+        for (int c = 0; c < CHUNKS; ++c) prefetch(next + c * 512 + pair * 64);
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512i p = _mm512_set1_epi32(weights[(row + r) * (TILE / 2) + block * 8 + pair]);
+        for (int c = 0; c < CHUNKS; ++c) sum[r][c] = dot_pairs(sum[r][c], v[c], p);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < CHUNKS; ++c)
+      _mm512_storeu_ps(o + (row + r) * (int64_t)padded + (chunk + c) * 16, sum[r][c]);
+}
+
+static void add_bf16(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+  // The weights of a row, rounded, take the first half of its floats' place.
+  uint16_t* weights = (uint16_t*)p;
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < tile.blocks; ++i) {
+      const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + r * TILE + i * BLOCK));
+      memcpy(weights + r * TILE + i * BLOCK, &half, sizeof half);
+    }
+  const int padded = value_dim(KVF_BF16, tile.dim), chunks = padded / 16;
+  const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
+  const int32_t* pairs = (const int32_t*)weights;
+  int chunk = 0;
+  for (; chunk + 4 <= chunks; chunk += 4)
+    for_rows<6>(rows, [&](auto n, int row) {
+      add_bf16_rows<decltype(n)::value, 4>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
+    });
+  for (; chunk < chunks; ++chunk)
+    for_rows<6>(rows, [&](auto n, int row) {
+      add_bf16_rows<decltype(n)::value, 1>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
+    });
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,131 @@
+// Rows into a store: the C++ twin of kvfold/ops/quantize.py, bit for bit.
+#pragma once
+#include "layout.h"
+
+namespace KVF_NAMESPACE {
+
+static inline float element(const KvfTensor& t, const void* row, int i) {
+  switch (t.format) {
+    case KVF_F32: return ((const float*)row)[i];
+    case KVF_F16: return from_f16(((const uint16_t*)row)[i]);
+    default: return from_bf16(((const uint16_t*)row)[i]);
+  }
+}
+
+static inline const void* row_of(const KvfTensor& t, int b, int h, int i) {
+  const int64_t at = b * t.batch_stride + h * t.head_stride + i * t.token_stride;
+  return (const uint8_t*)t.data + at * (t.format == KVF_F32 ? 4 : 2);
+}
+
+// In place, over consecutive blocks of `size` (a power of two), times 1 / sqrt(size): its own inverse.
+static inline void hadamard(float* x, int count, int size) {
+  for (int start = 0; start + size <= count; start += size)
+    for (int half = 1; half < size; half *= 2)
+      for (int i = start; i < start + size; i += 2 * half)
+        for (int j = i; j < i + half; ++j) {
+          const float a = x[j], b = x[j + half];
+          x[j] = a + b;
+          x[j + half] = a - b;
+        }
+  const float norm = 1.0f / sqrtf((float)size);
+  for (int i = 0; i < count; ++i) x[i] *= norm;
+}
+
+// The next bfloat16 at or above x >= 0, so that no code overflows.
+static inline uint16_t scale_above(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((u + 0xffff) >> 16);
+}
+
+static inline uint8_t to_fp8(float x) {  // to nearest, ties to even, at most 448
+  if (x != x) return 0x7f;
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  const float size = std::fmin(std::fabs(x), 448.f);
+  if (size < 0.015625f) return sign | (uint8_t)std::nearbyintf(size * 512.f);  // subnormal: 2^-9
+  uint32_t u;
+  memcpy(&u, &size, 4);
+  u += 0x7ffff + ((u >> 20) & 1);
+  return sign | (uint8_t)((u >> 20) - (120 << 3));
+}
+
+static inline int code_of(float x, float scale, int low, int high) {
+  const float c = scale == 0 ? 0.f : std::nearbyintf(x / scale);
+  return c != c ? 0 : c < low ? low : c > high ? high : (int)c;
+}
+
+// Encode `padded` numbers (zeros beyond the head) as an unpacked row and its scales.
+static inline void encode_row(int format, const float* x, int padded, uint8_t* row,
+                              uint16_t* scales) {
+  if (format == KVF_F32) { memcpy(row, x, 4 * padded); return; }
+  if (format == KVF_F16 || format == KVF_BF16) {
+    for (int i = 0; i < padded; ++i) {
+      const uint16_t h = format == KVF_F16 ? to_f16(x[i]) : to_bf16(x[i]);
+      memcpy(row + 2 * i, &h, 2);
+    }
+    return;
+  }
+  if (format == KVF_INT4) {
+    for (int g = 0; g * GROUP < padded; ++g) {
+      float extreme = 0;  // signed: it gets the code -8, which has no positive twin
+      for (int i = g * GROUP; i < (g + 1) * GROUP; ++i)
+        if (x[i] != x[i] || std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
+      const uint16_t size = scale_above(std::fabs(extreme) / 8);
+      const uint16_t bits = extreme > 0 ? size | 0x8000 : size;
+      scales[g] = bits;
+      const float scale = from_bf16(bits);
+      for (int i = g * GROUP; i < (g + 1) * GROUP; ++i)
+        set_half(row + i / 2, i % 2, code_of(x[i], scale, -8, 7) + 8);
+    }
+    return;
+  }
+  float largest = 0;
+  for (int i = 0; i < padded; ++i)
+    if (x[i] != x[i] || std::fabs(x[i]) > largest) largest = std::fabs(x[i]);
+  scales[0] = scale_above(largest / (format == KVF_INT8 ? 127.f : 448.f));
+  const float scale = from_bf16(scales[0]);
+  for (int i = 0; i < padded; ++i)
+    row[i] = format == KVF_INT8 ? (uint8_t)code_of(x[i], scale, -127, 127)
+                                : to_fp8(scale == 0 ? 0.f : x[i] / scale);
+}
+
+static inline void append_row(const KvfSide& side, bool key, int64_t page, int head, int slot,
+                              const KvfTensor& from, const void* source) {
+  float x[1024 + 32] = {0};
+  uint8_t row[4 * (1024 + 32)];
+  uint16_t scales[64];
+  const int padded = key ? key_dim(side.format, side.dim) : value_dim(side.format, side.dim);
+  for (int i = 0; i < side.dim; ++i) x[i] = element(from, source, i);
+  if (side.rotation) hadamard(x, padded, side.rotation);
+  // Only INT4's last group looks beyond the head, and zeros change no scale.
+  encode_row(side.format, x, padded, row, scales);
+  uint8_t* at = page_of(side, page, head);
+  const int groups = scale_groups(side.format, side.dim);
+  if (side.packed) {
+    const int block = slot / BLOCK;
+    if (key) place_key(side.format, side.dim, row, at + block * key_block_bytes(side.format, side.dim), slot % BLOCK);
+    else place_value(side.format, side.dim, row, at + block * value_block_bytes(side.format, side.dim), slot % BLOCK);
+    uint16_t* s = groups ? scales_of(side, page, head) + (int64_t)block * groups * BLOCK : nullptr;
+    for (int g = 0; g < groups; ++g) s[g * BLOCK + slot % BLOCK] = scales[g];
+  } else {
+    const int stored = side.format == KVF_INT4 ? padded : side.dim;
+    memcpy(at + slot * side.row_stride, row, bytes_of(side.format, stored));
+    uint16_t* s = groups ? scales_of(side, page, head) + (int64_t)slot * groups : nullptr;
+    for (int g = 0; g < groups; ++g) s[g] = scales[g];
+  }
+}
+
+static void append(const KvfAppend& call, int b, int head) {
+  const KvfPart& part = call.part;
+  for (int t = 0; t < call.tokens; ++t) {
+    const int position = call.first[b] + t;
+    const int32_t page = part.table[b * part.table_stride + position / part.page_size];
+    if (page < 0) continue;
+    const int slot = position % part.page_size;
+    append_row(part.k, true, page, head, slot, call.k, row_of(call.k, b, head, t));
+    append_row(part.v, false, page, head, slot, call.v, row_of(call.v, b, head, t));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,285 @@
+// INT8 and INT4 with AVX512-VNNI, which multiplies unsigned by signed bytes, four at a time.
+//
+// Queries and weights become 16-bit integers, split into two planes of bytes (256 high + low), so
+// that what rounding them adds, 2^-16 of the largest, is nothing beside what the cache has lost.
+// Keys are unsigned (offset by 128 or 8); the offset's share is taken off in advance.
+#pragma once
+#include "generic.h"
+
+#if defined(__AVX512VNNI__)
+namespace KVF_NAMESPACE {
+
+static void prepare_integers(Queries& q, int group, int offset) {
+  const int groups = q.dim / group;
+  for (int r = 0; r < q.rows; ++r) {
+    const float* x = q.x + (int64_t)r * q.dim;
+    float largest = 0;
+    for (int i = 0; i < q.dim; ++i) largest = std::fmax(largest, std::fabs(x[i]));
+    const float unit = largest / 32512.f;  // 127 * 256, so that the high plane fits
+    q.unit[r] = unit;
+    const float inverse = unit > 0 ? 1 / unit : 0;
+    for (int g = 0; g < groups; ++g) {
+      int32_t high_sum = 0, low_sum = 0;
+      for (int i = g * group; i < (g + 1) * group; ++i) {
+        const float scaled = x[i] * inverse;
+        const int n = scaled == scaled ? (int)std::nearbyintf(scaled) : 0;
+        const int high = (n + 128) >> 8, low = n - 256 * high;
+        q.high[(int64_t)r * q.dim + i] = (int8_t)high;
+        q.low[(int64_t)r * q.dim + i] = (int8_t)low;
+        high_sum += high;
+        low_sum += low;
+      }
+      q.sums[(r * groups + g) * 2] = -offset * high_sum;
+      q.sums[(r * groups + g) * 2 + 1] = -offset * low_sum;
+    }
+    if (!(largest < INFINITY)) q.unit[r] = NAN;
+  }
+}
+
+static void prepare_int8(Queries& q) { prepare_integers(q, q.dim, 128); }
+static void prepare_int4(Queries& q) { prepare_integers(q, GROUP, 8); }
+
+static INLINE __m512i dword(const void* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+
+static INLINE __m512 joined(__m512i high, __m512i low) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.f), _mm512_cvtepi32_ps(low));
+}
+
+static INLINE __m512 scales16(const uint16_t* p) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+
+template <int ROWS, int BLOCKS>
+static INLINE void score_int8_rows(const Queries& q, int row, const Tile& tile, int block,
+                                   bool fetch, float* s) {
+  __m512i high[ROWS][BLOCKS], low[ROWS][BLOCKS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BLOCKS; ++b) {
+      high[r][b] = _mm512_set1_epi32(q.sums[(row + r) * 2]);
+      low[r][b] = _mm512_set1_epi32(q.sums[(row + r) * 2 + 1]);
+    }
+  for (int d = 0; d < q.dim; d += 4) {
+    __m512i k[BLOCKS];
+    for (int b = 0; b < BLOCKS; ++b) k[b] = _mm512_loadu_si512(tile.block[block + b] + d * 16);
+    if (fetch)
+      for (int b = 0; b < BLOCKS; ++b) prefetch(tile.next[block + b] + d * 16);
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t at = (int64_t)(row + r) * q.dim + d;
+      const __m512i h = dword(q.high + at), l = dword(q.low + at);
+      for (int b = 0; b < BLOCKS; ++b) {
+        high[r][b] = _mm512_dpbusd_epi32(high[r][b], k[b], h);
+        low[r][b] = _mm512_dpbusd_epi32(low[r][b], k[b], l);
+      }
+    }
+  }
+  for (int b = 0; b < BLOCKS; ++b) {
+    const __m512 scale = scales16(tile.scales[block + b]);
+    for (int r = 0; r < ROWS; ++r)
+      _mm512_storeu_ps(s + (row + r) * TILE + (block + b) * BLOCK,
+                       _mm512_mul_ps(joined(high[r][b], low[r][b]),
+                                     _mm512_mul_ps(scale, _mm512_set1_ps(q.unit[row + r]))));
+  }
+}
+
+template <int ROWS, int BLOCKS>
+static INLINE void score_int4_rows(const Queries& q, int row, const Tile& tile, int block,
+                                   bool fetch, float* s) {
+  const int groups = q.dim / GROUP;
+  const __m512i nibble = _mm512_set1_epi8(15);
+  __m512 sum[ROWS][BLOCKS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BLOCKS; ++b) sum[r][b] = _mm512_setzero_ps();
+  for (int g = 0; g < groups; ++g) {
+    __m512i high[ROWS][BLOCKS], low[ROWS][BLOCKS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int b = 0; b < BLOCKS; ++b) {
+        high[r][b] = _mm512_set1_epi32(q.sums[((row + r) * groups + g) * 2]);
+        low[r][b] = _mm512_set1_epi32(q.sums[((row + r) * groups + g) * 2 + 1]);
+      }
+    for (int d = g * GROUP; d < (g + 1) * GROUP; d += 8) {
+      __m512i k[BLOCKS][2];
+      for (int b = 0; b < BLOCKS; ++b) {
+        const __m512i both = _mm512_loadu_si512(tile.block[block + b] + d * 8);
+        if (fetch) prefetch(tile.next[block + b] + d * 8);
+        k[b][0] = _mm512_and_si512(both, nibble);
+        k[b][1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+      }
+      for (int half = 0; half < 2; ++half)
+        for (int r = 0; r < ROWS; ++r) {
+          const int64_t at = (int64_t)(row + r) * q.dim + d + 4 * half;
+          const __m512i h = dword(q.high + at), l = dword(q.low + at);
+          for (int b = 0; b < BLOCKS; ++b) {
+            high[r][b] = _mm512_dpbusd_epi32(high[r][b], k[b][half], h);
+            low[r][b] = _mm512_dpbusd_epi32(low[r][b], k[b][half], l);
+          }
+        }
+    }
+    for (int b = 0; b < BLOCKS; ++b) {
+      const __m512 scale = scales16(tile.scales[block + b] + g * BLOCK);
+      for (int r = 0; r < ROWS; ++r)
+        sum[r][b] = _mm512_fmadd_ps(joined(high[r][b], low[r][b]), scale, sum[r][b]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BLOCKS; ++b)
+      _mm512_storeu_ps(s + (row + r) * TILE + (block + b) * BLOCK,
+                       _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q.unit[row + r])));
+}
+
+#define KVF_SCORE(name, rows_function)                                                           \
+  static void name(const Queries& q, const Tile& tile, float* s) {                               \
+    const bool fetch = tile.next[0] != nullptr;                                                  \
+    int block = 0;                                                                               \
+    for (; block + 2 <= tile.blocks; block += 2)                                                 \
+      for_rows<4>(q.rows, [&](auto n, int row) {                                                 \
+        rows_function<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s);         \
+      });                                                                                        \
+    if (block < tile.blocks)                                                                     \
+      for_rows<4>(q.rows, [&](auto n, int row) {                                                 \
+        rows_function<decltype(n)::value, 1>(q, row, tile, block, false, s);                     \
+      });                                                                                        \
+  }
+KVF_SCORE(score_int8, score_int8_rows)
+KVF_SCORE(score_int4, score_int4_rows)
+#undef KVF_SCORE
+
+// Weights of up to four rows as two planes of unsigned bytes.
+struct Planes {
+  uint8_t high[4][TILE], low[4][TILE];
+  float unit[4];
+};
+
+static INLINE void split_weights(int rows, const float* p, const Tile& tile, int group,
+                                 int scale_stride, Planes& planes) {
+  for (int r = 0; r < rows; ++r) {
+    __m512 w[TILE_BLOCKS], largest = _mm512_setzero_ps();
+    for (int b = 0; b < tile.blocks; ++b) {
+      const uint16_t* scale = tile.scales[b] + group * scale_stride;
+      // INT4's scales may be negative; add_int4_rows gives their sign to the values.
+      w[b] = _mm512_abs_ps(_mm512_mul_ps(_mm512_loadu_ps(p + r * TILE + b * BLOCK), scales16(scale)));
+      largest = _mm512_max_ps(largest, w[b]);
+    }
+    const float top = _mm512_reduce_max_ps(largest);
+    planes.unit[r] = top * (1 / 65280.f);  // 255 * 256
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? 65280.f / top : 0);
+    for (int b = 0; b < tile.blocks; ++b) {
+      const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(w[b], inverse));
+      _mm_storeu_si128((__m128i*)(planes.high[r] + b * BLOCK),
+                       _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+      _mm_storeu_si128((__m128i*)(planes.low[r] + b * BLOCK), _mm512_cvtepi32_epi8(n));
+    }
+  }
+}
+
+template <int ROWS, int CHUNKS>
+static INLINE void add_int8_rows(int row, const Planes& planes, const float* decay,
+                                 const Tile& tile, int chunk, bool fetch, float* o, int padded) {
+  __m512i high[ROWS][CHUNKS], low[ROWS][CHUNKS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < CHUNKS; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
+  for (int block = 0; block < tile.blocks; ++block) {
+    const uint8_t* base = tile.block[block] + chunk * 256;
+    for (int quad = 0; quad < 4; ++quad) {
+      __m512i v[CHUNKS];
+      for (int c = 0; c < CHUNKS; ++c) v[c] = _mm512_loadu_si512(base + c * 256 + quad * 64);
+      if (fetch)
+        for (int c = 0; c < CHUNKS; ++c) prefetch(tile.next[block] + (chunk + c) * 256 + quad * 64);
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
+        const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
+        for (int c = 0; c < CHUNKS; ++c) {
+          high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
+          low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < CHUNKS; ++c) {
+      float* at = o + (row + r) * (int64_t)padded + (chunk + c) * 16;
+      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(decay[row + r]));
+      _mm512_storeu_ps(at, _mm512_fmadd_ps(joined(high[r][c], low[r][c]),
+                                           _mm512_set1_ps(planes.unit[r]), old));
+    }
+}
+
+static void add_int8(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+  const int padded = value_dim(KVF_INT8, tile.dim), chunks = padded / 16;
+  for_rows<4>(rows, [&](auto n, int row) {
+    constexpr int ROWS = decltype(n)::value;
+    Planes planes;
+    split_weights(ROWS, p + row * TILE, tile, 0, BLOCK, planes);
+    const bool fetch = tile.next[0] && row == 0;
+    int chunk = 0;
+    for (; chunk + 2 <= chunks; chunk += 2)
+      add_int8_rows<ROWS, 2>(row, planes, decay, tile, chunk, fetch, o, padded);
+    if (chunk < chunks) add_int8_rows<ROWS, 1>(row, planes, decay, tile, chunk, fetch, o, padded);
+  });
+}
+
+// A group of 32 dimensions is two chunks. A scale's sign (the format gives the code -8 to the
+// largest number, whatever its sign) moves to the values: codes of such tokens are negated.
+template <int ROWS>
+static INLINE void add_int4_rows(int row, const Planes& planes, const float* decay,
+                                 const Tile& tile, int group, bool fetch, float* o, int padded) {
+  const __m512i nibble = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+  __m512i high[ROWS][2], low[ROWS][2];
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < 2; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
+  for (int block = 0; block < tile.blocks; ++block) {
+    const uint8_t* base = tile.block[block] + group * 256;
+    const __m256i scales =
+        _mm256_loadu_si256((const __m256i*)(tile.scales[block] + group * BLOCK));
+    // 16 bytes, all ones where the token's scale is negative
+    const __m128i negative = _mm256_cvtepi16_epi8(_mm256_srai_epi16(scales, 15));
+    alignas(16) int32_t signs[4];
+    _mm_store_si128((__m128i*)signs, negative);
+    for (int eighth = 0; eighth < 2; ++eighth)
+      for (int half = 0; half < 2; ++half) {
+        const int quad = eighth * 2 + half;
+        const __m512i sign = _mm512_set1_epi32(signs[quad]);
+        __m512i v[2];
+        for (int c = 0; c < 2; ++c) {
+          __m512i both = _mm512_loadu_si512(base + c * 128 + eighth * 64);
+          if (fetch && half == 0) prefetch(tile.next[block] + group * 256 + c * 128 + eighth * 64);
+          if (half) both = _mm512_srli_epi16(both, 4);
+          const __m512i codes = _mm512_sub_epi8(_mm512_and_si512(both, nibble), eight);
+          v[c] = _mm512_sub_epi8(_mm512_xor_si512(codes, sign), sign);
+        }
+        for (int r = 0; r < ROWS; ++r) {
+          const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
+          const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
+          for (int c = 0; c < 2; ++c) {
+            high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
+            low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
+          }
+        }
+      }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < 2; ++c) {
+      float* at = o + (row + r) * (int64_t)padded + group * GROUP + c * 16;
+      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(decay[row + r]));
+      _mm512_storeu_ps(at, _mm512_fmadd_ps(joined(high[r][c], low[r][c]),
+                                           _mm512_set1_ps(planes.unit[r]), old));
+    }
+}
+
+static void add_int4(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+  const int padded = value_dim(KVF_INT4, tile.dim);
+  for_rows<4>(rows, [&](auto n, int row) {
+    constexpr int ROWS = decltype(n)::value;
+    for (int group = 0; group * GROUP < padded; ++group) {
+      Planes planes;
+      split_weights(ROWS, p + row * TILE, tile, group, BLOCK, planes);
+      add_int4_rows<ROWS>(row, planes, decay, tile, group, tile.next[0] && row == 0, o, padded);
+    }
+  });
+}
+
+}  // namespace
+#endif

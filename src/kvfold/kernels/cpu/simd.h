@@ -1,0 +1,159 @@
+// Sixteen floats, in as many of the machine's registers as that takes. Compiled once per
+// instruction set; the namespace keeps the copies apart.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace KVF_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int PARTS = 16 / WIDTH;
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+
+struct F16x {  // 16 floats
+  Floats v[PARTS];
+};
+
+#define EACH for (int i = 0; i < PARTS; ++i)
+
+static INLINE F16x splat(float x) { F16x r; EACH r.v[i] = x - Floats{}; return r; }
+static INLINE F16x load(const float* p) { F16x r; EACH memcpy(&r.v[i], p + i * WIDTH, sizeof(Floats)); return r; }
+static INLINE void store(float* p, F16x a) { EACH memcpy(p + i * WIDTH, &a.v[i], sizeof(Floats)); }
+static INLINE F16x operator+(F16x a, F16x b) { EACH a.v[i] += b.v[i]; return a; }
+static INLINE F16x operator-(F16x a, F16x b) { EACH a.v[i] -= b.v[i]; return a; }
+static INLINE F16x operator*(F16x a, F16x b) { EACH a.v[i] *= b.v[i]; return a; }
+static INLINE F16x fma(F16x a, F16x b, F16x c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+static INLINE F16x max(F16x a, F16x b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+static INLINE F16x min(F16x a, F16x b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+
+static INLINE F16x load_bf16(const uint16_t* p) {
+  F16x r;
+  EACH {
+    Halves h;
+    memcpy(&h, p + i * WIDTH, sizeof h);
+    r.v[i] = (Floats)(__builtin_convertvector(h, Ints) << 16);
+  }
+  return r;
+}
+
+static INLINE F16x load_i8(const int8_t* p) {
+  typedef int8_t Chars __attribute__((vector_size(WIDTH)));
+  F16x r;
+  EACH {
+    Chars c;
+    memcpy(&c, p + i * WIDTH, sizeof c);
+    r.v[i] = __builtin_convertvector(__builtin_convertvector(c, Ints), Floats);
+  }
+  return r;
+}
+
+static INLINE float reduce_add(F16x a) {
+  float t[16], s = 0;
+  store(t, a);
+  for (int w = 8; w; w >>= 1) for (int i = 0; i < w; ++i) t[i] += t[i + w];
+  s = t[0];
+  return s;
+}
+
+static INLINE float reduce_max(F16x a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)a.v[0]);
+#else
+  float t[16];
+  store(t, a);
+  for (int w = 8; w; w >>= 1) for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+  return t[0];
+#endif
+}
+
+// 2^x for x <= 0 (relative error 3e-7); 0 below -126, so that masked scores (-inf) vanish.
+static INLINE F16x exp2_nonpositive(F16x x) {
+  F16x r;
+  EACH {
+    Floats t = x.v[i] > -126.f ? x.v[i] : -126.f - Floats{};
+    const Floats magic = 12582912.f - Floats{};  // 1.5 * 2^23: adding it rounds to an integer
+    Floats n = (t + magic) - magic;
+    Floats f = t - n;  // in [-1/2, 1/2]; Taylor's series of 2^f = e^(f ln 2)
+    Floats p = 1.54035304e-4f - Floats{};
+    p = p * f + 1.33335581e-3f;
+    p = p * f + 9.61812911e-3f;
+    p = p * f + 5.55041087e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147181e-1f;
+    p = p * f + 1.0f;
+    Ints bits = (Ints)p + (__builtin_convertvector(n, Ints) << 23);
+    r.v[i] = x.v[i] >= -126.f ? (Floats)bits : Floats{};
+  }
+  return r;
+}
+
+static INLINE float from_bf16(uint16_t h) {
+  uint32_t u = (uint32_t)h << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+static INLINE uint16_t to_bf16(float f) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+static INLINE float from_f16(uint16_t h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }
+static INLINE uint16_t to_f16(float f) { _Float16 x = (_Float16)f; uint16_t h; memcpy(&h, &x, 2); return h; }
+
+static INLINE F16x load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  F16x r;
+  r.v[0] = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return r;
+#else
+  float t[16];
+  for (int i = 0; i < 16; ++i) t[i] = from_f16(p[i]);
+  return load(t);
+#endif
+}
+
+static INLINE float from_fp8(uint8_t x) {  // e4m3: bias 7, no infinities
+  int exponent = (x >> 3) & 15, mantissa = x & 7;
+  if ((x & 0x7f) == 0x7f) return NAN;
+  float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : mantissa * 0.001953125f;
+  return x & 0x80 ? -size : size;
+}
+
+static INLINE F16x load_fp8(const uint8_t* p) {
+  F16x r;
+  EACH {
+    Bytes b;
+    memcpy(&b, p + i * WIDTH, sizeof b);
+    Ints x = __builtin_convertvector(b, Ints);
+    Ints sign = (x & 0x80) << 24, bits = x & 0x7f;
+    // A normal number's bits, moved into a float's place, lack 127 - 7 in the exponent.
+    Floats normal = (Floats)((bits << 20) + (120 << 23));
+    Floats tiny = __builtin_convertvector(bits, Floats) * 0.001953125f;
+    Floats size = bits > 7 ? normal : tiny;
+    size = bits == 0x7f ? NAN - Floats{} : size;
+    r.v[i] = (Floats)((Ints)size | sign);
+  }
+  return r;
+}
+
+#undef EACH
+}  // namespace

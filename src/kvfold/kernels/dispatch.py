@@ -1,0 +1,332 @@
+"""``attention``: check the arguments, choose how to compute it, and be able to say why."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.errors import InputError
+from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
+from kvfold.kernels.rows import attend_rows
+from kvfold.ops.mask import alibi, visible
+from kvfold.ops.reference import attend
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Queries this many times fewer than keys are a decoding step: bound by memory, not arithmetic.
+_DECODE_RATIO = 4
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a call is computed.
+
+    Attributes:
+        name: ``kernel`` (kvfold's own), ``sdpa`` (PyTorch's scaled_dot_product_attention) or
+            ``matmul`` (two matrix products per KV head).
+        why: the reason, in a sentence.
+    """
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The checked arguments of ``attention``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    causal: bool
+    window: int | None
+    sinks: int
+    start: torch.Tensor | None
+    lengths: torch.Tensor | None
+    mask: torch.Tensor | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: torch.Tensor | None
+    dropout: float
+    return_lse: bool
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    start: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Grouped-query attention (arXiv 2305.13245) that never repeats or expands K and V.
+
+    Args:
+        q: ``[B, Hq, T, D]``; k: ``[B, Hkv, S, D]``; v: ``[B, Hkv, S, Dv]``; one dtype of float32,
+            float16, bfloat16 or float64, one device. Hkv divides Hq: query head h reads KV head
+            h // (Hq / Hkv).
+        causal: the last query stands at the last key (bottom-right alignment), and sees no later
+            ones.
+        window: a query sees only the last ``window`` keys up to its own position, and the first
+            ``sinks`` ones.
+        start, lengths: int ``[B]``; sequence b's keys are ``start[b] <= j < lengths[b]``, the
+            others are padding (on the left, on the right). The last query stands at position
+            ``lengths[b] - 1``. For a right-padded prefill leave ``lengths`` out: causal queries
+            never see padding after them.
+        mask: boolean (True: may be seen) or additive, broadcastable to ``[B, Hq, T, S]``.
+        scale: of the scores, ``D ** -0.5`` by default.
+        softcap: scores become ``softcap * tanh(score / softcap)``, before masks and bias.
+        alibi_slopes: ``[Hq]``; a score loses ``slope`` times the distance (arXiv 2108.12409).
+        dropout: probability of dropping a weight, for training.
+        return_lse: also return the scores' log-sum-exp, for ``merge``.
+
+    Returns:
+        ``[B, Hq, T, Dv]`` in q's dtype; with ``return_lse`` also ``[B, Hq, T]``. A query that
+        sees no key gets zeros and -inf.
+
+    Raises:
+        InputError: for shapes, dtypes, devices or values that do not fit, naming them.
+
+    >>> q, k, v = torch.randn(1, 8, 5, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    >>> attention(q, k, v).shape
+    torch.Size([1, 8, 5, 16])
+    """
+    call = _checked(
+        q, k, v, causal, window, sinks, start, lengths, mask, scale, softcap, alibi_slopes,
+        dropout, return_lse,
+    )  # fmt: skip
+    path = _choose(call).name
+    if path == "kernel":
+        return _kernel(call)
+    if path == "sdpa":
+        return _sdpa(call)
+    return _matmul(call)
+
+
+def explain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, **options: object
+) -> Path:
+    """Say how ``attention`` would compute this call, and why; takes the same arguments.
+
+    >>> x = torch.randn(1, 2, 64, 16, requires_grad=True)
+    >>> print(explain(x, x, x))
+    sdpa: gradients are needed, and PyTorch's kernels have them
+    """
+    defaults: dict[str, object] = {
+        "window": None, "sinks": 0, "start": None, "lengths": None, "mask": None, "scale": None,
+        "softcap": None, "alibi_slopes": None, "dropout": 0.0, "return_lse": False,
+    }  # fmt: skip
+    unknown = set(options) - set(defaults)
+    if unknown:
+        raise InputError(f"attention has no option {sorted(unknown)[0]!r}")
+    return _choose(_checked(q, k, v, causal, **{**defaults, **options}))  # type: ignore[arg-type]
+
+
+def _checked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    start: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    dropout: float,
+    return_lse: bool,
+) -> _Call:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise InputError(f"expected [B, heads, tokens, dim] tensors, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        raise InputError(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}",
+            "they must share one dtype: float32, float16, bfloat16 or float64",
+        )
+    if not q.device == k.device == v.device:
+        raise InputError(f"q, k and v are on {q.device}, {k.device} and {v.device}")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise InputError(
+            f"shapes do not fit: {shapes}", "q [B,Hq,T,D], k [B,Hkv,S,D], v [B,Hkv,S,Dv]"
+        )
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise InputError(
+            f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly: {shapes}"
+        )
+    if window is not None and window < 1:
+        raise InputError(f"window={window}: expected at least 1, or None")
+    if sinks < 0:
+        raise InputError(f"sinks={sinks}: expected 0 or more")
+    if window is not None and not causal:
+        raise InputError("a window needs causal=True", "it counts back from a query's position")
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"scale={scale}: expected a finite number")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise InputError(f"softcap={softcap}: expected a positive number, or None")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
+    for name, given in (("start", start), ("lengths", lengths)):
+        if given is None or torch.compiler.is_compiling():
+            continue
+        if given.shape != (q.shape[0],):
+            raise InputError(f"{name} has shape {list(given.shape)}, expected [{q.shape[0]}]")
+        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= k.shape[2]:
+            raise InputError(
+                f"{name} runs from {int(given.min())} to {int(given.max())}, beyond the "
+                f"{k.shape[2]} keys given"
+            )
+    if alibi_slopes is not None and alibi_slopes.shape != (q.shape[1],):
+        raise InputError(
+            f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{q.shape[1]}]"
+        )
+    if mask is not None:
+        _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    return _Call(
+        q, k, v, causal, window, sinks, start, lengths, mask, scale, softcap, alibi_slopes,
+        dropout, return_lse,
+    )  # fmt: skip
+
+
+def _check_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
+    try:
+        fits = torch.broadcast_shapes(mask.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
+        )
+
+
+def _choose(call: _Call) -> Path:
+    q, k = call.q, call.k
+    tensors = [q, k, call.v] + [x for x in (call.mask, call.alibi_slopes) if x is not None]
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    plain = call.softcap is None and not call.return_lse
+    if not gradients and not call.dropout and q.device.type == "cpu":
+        decoding = q.shape[2] <= MAX_TOKENS and q.shape[2] * _DECODE_RATIO <= k.shape[2]
+        fits = q.dtype is not torch.float64 and max(q.shape[3], call.v.shape[3]) <= MAX_DIM
+        if decoding and fits and library() is not None:
+            return Path("kernel", "few queries on the CPU: each key and value is read once")
+        if decoding and fits:
+            return Path("matmul", f"the CPU kernels are missing ({why_missing()})")
+        if decoding:
+            return Path("matmul", "few queries, of a dtype or head size without a kernel")
+    if not plain:
+        return Path("matmul", "PyTorch's kernels have no softcap and return no log-sum-exp")
+    if 0 in (q.shape[0], q.shape[2], k.shape[2]):
+        return Path("matmul", "there is nothing to compute")
+    if gradients or call.dropout:
+        return Path("sdpa", "gradients are needed, and PyTorch's kernels have them")
+    return Path("sdpa", "many queries: bound by arithmetic, where PyTorch's kernels are best")
+
+
+def _seen(call: _Call) -> torch.Tensor | None:
+    """What the options leave visible, without the mask; None for everything."""
+    if not call.causal and call.start is None and call.lengths is None:
+        return None
+    return visible(
+        call.q.shape[2],
+        call.k.shape[2],
+        causal=call.causal,
+        window=call.window,
+        sinks=call.sinks,
+        start=call.start,
+        lengths=call.lengths,
+        device=call.q.device,
+    )
+
+
+def _bias(call: _Call) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Visibility (boolean) and additive bias, from all options."""
+    seen, bias = _seen(call), None
+    if call.mask is not None:
+        if call.mask.dtype == torch.bool:
+            seen = call.mask if seen is None else seen & call.mask
+        else:
+            bias = call.mask
+    if call.alibi_slopes is not None:
+        tokens, keys = call.q.shape[2], call.k.shape[2]
+        distance = alibi(call.alibi_slopes, tokens, keys)
+        if call.lengths is not None:  # queries stand further left
+            shift = (keys - call.lengths).view(-1, 1, 1, 1)
+            distance = distance + call.alibi_slopes.view(1, -1, 1, 1) * shift
+        bias = distance if bias is None else bias + distance
+    return seen, bias
+
+
+def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    seen, bias = _bias(call)
+    found = attend(
+        call.q,
+        call.k,
+        call.v,
+        seen=seen,
+        bias=None if bias is None else bias.to(call.q.dtype),
+        scale=call.scale,
+        softcap=call.softcap,
+        dropout=call.dropout,
+    )
+    return (found.out, found.lse) if call.return_lse else found.out
+
+
+def _sdpa(call: _Call) -> torch.Tensor:
+    """PyTorch's kernels; a query that sees nothing gets zeros here too."""
+    q, k, v = call.q, call.k, call.v
+    square = call.causal and q.shape[2] == k.shape[2] and call.window is None
+    if square and call.start is None and call.lengths is None:
+        seen, bias, is_causal = None, None, True
+        if call.mask is not None or call.alibi_slopes is not None:
+            seen, bias = _bias(call)
+            is_causal = False
+    else:
+        seen, bias = _bias(call)
+        is_causal = False
+    if bias is not None and seen is not None:
+        bias = bias.masked_fill(~seen, -torch.inf)
+    mask = seen if bias is None else bias.to(q.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        is_causal=is_causal,
+        scale=call.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    if seen is not None:
+        out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
+    return out
+
+
+def _kernel(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    out, lse = attend_rows(
+        call.q,
+        call.k,
+        call.v,
+        start=call.start,
+        lengths=call.lengths,
+        mask=call.mask,
+        alibi_slopes=call.alibi_slopes,
+        causal=call.causal,
+        window=call.window or 0,
+        sinks=call.sinks,
+        scale=call.q.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        softcap=call.softcap or 0.0,
+    )
+    return (out, lse) if call.return_lse else out

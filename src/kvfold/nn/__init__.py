@@ -1,0 +1,5 @@
+"""Layers."""
+
+from kvfold.nn.attention import GroupedQueryAttention
+
+__all__ = ["GroupedQueryAttention"]

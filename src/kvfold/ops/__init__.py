@@ -1,0 +1,1 @@
+"""What attention and the cache formats are, in plain PyTorch."""
