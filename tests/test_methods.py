@@ -58,7 +58,7 @@ def test_a_phase_on_pairs_commutes_with_rotary_embedding() -> None:
     ):
 
         def rotate(x: torch.Tensor, cos=cos, sin=sin, half=half) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            return x * cos + half(x) * sin  # type: ignore[no-any-return]
+            return x * cos + half(x) * sin
 
         def gauge(x: torch.Tensor, pairs: Pairs = pairs) -> torch.Tensor:
             complex_pairs, rest = pairs.split(x[:, None])

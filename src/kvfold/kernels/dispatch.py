@@ -14,6 +14,7 @@ from kvfold.ops.reference import attend
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Queries this many times fewer than keys are a decoding step: bound by memory, not arithmetic.
 _DECODE_RATIO = 4
+_SHAPES = "expected q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]"
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,7 @@ def _checked(
     if not q.device == k.device == v.device:
         raise InputError(f"q, k and v are on {q.device}, {k.device} and {v.device}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise InputError(
-            f"shapes do not fit: {shapes}", "q [B,Hq,T,D], k [B,Hkv,S,D], v [B,Hkv,S,Dv]"
-        )
+        raise InputError(f"shapes do not fit: {shapes}", _SHAPES)
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise InputError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly: {shapes}"

@@ -35,15 +35,8 @@ def attend_rows(
     call.hide(start, mask, alibi_slopes, keys)
     pages = call.kept(torch.arange(batch, dtype=torch.int32))
     fmt = format_of(k.dtype)
-    part = Part(
-        rows_side(k, fmt),
-        rows_side(v, fmt),
-        pages.data_ptr(),
-        1,
-        max(keys, 1),
-        None,
-        end.data_ptr(),
-    )
+    sides = rows_side(k, fmt), rows_side(v, fmt)
+    part = Part(*sides, pages.data_ptr(), 1, max(keys, 1), None, end.data_ptr())
     out, lse = call.run(lib, [part], v.shape[3], return_lse=True)
     assert lse is not None
     return out, lse

@@ -1,5 +1,1 @@
 """Layers."""
-
-from kvfold.nn.attention import GroupedQueryAttention
-
-__all__ = ["GroupedQueryAttention"]
