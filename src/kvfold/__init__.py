@@ -37,6 +37,9 @@ _HOMES = {
     "merge": "kvfold.ops.reference",
 }
 
+# Modules that users name after ``import kvfold``: ``kvfold.nn``, ``kvfold.transformers``.
+_ROOMS = ("nn", "transformers")
+
 __all__ = [
     "AttentionGeometry",
     "FoldedModel",
@@ -56,6 +59,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"kvfold.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

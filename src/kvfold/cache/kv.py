@@ -95,7 +95,7 @@ class KVCache:
         if kind == "contiguous":
             page_size = _round_up(max_length or _START_CAPACITY)
             self._capacity = page_size
-        self._exact = _exact(formats, exact_first, exact_recent)
+        self._exact = _exact(formats, exact_first, exact_recent, sinks)
         self._tails = [self._exact.first] * batch if self._exact else []
         self._main = self._store(formats, page_size, batch if kind == "contiguous" else 0)
         half = FORMATS["bf16"]
@@ -125,13 +125,22 @@ class KVCache:
     def _stores(self) -> list[Store]:
         return [self._main] if self._ends is None else [self._main, self._ends]
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, sequences: list[int] | None = None) -> None:
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sequences: list[int] | None = None,
+        *,
+        queries: int | None = None,
+    ) -> None:
         """Add tokens at the end of the sequences.
 
         Args:
             k: ``[B, Hkv, T, D]``; v: ``[B, Hkv, T, Dv]``; float32, float16 or bfloat16, after
                 rotary embedding.
             sequences: which ones, B indices; all of them by default.
+            queries: how many of the last of these tokens will attend through the cache, all by
+                default. A sliding cache stores no more than they can see.
 
         Raises:
             InputError: for shapes or dtypes that do not fit, or beyond ``max_length``.
@@ -152,17 +161,18 @@ class KVCache:
             self._capacity = _round_up(max(longest, self._capacity * 3 // 2))
             self._main.lengthen(self._capacity)
         k, v = readable(k), readable(v)
+        queries = tokens if queries is None else queries
         alike = len({self._state(b) for b in rows}) <= 1
         if alike:
-            self._append(k, v, rows)
+            self._append(k, v, rows, queries)
         else:
             for i, b in enumerate(rows):
-                self._append(k[i : i + 1], v[i : i + 1], [b])
+                self._append(k[i : i + 1], v[i : i + 1], [b], queries)
 
     def _state(self, b: int) -> tuple[int, ...]:
         return (self.lengths[b], *self._tails[b : b + 1])
 
-    def _append(self, k: torch.Tensor, v: torch.Tensor, rows: list[int]) -> None:
+    def _append(self, k: torch.Tensor, v: torch.Tensor, rows: list[int], queries: int) -> None:
         """Sequences of one length."""
         tokens = k.shape[2]
         if not rows or not tokens:
@@ -173,12 +183,22 @@ class KVCache:
             for store in self._stores:
                 for b in rows:
                     store.release(b, self.sinks, old - self.window + 1)
-        if self._exact is None:
-            self._write(self._main, k, v, rows, old, old, new)
-        else:
-            self._append_exact(k, v, rows, old, new)
+        for low, high in self._kept(old, new, queries):
+            cut = slice(low - old, high - old)
+            if self._exact is None:
+                self._write(self._main, k[:, :, cut], v[:, :, cut], rows, low, low, high)
+            else:
+                self._append_exact(k[:, :, cut], v[:, :, cut], rows, low, high)
         for b in rows:
             self.lengths[b] = new
+
+    def _kept(self, old: int, new: int, queries: int) -> list[tuple[int, int]]:
+        """Which of the positions ``old <= j < new`` queries to come can see."""
+        if self.kind != "sliding" or self.window is None:
+            return [(old, new)]
+        first = max(old, new - max(queries, 1) - self.window + 1)
+        sinks = min(self.sinks, new)
+        return [(old, sinks), (first, new)] if old < sinks < first else [(first, new)]
 
     def _append_exact(
         self, k: torch.Tensor, v: torch.Tensor, rows: list[int], old: int, new: int
@@ -187,6 +207,10 @@ class KVCache:
         assert self._exact is not None
         assert self._ends is not None
         first, tail = self._exact.first, self._tails[rows[0]]
+        if old > self.lengths[rows[0]]:  # a window skipped what lies between
+            tail = max(tail, old)
+            for b in rows:
+                self._tails[b] = tail
         if new - tail >= self._exact.recent + _MOVED_AT_ONCE:
             self._move(rows, tail, min(old, new - self._exact.recent))
             tail = new - self._exact.recent
@@ -282,7 +306,7 @@ class KVCache:
             parts = self._parts(rows, lengths, call)
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
-        k, v = self._tensors(rows, q.dtype)
+        k, v = self.tensors(q.dtype, rows)
         return attention(
             q,
             k,
@@ -330,8 +354,11 @@ class KVCache:
         k, v = (torch.cat(side, 1) for side in zip(*pieces, strict=True))
         return k, v
 
-    def _tensors(self, rows: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(
+        self, dtype: torch.dtype, sequences: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything, decoded: ``[B, Hkv, S, D]``, shorter sequences filled up with zeros."""
+        rows = self._rows(sequences)
         longest = max((self.lengths[b] for b in rows), default=0)
         k = torch.zeros(len(rows), self.num_kv_heads, longest, self.head_dim, dtype=dtype)
         v = torch.zeros(len(rows), self.num_kv_heads, longest, self.v_head_dim, dtype=dtype)
@@ -391,10 +418,11 @@ class KVCache:
             self._tails[target] = self._tails[source]
 
     def reorder(self, sequences: list[int]) -> None:
-        """Make sequence i what sequence ``sequences[i]`` was (beam search). Pages are shared."""
+        """Make sequence i what sequence ``sequences[i]`` was (beam search). Pages are shared.
+
+        The batch becomes as large as the list.
+        """
         rows = self._rows(sequences)
-        if len(rows) != self.batch:
-            raise InputError(f"reorder needs {self.batch} indices, got {len(rows)}")
         for store in self._stores:
             store.select(rows)
         self.lengths = [self.lengths[b] for b in rows]
@@ -441,11 +469,13 @@ def _check_kind(kind: str, window: int | None, sinks: int, max_length: int | Non
         raise InputError(f"max_length={max_length}: expected at least 1")
 
 
-def _exact(formats: tuple[Format, Format], first: int | None, recent: int | None) -> _Exact | None:
+def _exact(
+    formats: tuple[Format, Format], first: int | None, recent: int | None, sinks: int
+) -> _Exact | None:
     for name, value in (("exact_first", first), ("exact_recent", recent)):
         if value is not None and value < 0:
             raise InputError(f"{name}={value}: expected 0 or more")
     int4 = any(f.name == "int4" for f in formats)
     first = (_EXACT_FIRST if int4 else 0) if first is None else first
     recent = (_EXACT_RECENT if int4 else 0) if recent is None else recent
-    return _Exact(first, recent) if first or recent else None
+    return _Exact(max(first, sinks), recent) if first or recent else None

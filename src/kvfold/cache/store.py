@@ -259,7 +259,7 @@ class Store:
         return rows(self.keys), rows(self.values)
 
     def _rows(self, rows: list[int]) -> torch.Tensor:
-        everything = len(rows) == len(self.table) and rows == list(range(len(rows)))
+        everything = rows == list(range(len(self.table)))
         return self.table if everything else self.table[rows]
 
     def part(
