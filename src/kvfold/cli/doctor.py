@@ -18,21 +18,23 @@ _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "gguf", "matp
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(as_json: bool) -> None:
     """Check that everything kvfold needs is here and works. Exit code 1 if something is not."""
-    checks = [_package(name) for name in _PACKAGES] + [_machine(), _devices(), _disk(), _text()]
+    checks = [_package(name) for name in _PACKAGES]
+    checks += [_machine(), _devices(), _kernels(), _disk(), _text()]
 
     def show() -> None:
         from kvfold.report.tables import print_table
 
-        rows = [["ok" if good else "BAD", name, found] for name, good, found in checks]
+        words = {True: "ok", False: "BAD", None: "--"}
+        rows = [[words[good], name, found] for name, good, found in checks]
         print_table("kvfold doctor", ["", "what", "found"], rows)
 
     document = [{"name": name, "ok": good, "found": found} for name, good, found in checks]
     emit(as_json, document, show)
-    if not all(good for _, good, _ in checks):
+    if any(good is False for _, good, _ in checks):
         raise click.exceptions.Exit(1)
 
 
-Check = tuple[str, bool, str]
+Check = tuple[str, bool | None, str]  # None: kvfold works without it, but less well
 
 
 def _package(name: str) -> Check:
@@ -59,6 +61,20 @@ def _devices() -> Check:
     if torch.cuda.is_available():
         return "devices", True, torch.cuda.get_device_name()
     return "devices", True, f"CPU only, {torch.get_num_threads()} threads (folding runs on the CPU)"
+
+
+def _kernels() -> Check:
+    try:
+        from kvfold.kernels.library import library, why_missing
+
+        found = library()
+    except Exception as error:
+        return "CPU kernels", None, f"unknown: {error}"
+    if found is not None:
+        pool = "PyTorch's threads" if found.shares_threads else "threads of their own"
+        return "CPU kernels", True, f"{found.isa} (of {', '.join(found.isas)}), on {pool}"
+    lost = "attention over caches goes through PyTorch, many times slower"
+    return "CPU kernels", None, f"{why_missing()}. Until then {lost}"
 
 
 def _disk() -> Check:

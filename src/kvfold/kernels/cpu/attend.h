@@ -11,6 +11,7 @@
 #include "bf16.h"
 #include "encode.h"
 #include "integer.h"
+#include "tile.h"
 
 namespace KVF_NAMESPACE {
 
@@ -53,11 +54,6 @@ static const ValueKernel VALUES[KVF_FORMATS] = {
     generic_values<StepINT8<false>>(),
     generic_values<StepINT4>(),
 #endif
-};
-
-struct Unit {
-  int32_t b, head, part, low, high;  // positions low <= j < high
-  int32_t slot;                      // its place among the head's units
 };
 
 struct HeadWork {
@@ -133,17 +129,14 @@ static void make_plan(Plan& plan) {
 
 // Memory of one thread, for all of its units.
 struct Scratch {
-  std::vector<float> x, o, s, weights, decay, m, l, unit;
-  std::vector<uint16_t> bf16, scales;
+  std::vector<float> x, o, s, decay, m, l, unit;
+  std::vector<uint16_t> bf16;
   std::vector<int8_t> high, low;
   std::vector<int32_t> sums;
-  std::vector<uint8_t> blocks;
+  Spare spare;
   int sequence = -1, head = -1, part = -1;  // whose queries are prepared
 };
 
-static inline float read(const KvfTensor& t, int b, int h, int i, int d) {
-  return element(t, row_of(t, b, h, i), d);
-}
 
 static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Queries& q) {
   const KvfAttend& call = *plan.call;
@@ -178,75 +171,6 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
   a.sequence = unit.b;
   a.head = unit.head;
   a.part = unit.part;
-}
-
-// One side's blocks of a tile. Whole packed blocks are used where they lie; others (at the ends,
-// unpacked, or missing) are put together in scratch, with zeros for tokens outside the unit, whose
-// memory may hold anything.
-static void gather(const KvfPart& part, bool key, const Unit& unit, int first, Scratch& a, Tile& tile) {
-  const KvfSide& side = key ? part.k : part.v;
-  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
-  const int groups = scale_groups(side.format, side.dim);
-  const int32_t* table = part.table + unit.b * part.table_stride;
-  const size_t half = a.blocks.size() / 2, scale_half = a.scales.size() / 2;
-  tile.dim = side.dim;
-  for (int i = 0; i < tile.blocks; ++i) {
-    const int position = first + i * BLOCK;
-    const bool whole = position >= unit.low && position + BLOCK <= unit.high;
-    if (side.packed) {
-      const int32_t page = table[position / part.page_size];
-      const int block = position % part.page_size / BLOCK;
-      if (page >= 0) {
-        tile.block[i] = page_of(side, page, unit.head) + block * bytes;
-        if (groups) tile.scales[i] = scales_of(side, page, unit.head) + (int64_t)block * groups * BLOCK;
-        if (whole || key) continue;  // scores of keys outside are thrown away
-      }
-    }
-    uint8_t* to = a.blocks.data() + (key ? 0 : half) + i * bytes;
-    uint16_t* scales = a.scales.data() + (key ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
-    const bool copied = side.packed && table[position / part.page_size] >= 0;
-    if (copied) {
-      memcpy(to, tile.block[i], bytes);
-      if (groups) memcpy(scales, tile.scales[i], 2 * groups * BLOCK);
-    } else {
-      memset(to, 0, bytes);
-      memset(scales, 0, 2 * groups * BLOCK);
-    }
-    for (int slot = 0; slot < BLOCK; ++slot) {
-      const int at = position + slot;
-      const bool inside = at >= unit.low && at < unit.high;
-      if (copied) {
-        if (inside) continue;
-        clear_value(side.format, side.dim, to, slot);
-        for (int g = 0; g < groups; ++g) scales[g * BLOCK + slot] = 0;
-      } else if (inside && !side.packed) {
-        const int32_t page = table[at / part.page_size];
-        if (page < 0) continue;
-        const int row = at % part.page_size;
-        const uint8_t* from = page_of(side, page, unit.head) + row * side.row_stride;
-        if (key) place_key(side.format, side.dim, from, to, slot);
-        else place_value(side.format, side.dim, from, to, slot);
-        for (int g = 0; g < groups; ++g)
-          scales[g * BLOCK + slot] = scales_of(side, page, unit.head)[(int64_t)row * groups + g];
-      }
-    }
-    tile.block[i] = to;
-    tile.scales[i] = scales;
-  }
-}
-
-static void set_next(const KvfPart& part, bool key, const Unit& unit, int first, Tile& tile) {
-  const KvfSide& side = key ? part.k : part.v;
-  tile.next[0] = nullptr;
-  if (!side.packed || tile.blocks < TILE_BLOCKS || first + TILE > unit.high) return;
-  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
-  const int32_t* table = part.table + unit.b * part.table_stride;
-  for (int i = 0; i < TILE_BLOCKS; ++i) {
-    const int position = first + i * BLOCK;
-    const int32_t page = table[position / part.page_size];
-    const int block = position % part.page_size / BLOCK;
-    tile.next[i] = page_of(side, page < 0 ? 0 : page, unit.head) + block * bytes;
-  }
 }
 
 // Turn scores into logits in base 2, and hide what a query may not see.
@@ -355,19 +279,19 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
   a.l.assign(rows, 0.f);
   a.decay.resize(rows);
   const int64_t bytes = key_block_bytes(part.k.format, part.k.dim) + value_block_bytes(part.v.format, part.v.dim);
-  a.blocks.resize(2 * TILE_BLOCKS * bytes);
-  a.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)64);
+  a.spare.blocks.resize(2 * TILE_BLOCKS * bytes);
+  a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)64);
   for (int first = unit.low / BLOCK * BLOCK; first < unit.high; first += TILE) {
     Tile keys{}, values{};
     const int left = (unit.high - first + BLOCK - 1) / BLOCK;
     keys.blocks = values.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
-    gather(part, true, unit, first, a, keys);
+    gather(part, true, unit, first, a.spare, keys);
     set_next(part, true, unit, first + TILE, keys);
     KEYS[part.k.format].score(q, keys, a.s.data());
     const int count = keys.blocks * BLOCK;
     finish_scores(plan, unit, first, count, a.s.data());
     soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
-    gather(part, false, unit, first, a, values);
+    gather(part, false, unit, first, a.spare, values);
     set_next(part, false, unit, first + TILE, values);
     VALUES[part.v.format].add(rows, a.s.data(), a.decay.data(), values, a.o.data());
   }

@@ -68,15 +68,7 @@ static void read_thread(void* data) {
   Reading& r = *(Reading*)data;
   const int32_t i = __atomic_fetch_add(&r.next, 1, __ATOMIC_RELAXED);
   const int64_t lines = r.bytes / 64, first = lines * i / r.threads, last = lines * (i + 1) / r.threads;
-  typedef uint64_t Line __attribute__((vector_size(64)));
-  Line sums[4] = {};
-  const Line* p = (const Line*)r.data;
-  int64_t k = first;
-  for (; k + 4 <= last; k += 4)
-    for (int j = 0; j < 4; ++j) sums[j] += p[k + j];
-  uint64_t total = 0;
-  for (int j = 0; j < 4; ++j)
-    for (int lane = 0; lane < 8; ++lane) total += sums[j][lane];
+  const uint64_t total = current->table->read_lines(r.data + first * 64, last - first);
   __atomic_fetch_add(&r.sum, total, __ATOMIC_RELAXED);
 }
 

@@ -5,4 +5,5 @@
 struct IsaTable {
   void (*attend)(const KvfAttend&, KvfParallel);
   void (*append)(const KvfAppend&, KvfParallel);
+  uint64_t (*read_lines)(const uint8_t* data, int64_t lines);
 };

@@ -1,0 +1,117 @@
+// Finding the blocks of a store that a tile of keys or values is made of.
+#pragma once
+#include <vector>
+
+#include "generic.h"
+#include "rows.h"
+
+namespace KVF_NAMESPACE {
+
+struct Unit {
+  int32_t b, head, part, low, high;  // positions low <= j < high
+  int32_t slot;                      // its place among the head's units
+};
+
+// Room for blocks that cannot be used where they lie; keys in the first half, values in the second.
+struct Spare {
+  std::vector<uint8_t> blocks;
+  std::vector<uint16_t> scales;
+};
+
+// A block for tokens that are not there: zeros, whatever the format.
+static void clear_block(const KvfSide& side, bool key, uint8_t* to, uint16_t* scales) {
+  memset(to, 0, key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim));
+  memset(scales, 0, 2 * scale_groups(side.format, side.dim) * BLOCK);
+}
+
+// Copy a packed block of values without the tokens outside the unit.
+static void copy_inside(const KvfSide& side, const Unit& unit, int position, const Tile& tile, int i,
+                        uint8_t* to, uint16_t* scales) {
+  const int groups = scale_groups(side.format, side.dim);
+  memcpy(to, tile.block[i], value_block_bytes(side.format, side.dim));
+  if (groups) memcpy(scales, tile.scales[i], 2 * groups * BLOCK);
+  for (int slot = 0; slot < BLOCK; ++slot) {
+    if (position + slot >= unit.low && position + slot < unit.high) continue;
+    clear_value(side.format, side.dim, to, slot);
+    for (int g = 0; g < groups; ++g) scales[g * BLOCK + slot] = 0;
+  }
+}
+
+// Pack the rows of the unit that fall into a block.
+static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int position, uint8_t* to,
+                         uint16_t* scales) {
+  const KvfSide& side = key ? part.k : part.v;
+  const int groups = scale_groups(side.format, side.dim);
+  const int32_t* table = part.table + unit.b * part.table_stride;
+  const uint8_t* rows[BLOCK];
+  int found = 0;
+  clear_block(side, key, to, scales);
+  for (int slot = 0; slot < BLOCK; ++slot) {
+    const int at = position + slot;
+    const bool inside = at >= unit.low && at < unit.high;
+    const int32_t page = inside ? table[at / part.page_size] : -1;
+    rows[slot] = nullptr;
+    if (page < 0) continue;
+    const int row = at % part.page_size;
+    rows[slot] = page_of(side, page, unit.head) + row * side.row_stride;
+    ++found;
+    for (int g = 0; g < groups; ++g)
+      scales[g * BLOCK + slot] = scales_of(side, page, unit.head)[(int64_t)row * groups + g];
+  }
+  if (found == BLOCK) return key ? place_keys(side.format, side.dim, rows, to)
+                                 : place_values(side.format, side.dim, rows, to);
+  for (int slot = 0; slot < BLOCK; ++slot)
+    if (rows[slot]) key ? place_key(side.format, side.dim, rows[slot], to, slot)
+                        : place_value(side.format, side.dim, rows[slot], to, slot);
+}
+
+// One side's blocks of a tile. Whole packed blocks are used where they lie; others (at the ends,
+// unpacked, or missing) are put together in scratch, with zeros for tokens outside the unit, whose
+// memory may hold anything.
+static void gather(const KvfPart& part, bool key, const Unit& unit, int first, Spare& spare, Tile& tile) {
+  const KvfSide& side = key ? part.k : part.v;
+  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
+  const int groups = scale_groups(side.format, side.dim);
+  const int32_t* table = part.table + unit.b * part.table_stride;
+  const size_t half = spare.blocks.size() / 2, scale_half = spare.scales.size() / 2;
+  tile.dim = side.dim;
+  for (int i = 0; i < tile.blocks; ++i) {
+    const int position = first + i * BLOCK;
+    const bool whole = position >= unit.low && position + BLOCK <= unit.high;
+    if (side.packed) {
+      const int32_t page = table[position / part.page_size];
+      const int block = position % part.page_size / BLOCK;
+      if (page >= 0) {
+        tile.block[i] = page_of(side, page, unit.head) + block * bytes;
+        if (groups) tile.scales[i] = scales_of(side, page, unit.head) + (int64_t)block * groups * BLOCK;
+        if (whole || key) continue;  // scores of keys outside are thrown away
+      }
+    }
+    uint8_t* to = spare.blocks.data() + (key ? 0 : half) + i * bytes;
+    uint16_t* scales = spare.scales.data() + (key ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
+    if (side.packed && table[position / part.page_size] >= 0)
+      copy_inside(side, unit, position, tile, i, to, scales);
+    else if (!side.packed)
+      collect_rows(part, key, unit, position, to, scales);
+    else
+      clear_block(side, key, to, scales);
+    tile.block[i] = to;
+    tile.scales[i] = scales;
+  }
+}
+
+static void set_next(const KvfPart& part, bool key, const Unit& unit, int first, Tile& tile) {
+  const KvfSide& side = key ? part.k : part.v;
+  tile.next[0] = nullptr;
+  if (!side.packed || tile.blocks < TILE_BLOCKS || first + TILE > unit.high) return;
+  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
+  const int32_t* table = part.table + unit.b * part.table_stride;
+  for (int i = 0; i < TILE_BLOCKS; ++i) {
+    const int position = first + i * BLOCK;
+    const int32_t page = table[position / part.page_size];
+    const int block = position % part.page_size / BLOCK;
+    tile.next[i] = page_of(side, page < 0 ? 0 : page, unit.head) + block * bytes;
+  }
+}
+
+}  // namespace
