@@ -49,3 +49,35 @@ def test_impossible_folds(bad: int) -> None:
 def test_kv_heads_must_divide_heads() -> None:
     with pytest.raises(InputError, match="does not divide"):
         AttentionGeometry(1, 9, 2, 64, 64, 576)
+
+
+@given(kv_heads=st.integers(1, 8), group_size=st.integers(1, 8), tokens=sizes, context=sizes)
+def test_flops_add_up(kv_heads: int, group_size: int, tokens: int, context: int) -> None:
+    geometry = AttentionGeometry(3, kv_heads * group_size, kv_heads, 16, 24, 99)
+    steps = sum(geometry.decode_flops(context) for _ in range(tokens))
+    assert steps == geometry.forward_flops(tokens, context)  # causal masks are not discounted
+    assert geometry.forward_flops(tokens) == geometry.forward_flops(tokens, tokens)
+    assert geometry.projection_flops(tokens) == 2 * tokens * geometry.attention_parameters()
+    cached = geometry.projection_flops(tokens, kv_tokens=0)
+    assert cached == 2 * tokens * geometry.query_parameters()
+
+
+@given(kv_heads=st.integers(1, 32), group_size=st.integers(1, 8))
+def test_folding_cuts_parameters_and_bytes_but_not_attention_flops(
+    kv_heads: int, group_size: int
+) -> None:
+    source = AttentionGeometry(2, kv_heads * group_size, kv_heads, 16, 24, 99)
+    folded = source.with_kv_heads(1)
+    assert source.kv_parameters() == kv_heads * folded.kv_parameters()
+    assert source.query_parameters() == folded.query_parameters()
+    assert source.attention_flops(1, 1000) == folded.attention_flops(1, 1000)
+
+
+def test_parameters_of_a_known_model() -> None:
+    # Qwen2-0.5B: 24 layers, 14 heads, 2 KV heads, 896 wide; q, k and v have biases.
+    qwen = AttentionGeometry(24, 14, 2, 64, 64, 896)
+    weights = 896 * 896 * 2 + 128 * 896 * 2
+    assert qwen.attention_parameters() == 24 * weights
+    assert qwen.attention_parameters(qkv_bias=True) == 24 * (weights + 896 + 128 + 128)
+    assert qwen.attention_parameters(qk_norm=True) == 24 * (weights + 2 * 64)
+    assert qwen.kv_parameters(bias=True) == 24 * 2 * 128 * 897

@@ -1,4 +1,4 @@
-"""All arithmetic about heads, bytes and parameters. No torch."""
+"""All arithmetic about heads, bytes, parameters and FLOPs. No torch."""
 
 from dataclasses import dataclass, replace
 
@@ -61,11 +61,87 @@ class AttentionGeometry:
         elements = self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim)
         return elements * bits // 8
 
-    def attention_parameters(self) -> int:
-        """Weights (without biases) of q, k, v and o over all layers."""
-        query_side = self.num_heads * (self.head_dim + self.v_head_dim)
-        kv_side = self.num_kv_heads * (self.head_dim + self.v_head_dim)
-        return self.num_layers * self.hidden_size * (query_side + kv_side)
+    def kv_parameters(self, *, bias: bool = False, kv_hidden_size: int | None = None) -> int:
+        """Weights of k and v over all layers, with their biases if asked for.
+
+        Args:
+            kv_hidden_size: width of what keys and values are made from, if it is not
+                ``hidden_size`` (cross-attention).
+        """
+        width = self.hidden_size if kv_hidden_size is None else kv_hidden_size
+        return (
+            self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * (width + bias)
+        )
+
+    def query_parameters(self, *, qkv_bias: bool = False, out_bias: bool = False) -> int:
+        """Weights of q and o over all layers, which folding leaves as they are."""
+        rows = self.num_heads * self.head_dim * (self.hidden_size + qkv_bias)
+        columns = (self.num_heads * self.v_head_dim + out_bias) * self.hidden_size
+        return self.num_layers * (rows + columns)
+
+    def attention_parameters(
+        self,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+        kv_hidden_size: int | None = None,
+    ) -> int:
+        """Parameters of attention over all layers: the weights of q, k, v and o, and options.
+
+        Args:
+            qkv_bias, out_bias: count the biases of q, k and v, and of o.
+            qk_norm: count one weight per dimension of a query's and of a key's norm.
+            kv_hidden_size: see ``kv_parameters``.
+        """
+        return (
+            self.query_parameters(qkv_bias=qkv_bias, out_bias=out_bias)
+            + self.kv_parameters(bias=qkv_bias, kv_hidden_size=kv_hidden_size)
+            + 2 * qk_norm * self.num_layers * self.head_dim
+        )
+
+    def projection_flops(
+        self, tokens: int, *, kv_tokens: int | None = None, kv_hidden_size: int | None = None
+    ) -> int:
+        """FLOPs of q, k, v and o for ``tokens`` tokens of one sequence, over all layers.
+
+        A multiply-add counts as two; biases, norms and rotary embedding are left out.
+
+        Args:
+            kv_tokens: tokens that keys and values are made of, if not the same ones
+                (cross-attention; 0 when they are cached).
+            kv_hidden_size: see ``kv_parameters``.
+        """
+        kv_tokens = tokens if kv_tokens is None else kv_tokens
+        kv_side = self.kv_parameters(kv_hidden_size=kv_hidden_size)
+        return 2 * (tokens * self.query_parameters() + kv_tokens * kv_side)
+
+    def attention_flops(self, tokens: int, context: int) -> int:
+        """FLOPs of q kᵀ and of weights times v, over all layers, for one sequence.
+
+        ``tokens`` queries over ``context`` keys, the new ones included. Every pair is counted: a
+        causal mask does not halve it, as in PyTorch's ``FlopCounterMode``. The number of KV heads
+        changes what is read, not what is computed.
+        """
+        dims = self.head_dim + self.v_head_dim
+        return 2 * self.num_layers * self.num_heads * tokens * context * dims
+
+    def forward_flops(self, tokens: int, context: int | None = None) -> int:
+        """FLOPs of projections and attention for ``tokens`` new tokens of one sequence.
+
+        Args:
+            context: tokens attended to, the new ones included; only the new ones by default.
+        """
+        context = tokens if context is None else context
+        return self.projection_flops(tokens) + self.attention_flops(tokens, context)
+
+    def decode_flops(self, context: int) -> int:
+        """FLOPs of one decoding step: one new token, the last of ``context``.
+
+        >>> AttentionGeometry(1, 8, 2, 16, 16, 64).decode_flops(context=1000)
+        552960
+        """
+        return self.forward_flops(1, context)
 
     def with_kv_heads(self, num_kv_heads: int) -> "AttentionGeometry":
         """Return the geometry after folding to ``num_kv_heads``.
