@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "Show a checkpoint's heads, KV cache size and how alike its heads are.",
     "convert": "Fold a checkpoint to fewer KV heads.",
     "eval": "Compare folded checkpoints with their source on text.",
+    "bench": "Measure attention and whole models against the machine and other ways.",
     "methods": "List the folding methods.",
     "families": "List the architectures that can be folded, and those that cannot.",
     "doctor": "Check this installation and machine.",

@@ -1,0 +1,177 @@
+"""What to measure, checked before PyTorch is imported."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.bench.parse import check_name, parse_list
+from kvfold.bench.peers import PEERS
+from kvfold.bench.timing import DEFAULT_ROUNDS
+from kvfold.errors import InputError
+from kvfold.geometry import divisors
+
+# Those of kvfold.ops.quantize, which needs PyTorch; a test compares both.
+CACHE_DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+DEFAULT_WORKING_SET = 1 << 30  # bytes: several times any last-level cache
+MAX_HEAD_DIM = 1024
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One decode step of one layer: one query token, a cache of ``context`` tokens."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context: int
+    batch: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V in 16 bit."""
+        return 4 * self.batch * self.num_kv_heads * self.context * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What ``kvfold bench attention`` measures; every combination of the lists.
+
+    Attributes:
+        dtypes: of kvfold's caches; ``int8/int4`` for INT8 keys and INT4 values.
+        against: names of peers. working_set: bytes each competitor rotates over.
+        threads: PyTorch's, or None for as many as it uses now.
+
+    Raises:
+        InputError: for what cannot be measured.
+    """
+
+    num_heads: int = 32
+    kv_heads: Sequence[int] = (32, 8, 1)
+    head_dims: Sequence[int] = (128,)
+    contexts: Sequence[int] = (1024, 8192)
+    batches: Sequence[int] = (1,)
+    dtypes: Sequence[str] = ("bf16", "int8", "int4")
+    against: Sequence[str] = ("sdpa", "sdpa-grouped", "matmul")
+    rounds: int = DEFAULT_ROUNDS
+    threads: int | None = None
+    working_set: int = DEFAULT_WORKING_SET
+
+    def __post_init__(self) -> None:
+        check_at_least("--heads", self.num_heads)
+        for name, values in (
+            ("--kv-heads", self.kv_heads),
+            ("--context", self.contexts),
+            ("--batch", self.batches),
+            ("--head-dim", self.head_dims),
+        ):
+            for value in values:
+                check_at_least(name, value)
+        for kv_heads in self.kv_heads:
+            if self.num_heads % kv_heads:
+                choices = ", ".join(map(str, divisors(self.num_heads)))
+                raise InputError(
+                    f"--kv-heads {kv_heads} does not divide --heads {self.num_heads}",
+                    f"choose from {choices}",
+                )
+        if max(self.head_dims) > MAX_HEAD_DIM:
+            raise InputError(
+                f"--head-dim {max(self.head_dims)}: expected at most {MAX_HEAD_DIM}",
+                "64 and 128 are usual",
+            )
+        for dtype in self.dtypes:
+            check_dtype(dtype)
+        for peer in self.against:
+            check_name(peer, "--against", PEERS)
+        if not self.dtypes and not self.against:
+            raise InputError("nothing to measure", "name a --dtype or a peer (--against)")
+        check_run(self.rounds, self.threads)
+        self._check_memory()
+
+    def cases(self) -> Iterator[AttentionCase]:
+        """In the order of the tables: by batch and head size, then context, then KV heads."""
+        for batch in self.batches:
+            for head_dim in self.head_dims:
+                for context in self.contexts:
+                    for kv_heads in self.kv_heads:
+                        yield AttentionCase(self.num_heads, kv_heads, head_dim, context, batch)
+
+    def _check_memory(self) -> None:
+        """Every competitor keeps buffers of its own, so that none warms another's."""
+        largest = max(case.kv_bytes for case in self.cases())
+        # One set for PyTorch's peers and one per cache dtype, and float32 rows for the gate.
+        sets = max(self.working_set, largest) * (1 + len(self.dtypes)) + 2 * largest
+        check_memory(sets, "a smaller --working-set, --context or --batch needs less")
+
+
+def parse_dtypes(text: str) -> tuple[str, ...]:
+    """A comma list of cache dtypes; ``none`` for an empty one.
+
+    Raises:
+        InputError: for one that does not exist.
+    """
+    return () if text.strip() == "none" else parse_list(text, "--dtype", check_dtype)
+
+
+def check_dtype(dtype: str) -> str:
+    """A cache dtype, or one for keys and one for values: ``int8/int4``.
+
+    Raises:
+        InputError: for anything else.
+    """
+    parts = dtype.split("/")
+    if len(parts) > 2:
+        raise InputError(f"--dtype {dtype}: expected one dtype, or keys/values", "e.g. int8/int4")
+    for part in parts:
+        check_name(part, "--dtype", CACHE_DTYPES)
+    return dtype
+
+
+def dtype_of(dtype: str) -> str | tuple[str, str]:
+    """As ``KVCache`` takes it.
+
+    >>> dtype_of("int8/int4")
+    ('int8', 'int4')
+    """
+    keys, _, values = dtype.partition("/")
+    return (keys, values) if values else keys
+
+
+def check_at_least(option: str, value: int, least: int = 1) -> None:
+    """Raise if an option's value is less than ``least``."""
+    if value < least:
+        raise InputError(f"{option} {value}: expected at least {least}", "give a larger number")
+
+
+def check_run(rounds: int, threads: int | None) -> None:
+    """Check what every benchmark takes."""
+    check_at_least("--rounds", rounds)
+    if threads is not None:
+        check_at_least("--threads", threads)
+
+
+def check_memory(needed: int, hint: str) -> None:
+    """Refuse what does not fit this machine's free memory, where the system tells.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    free = _free_memory()
+    if free is not None and needed > free:
+        gib = 1 << 30
+        raise InputError(
+            f"this needs about {needed / gib:.1f} GiB of memory, {free / gib:.1f} GiB are free",
+            hint,
+        )
+
+
+def _free_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

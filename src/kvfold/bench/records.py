@@ -1,0 +1,196 @@
+"""Rows of results, and the files that keep them. No torch, except to name the machine."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kvfold.bench.timing import Spread
+from kvfold.errors import InputError, RunError
+
+OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
+_SPREADS = ("seconds", "floor_fraction", "vs_own_bf16", "vs_best_peer", "vs_first", "first_token")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation in one case. What was not measured, or must not be told, is None.
+
+    Attributes:
+        benchmark: ``attention`` or ``model``.
+        case: what was asked, as names and numbers; the same for all that compete.
+        implementation: who answered, e.g. ``kvfold int8`` or ``sdpa``.
+        status: ``ok``; ``wrong`` (failed the correctness gate, so no speed is reported); or
+            ``skipped``, with the reason.
+        error, allowed: the gate's measure and its limit.
+        kv_bytes: of the KV cache that one step reads. bytes: all that it must read, with a
+            model's weights.
+        seconds: per decode step. floor_fraction: of it that reading ``bytes`` at the bandwidth
+            of the same round would take.
+        bandwidth: bytes per second, measured in the same run.
+        working_set: bytes that were rotated over. cold: whether those are at least twice the
+            last-level cache, None if its size is unknown.
+        vs_own_bf16, vs_best_peer, vs_first: speed as a multiple of the row's so named.
+        first_token: seconds of a prefill. top1: share of steps with the first row's choice.
+        kv_bytes_expected: what arithmetic says ``kv_bytes`` should be.
+    """
+
+    benchmark: str
+    case: dict[str, Any]
+    implementation: str
+    status: str = OK
+    reason: str = ""
+    error: float | None = None
+    allowed: float | None = None
+    kv_bytes: int = 0
+    bytes: int = 0
+    seconds: Spread | None = None
+    floor_fraction: Spread | None = None
+    bandwidth: float | None = None
+    working_set: int = 0
+    cold: bool | None = None
+    vs_own_bf16: Spread | None = None
+    vs_best_peer: Spread | None = None
+    vs_first: Spread | None = None
+    first_token: Spread | None = None
+    top1: float | None = None
+    kv_bytes_expected: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The same in two runs for what can be compared."""
+        return (self.benchmark, json.dumps(self.case, sort_keys=True), self.implementation)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of one run, and what ran them.
+
+    Attributes:
+        machine: date, CPU, threads, versions. command: that was run.
+    """
+
+    command: str
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def wrong(self) -> list[Row]:
+        return [row for row in self.rows if row.status == WRONG]
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """One for each row, complete in itself."""
+        head = {"command": self.command, "machine": self.machine}
+        return [asdict(row) | head for row in self.rows]
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What ran it."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+    import transformers
+
+    from kvfold.kernels.library import library
+
+    kernels = library()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name() or platform.processor() or platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.isa if kernels else "not built",
+        "threads": threads,
+        "last_level_cache": last_level_cache(),
+        "kvfold": version("kvfold"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the last-level cache, None where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        if text[-1:] == "K" and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * 1024)
+    return max(sizes, default=None)
+
+
+def is_cold(working_set: int) -> bool | None:
+    """Whether so many bytes in turn leave nothing of use in the last-level cache."""
+    cache = last_level_cache()
+    return None if cache is None else working_set >= 2 * cache
+
+
+def check_save(path: Path | None) -> None:
+    """Refuse a file that cannot be added to, before the work.
+
+    Raises:
+        InputError: if it is a folder, or its folder does not exist.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--save {path} is a folder", "name a file, for instance bench.jsonl")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--save {path}: no such folder {path.parent}", "make the folder first")
+
+
+def save(results: Results, path: Path) -> None:
+    """Add the rows to a file of JSON lines.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in results.as_dicts()]
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}", "free some space") from error
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a file that ``save`` wrote; of equal cases the latest.
+
+    Raises:
+        InputError: if the file is missing, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"cannot read {path}: {what}", _HOW) from error
+    rows = [_row(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line]
+    if not rows:
+        raise InputError(f"{path} is empty", _HOW)
+    return list({row.key: row for row in rows}.values())
+
+
+_HOW = "give files written by `kvfold bench attention --save FILE` or `bench model --save FILE`"
+
+
+def _row(path: Path, number: int, line: str) -> Row:
+    try:
+        found = json.loads(line)
+        values = {f.name: found[f.name] for f in fields(Row) if f.name in found}
+        for name in _SPREADS:
+            if values.get(name) is not None:
+                values[name] = Spread(**{**values[name], "samples": tuple(values[name]["samples"])})
+        row = Row(**values)
+        if not isinstance(row.case, dict) or not isinstance(row.implementation, str):
+            raise TypeError
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"line {number} of {path} is not a row of a benchmark", _HOW) from error
+    return row

@@ -1,0 +1,368 @@
+"""``kvfold bench``"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvfold.bench import words
+from kvfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from kvfold.bench.compare import Change
+    from kvfold.bench.records import Results, Row
+
+_COMMON: list[Callable[[Any], Any]] = [
+    click.option("--rounds", default=9, show_default=True, help="Samples of each competitor."),
+    click.option(
+        "--working-set",
+        default="1G",
+        show_default=True,
+        help="Bytes to rotate over, or to read when measuring bandwidth; several times the "
+        "last-level cache.",
+    ),
+    click.option("--threads", type=int, help="Of PyTorch.  [default: all cores]"),
+    click.option(
+        "--save", type=click.Path(path_type=Path), help="Add the rows to a file (JSON lines)."
+    ),
+    click.option("--markdown", is_flag=True, help="Print a Markdown table."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+]
+
+
+def _common(command: Any) -> Any:
+    for option in reversed(_COMMON):
+        command = option(command)
+    return command
+
+
+@click.group("bench", no_args_is_help=False)
+def command() -> None:
+    """Measure speed, alternating with competitors in one process.
+
+    Every row says which part of this machine's read bandwidth it reached, measured in the same
+    run. A result that is wrong gets no speed, and the exit code is 1.
+    """
+
+
+@command.command("attention", short_help="Time one decode step of one layer.")
+@click.option("--heads", default=32, show_default=True, help="Query heads.")
+@click.option("--kv-heads", default="32,8,1", show_default=True, help="Comma list.")
+@click.option("--head-dim", default="128", show_default=True, help="Comma list.")
+@click.option("--context", default="1k,8k", show_default=True, help="Tokens; comma list.")
+@click.option("--batch", default="1", show_default=True, help="Sequences; comma list.")
+@click.option(
+    "--dtype",
+    default="bf16,int8,int4",
+    show_default=True,
+    help="Of kvfold's caches: fp32, fp16, bf16, fp8, int8, int4, or keys/values: int8/int4; or "
+    "none.",
+)
+@click.option(
+    "--against",
+    default="sdpa,sdpa-grouped,matmul",
+    show_default=True,
+    help="Peers, all in bf16: sdpa (enable_gqa), sdpa-grouped (heads that share K and V as "
+    "rows), repeat (K and V repeated, then sdpa), matmul, flex (compiles, slowly); or none.",
+)
+@_common
+def attention(
+    heads: int,
+    kv_heads: str,
+    head_dim: str,
+    context: str,
+    batch: str,
+    dtype: str,
+    against: str,
+    rounds: int,
+    working_set: str,
+    threads: int | None,
+    save: Path | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Time one decode step of one layer: one query token over a full KV cache."""
+    from kvfold.bench.cases import AttentionRequest, parse_dtypes
+    from kvfold.bench.parse import parse_names, parse_size, parse_sizes
+    from kvfold.bench.peers import PEERS
+
+    _check_output(save, markdown, as_json)
+    request = AttentionRequest(
+        num_heads=heads,
+        kv_heads=parse_sizes(kv_heads, "--kv-heads"),
+        head_dims=parse_sizes(head_dim, "--head-dim"),
+        contexts=parse_sizes(context, "--context"),
+        batches=parse_sizes(batch, "--batch"),
+        dtypes=parse_dtypes(dtype),
+        against=parse_names(against, "--against", PEERS),
+        rounds=rounds,
+        threads=threads,
+        working_set=parse_size(working_set, "--working-set"),
+    )
+
+    from kvfold.bench.attention import run_attention
+    from kvfold.cli.progress import progress_bar
+
+    with progress_bar() as progress:
+        results = run_attention(request, command=_command_line(), progress=progress)
+    _finish(results, save, markdown, as_json, _attention_tables)
+
+
+@command.command("model", short_help="Time whole models, side by side.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--context", default="512", show_default=True, help="Tokens; comma list.")
+@click.option("--batch", default="1", show_default=True, help="Sequences; comma list.")
+@click.option(
+    "--dtype",
+    default="bf16,int8,int4",
+    show_default=True,
+    help="Of kvfold's caches, as for `bench attention`; or none.",
+)
+@click.option("--tokens", default=16, show_default=True, help="Decode steps per sample.")
+@click.option("--text", type=click.Path(path_type=Path), help="Prompt.  [default: random tokens]")
+@_common
+def model(
+    paths: tuple[str, ...],
+    context: str,
+    batch: str,
+    dtype: str,
+    tokens: int,
+    text: Path | None,
+    rounds: int,
+    working_set: str,
+    threads: int | None,
+    save: Path | None,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Time whole models in bf16: to the first token, and per token after it.
+
+    Each PATH is a Hugging Face folder, a hub name, or a GGUF file. Ratios are to the first PATH
+    with transformers' own cache and attention (sdpa).
+    """
+    from kvfold.bench.cases import parse_dtypes
+    from kvfold.bench.model_cases import ModelRequest
+    from kvfold.bench.parse import parse_size, parse_sizes
+
+    _check_output(save, markdown, as_json)
+    request = ModelRequest(
+        paths=tuple(dict.fromkeys(paths)),
+        contexts=parse_sizes(context, "--context"),
+        batches=parse_sizes(batch, "--batch"),
+        dtypes=parse_dtypes(dtype),
+        tokens=tokens,
+        text=text,
+        rounds=rounds,
+        working_set=parse_size(working_set, "--working-set"),
+        threads=threads,
+    )
+
+    from kvfold.bench.model import run_model
+    from kvfold.cli.progress import progress_bar
+
+    with progress_bar() as progress:
+        results = run_model(request, command=_command_line(), progress=progress)
+    _finish(results, save, markdown, as_json, _model_tables)
+
+
+@command.command("compare", short_help="Compare two saved runs.")
+@click.argument("before", metavar="A", type=click.Path(path_type=Path))
+@click.argument("after", metavar="B", type=click.Path(path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def compare(before: Path, after: Path, markdown: bool, as_json: bool) -> None:
+    """Compare two files written with --save, case by case.
+
+    What is compared is the fraction of the read bandwidth, so that two runs on a machine that
+    was busy with other things can still be told apart.
+    """
+    from kvfold.bench.compare import compare_files
+
+    _check_output(None, markdown, as_json)
+    found = compare_files(before, after)
+    emit(as_json, found.as_dict(), lambda: _print_changes(found.changes, markdown))
+    for line in found.notes:
+        click.echo(f"note: {line}", err=True)
+
+
+def _check_output(save: Path | None, markdown: bool, as_json: bool) -> None:
+    from kvfold.bench.records import check_save
+    from kvfold.errors import InputError
+
+    check_save(save)
+    if markdown and as_json:
+        raise InputError("--markdown and --json exclude each other", "leave one of them out")
+
+
+def _command_line() -> str:
+    """The command that repeats this one: what was given, without what only shows or keeps it."""
+    context = click.get_current_context()
+    parts = ["kvfold bench", str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        if name in ("save", "markdown", "as_json"):
+            continue
+        if isinstance(parameter, click.Argument):
+            parts += value or ()
+        elif context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            parts.append(f"{parameter.opts[0]} {value}")
+    return " ".join(parts)
+
+
+def _finish(
+    results: "Results",
+    path: Path | None,
+    markdown: bool,
+    as_json: bool,
+    tables: "Callable[[Results, bool], None]",
+) -> None:
+    """Keep and print the results; complain of those that are wrong."""
+    from kvfold.bench.records import save
+    from kvfold.errors import RunError
+
+    if path is not None:
+        save(results, path)
+    emit(as_json, results.as_dicts(), lambda: tables(results, markdown))
+    for row in results.rows:
+        if row.status == "skipped":
+            click.echo(f"skipped: {row.implementation}: {row.reason}", err=True)
+    if results.wrong:
+        worst = results.wrong[0]
+        raise RunError(
+            f"{len(results.wrong)} of {len(results.rows)} results are wrong, first "
+            f"{worst.implementation} ({worst.reason})",
+            "a wrong result has no speed; please report it with the command",
+        )
+
+
+def _attention_tables(results: "Results", markdown: bool) -> None:
+    from kvfold.report.tables import size
+
+    for first, rows in _grouped(results.rows, "num_kv_heads"):
+        case = first.case
+        title = (
+            f"Context {case['context']:,}, batch {case['batch']}, "
+            f"{case['num_heads']} query heads of {case['head_dim']}"
+        )
+        cells, before = list[list[str]](), None
+        for row in rows:
+            heads = row.case["num_kv_heads"]
+            cells.append(
+                [
+                    str(heads) if heads != before or markdown else "",
+                    row.implementation,
+                    size(row.kv_bytes),
+                    *_speed(row),
+                    words.times(row.vs_own_bf16),
+                    words.times(row.vs_best_peer),
+                ]
+            )
+            before = heads
+        columns = ["Hkv", "attention", "KV read", "step", "floor", "vs bf16", "vs peer"]
+        _print(title, columns, cells, _attention_caption(results, rows), markdown)
+
+
+def _attention_caption(results: "Results", rows: "list[Row]") -> str:
+    bandwidth = words.median([row.bandwidth for row in rows if row.bandwidth])
+    cold = {True: "cold", False: "not cold", None: "cache size unknown"}[rows[0].cold]
+    return (
+        "Hkv: KV heads. step: median ± half the interquartile range. floor: the share of the step "
+        "that reading the KV once takes, at the bandwidth measured in the same run "
+        f"({bandwidth / 1e9:.1f} GB/s). vs bf16: speed as a multiple of kvfold bf16's; vs peer: "
+        "of the fastest peer's (bf16 tensors). "
+        f"Caches {cold}; {words.machine(results)}"
+    )
+
+
+def _model_tables(results: "Results", markdown: bool) -> None:
+    from kvfold.report.tables import size
+
+    for first, rows in _grouped(results.rows, "model"):
+        title = f"Context {first.case['context']:,}, batch {first.case['batch']}"
+        cells, before = list[list[str]](), None
+        for row in rows:
+            name = f"{row.case['model']} ({row.case['num_heads']}:{row.case['num_kv_heads']})"
+            expected = row.kv_bytes_expected
+            speed = row.seconds
+            cells.append(
+                [
+                    name if name != before or markdown else "",
+                    row.implementation,
+                    words.seconds(row.first_token.median) if row.first_token else "",
+                    words.per_second(speed, row.case["batch"]) if speed else row.status.upper(),
+                    words.percent(row.floor_fraction),
+                    words.times(row.vs_first),
+                    size(row.kv_bytes),
+                    f"{row.kv_bytes / expected:.2f}" if expected else "",
+                    f"{row.top1:.0%}" if row.top1 is not None else "",
+                ]
+            )
+            before = name
+        columns = ["model", "attention", "first", "tokens/s", "floor", "ratio", "KV", "of KV"]
+        _print(title, [*columns, "top-1"], cells, _model_caption(results, rows), markdown)
+
+
+def _model_caption(results: "Results", rows: "list[Row]") -> str:
+    bandwidth = words.median([row.bandwidth for row in rows if row.bandwidth])
+    return (
+        "model (query heads:KV heads). first: time to the first token, one prefill. tokens/s: "
+        "median ± half the interquartile range. floor: the share of a step that reading weights "
+        f"and KV once takes, at the bandwidth measured in the same run ({bandwidth / 1e9:.1f} "
+        "GB/s). ratio: speed as a multiple of the first row's. KV: bytes allocated; of KV: as a "
+        "multiple of what the tokens need. top-1: the same choice as sdpa's. "
+        f"{words.machine(results)}"
+    )
+
+
+def _print_changes(changes: "tuple[Change, ...]", markdown: bool) -> None:
+    cases = [c.case for c in changes]
+    cells = [
+        [
+            c.case if markdown or c.case not in cases[max(0, i - 1) : i] else "",
+            c.implementation,
+            words.fraction(c.before),
+            words.fraction(c.after),
+            f"{c.ratio:.2f}×" if c.ratio else "",
+            c.verdict,
+        ]
+        for i, c in enumerate(changes)
+    ]
+    columns = ["case", "attention", "A", "B", "B/A", ""]
+    caption = (
+        "A, B: fraction of the floor, ± half the interquartile range. faster, slower: the "
+        "interquartile ranges do not overlap."
+    )
+    _print("Fractions of the floor", columns, cells, caption, markdown)
+
+
+def _grouped(rows: "tuple[Row, ...]", *inner: str) -> "list[tuple[Row, list[Row]]]":
+    """Rows by what stands in a table's title: the case without the ``inner`` names."""
+    groups: dict[str, list[Row]] = {}
+    within = {*inner, "num_heads", "num_kv_heads"} if "model" in inner else set(inner)
+    for row in rows:
+        title = {name: value for name, value in row.case.items() if name not in within}
+        groups.setdefault(str(title), []).append(row)
+    return [(found[0], found) for found in groups.values()]
+
+
+def _print(
+    title: str, columns: list[str], rows: list[list[str]], caption: str, markdown: bool
+) -> None:
+    from kvfold.report.tables import print_table
+
+    if not markdown:
+        print_table(title, columns, rows, caption)
+        return
+    lines = [columns, ["---", "---", *["---:"] * (len(columns) - 2)], *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    click.echo(f"### {title}\n\n{table}\n\n{caption}\n")
+
+
+def _speed(row: "Row") -> list[str]:
+    if row.seconds is None:
+        return [row.status.upper(), ""]
+    return [
+        f"{words.seconds(row.seconds.median)} {words.spread(row.seconds)}",
+        words.percent(row.floor_fraction),
+    ]
