@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfold.bench.attention import run_attention, step_bytes
+from kvfold.bench.attention import run_attention
 from kvfold.bench.buffers import Rotation, Rows, copies, read
 from kvfold.bench.cases import (
     CACHE_DTYPES,
@@ -189,13 +189,13 @@ def test_step_bytes_are_what_a_full_cache_takes(dtype: str, length: int) -> None
     fmt = FORMATS[dtype]
     row = 2 * (fmt.row_bytes(64) + 2 * fmt.groups(64)) * 2
     if dtype != "int4":
-        assert step_bytes(cache) == 3 * length * row
+        assert cache.bytes_per_step == 3 * length * row
     elif length == 500:  # between all in INT4, and 16 + 64 + 32 tokens in bfloat16
         half = 2 * 64 * 2 * 2
-        assert 3 * (420 * row + 80 * half) <= step_bytes(cache) <= 3 * (388 * row + 112 * half)
+        assert 3 * (420 * row + 80 * half) <= cache.bytes_per_step <= 3 * (388 * row + 112 * half)
     else:
-        assert step_bytes(cache) == 3 * length * 2 * 64 * 2 * 2
-    assert step_bytes(cache) <= cache.nbytes
+        assert cache.bytes_per_step == 3 * length * 2 * 64 * 2 * 2
+    assert cache.bytes_per_step <= cache.nbytes
 
 
 def result(fraction: list[float], name: str = "sdpa", **changes: object) -> Row:

@@ -26,7 +26,7 @@ from kvfold.kernels.dispatch import attention
 from kvfold.kernels.library import MAX_TOKENS
 
 NAME = "kvfold"
-_PAGE = 256
+_PAGE = 64
 
 
 class Stored:
@@ -91,7 +91,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             batch=batch,
             dtype=self._dtype or key_states.dtype,
             kind="paged" if self._window is None else "sliding",
-            page_size=_PAGE if self._window is None else 64,
+            page_size=_PAGE,
             window=self._window,
         )
         self.is_initialized = True

@@ -84,7 +84,7 @@ def _own(case: AttentionCase, dtype: str, rows: Rows, working_set: int) -> Compe
     """kvfold's cache of a dtype, filled with the same keys and values as the peers' tensors."""
     name = _OWN + dtype
     first = _filled(case, dtype, rows)
-    size = step_bytes(first)
+    size = round(first.bytes_per_step)
     caches = [first, *(_filled(case, dtype, rows) for _ in range(copies(size, working_set) - 1))]
     turns = Rotation(caches)
 
@@ -110,22 +110,6 @@ def _filled(case: AttentionCase, dtype: str, rows: Rows) -> KVCache:
     )
     cache.append(rows.k, rows.v)
     return cache
-
-
-def step_bytes(cache: KVCache) -> int:
-    """Bytes, scales included, that attention over all of a cache must read.
-
-    With INT4 the first and the most recent tokens are kept, and read, in bfloat16.
-    """
-    half = 2 * cache.num_kv_heads * (cache.head_dim + cache.v_head_dim)
-    total = 0.0
-    for b, length in enumerate(cache.lengths):
-        exact = 0
-        if cache._exact is not None:
-            first = cache._exact.first
-            exact = min(first, length) + max(0, length - max(first, cache._tails[b]))
-        total += (length - exact) * cache.bytes_per_token + exact * half
-    return round(total)
 
 
 def _against(peer: Peer, rows: Rows, truth: Truth) -> Competitor:

@@ -7,6 +7,7 @@ import torch
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall, readable
+from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import attention
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, Part, library
 from kvfold.ops.quantize import FORMATS, Format, format_of
@@ -117,9 +118,22 @@ class KVCache:
     @property
     def bytes_per_token(self) -> float:
         """Bytes a token of one sequence takes in the middle of the cache, scales included."""
-        k, v = self._main.keys, self._main.values
-        per_page = (k.nbytes + v.nbytes) / max(1, len(k.data))
-        return per_page / self._main.page_size
+        return _bytes_per_token(self._main)
+
+    @property
+    def bytes_per_step(self) -> float:
+        """Bytes of keys, values and scales that one step of attention reads, all sequences."""
+        total = 0.0
+        for b, length in enumerate(self.lengths):
+            seen = (
+                length if self.kind != "sliding" else min(length, self.sinks + (self.window or 0))
+            )
+            quantized = 0
+            if self._exact is not None and self._ends is not None:
+                quantized = min(seen, max(0, self._tails[b] - self._exact.first))
+                total += (seen - quantized) * _bytes_per_token(self._ends)
+            total += (quantized if self._exact else seen) * _bytes_per_token(self._main)
+        return total
 
     @property
     def _stores(self) -> list[Store]:
@@ -290,6 +304,11 @@ class KVCache:
         if self.kind == "sliding":
             window, sinks = self.window, self.sinks
         lengths = torch.tensor([self.lengths[b] for b in rows], dtype=torch.int32)
+        shape = (len(rows), q.shape[1], q.shape[2], max((self.lengths[b] for b in rows), default=0))
+        check_options(
+            shape, causal, window, sinks or 0, start, None, mask, scale, softcap, alibi_slopes
+        )
+        self._check_start(start)
         lib = library()
         if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
             call = KernelCall(
@@ -302,7 +321,7 @@ class KVCache:
                 scale=scale,
                 softcap=softcap or 0.0,
             )
-            call.hide(start, mask, alibi_slopes, max((self.lengths[b] for b in rows), default=0))
+            call.hide(start, mask, alibi_slopes, shape[3])
             parts = self._parts(rows, lengths, call)
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
@@ -322,6 +341,15 @@ class KVCache:
             alibi_slopes=alibi_slopes,
             return_lse=return_lse,
         )
+
+    def _check_start(self, start: torch.Tensor | None) -> None:
+        if start is None or self.kind != "sliding" or not self.sinks:
+            return
+        if start.numel() and int(start.max()) > 0:
+            raise InputError(
+                "a sliding cache with sinks keeps the first tokens, which start would hide",
+                "pad on the right, or use sinks=0",
+            )
 
     def _parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
         table = call.kept(self._main._rows(rows))
@@ -447,6 +475,12 @@ class KVCache:
             raise InputError(f"{name} is on {x.device}, but this cache is on the CPU")
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"{name} is {x.dtype}, expected float32, float16 or bfloat16")
+
+
+def _bytes_per_token(store: Store) -> float:
+    layouts = store.keys.layout, store.values.layout
+    size = sum(layout.page_bytes + 2 * layout.page_scales for layout in layouts)
+    return store.shape.num_kv_heads * size / store.page_size
 
 
 def _round_up(n: int, to: int = 16) -> int:

@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except KVFoldError as error:
         return _complain(error.message, error.hint, error.exit_code, debug)
+    except click.exceptions.NoArgsIsHelpError as error:  # a command group without a command
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        return 2
     except click.ClickException as error:
         message, _, hint = error.format_message().partition("\nhint: ")
         name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""

@@ -24,6 +24,7 @@ _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 _X86 = {
     "avx512_bf16": f"{_AVX512} -mavx512vnni -mavx512bf16",
+    "avx512_vnni": f"{_AVX512} -mavx512vnni",
     "avx512": _AVX512,
     "avx2": _AVX2,
     "baseline": "",

@@ -1,11 +1,11 @@
 """``attention``: check the arguments, choose how to compute it, and be able to say why."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from kvfold.errors import InputError
+from kvfold.kernels.checks import check_options
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
 from kvfold.ops.mask import alibi, visible
@@ -166,49 +166,16 @@ def _checked(
         raise InputError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly: {shapes}"
         )
-    if window is not None and window < 1:
-        raise InputError(f"window={window}: expected at least 1, or None")
-    if sinks < 0:
-        raise InputError(f"sinks={sinks}: expected 0 or more")
-    if window is not None and not causal:
-        raise InputError("a window needs causal=True", "it counts back from a query's position")
-    if scale is not None and not math.isfinite(scale):
-        raise InputError(f"scale={scale}: expected a finite number")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise InputError(f"softcap={softcap}: expected a positive number, or None")
+    check_options(
+        (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), causal, window, sinks, start, lengths,
+        mask, scale, softcap, alibi_slopes,
+    )  # fmt: skip
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
-    for name, given in (("start", start), ("lengths", lengths)):
-        if given is None or torch.compiler.is_compiling():
-            continue
-        if given.shape != (q.shape[0],):
-            raise InputError(f"{name} has shape {list(given.shape)}, expected [{q.shape[0]}]")
-        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= k.shape[2]:
-            raise InputError(
-                f"{name} runs from {int(given.min())} to {int(given.max())}, beyond the "
-                f"{k.shape[2]} keys given"
-            )
-    if alibi_slopes is not None and alibi_slopes.shape != (q.shape[1],):
-        raise InputError(
-            f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{q.shape[1]}]"
-        )
-    if mask is not None:
-        _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     return _Call(
         q, k, v, causal, window, sinks, start, lengths, mask, scale, softcap, alibi_slopes,
         dropout, return_lse,
     )  # fmt: skip
-
-
-def _check_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
-    try:
-        fits = torch.broadcast_shapes(mask.shape, shape) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise InputError(
-            f"mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
-        )
 
 
 def _choose(call: _Call) -> Path:

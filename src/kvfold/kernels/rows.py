@@ -3,6 +3,7 @@
 import torch
 
 from kvfold.kernels.call import KernelCall, readable
+from kvfold.kernels.checks import check_range
 from kvfold.kernels.library import Part, library, rows_side
 from kvfold.ops.quantize import format_of
 
@@ -32,6 +33,8 @@ def attend_rows(
     call = KernelCall(
         q, k.shape[1], end, causal=causal, window=window, sinks=sinks, scale=scale, softcap=softcap
     )
+    check_range("start", start, batch, keys)  # unchecked until now under torch.compile
+    check_range("lengths", lengths, batch, keys)
     call.hide(start, mask, alibi_slopes, keys)
     pages = call.kept(torch.arange(batch, dtype=torch.int32))
     fmt = format_of(k.dtype)

@@ -56,6 +56,8 @@ static const ValueKernel VALUES[KVF_FORMATS] = {
 #endif
 };
 
+constexpr float LOG2E = 1.44269504f;  // logits are kept in base 2
+
 struct HeadWork {
   int32_t units = 0;
   int64_t first = 0;  // its first partial result
@@ -161,6 +163,7 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
         if (keys.rotation) hadamard(x, q.dim, keys.rotation);
       }
   }
+  q.scale = call.softcap > 0 ? call.scale : call.scale * LOG2E;
   q.x = a.x.data();
   q.bf16 = a.bf16.data();
   q.high = a.high.data();
@@ -173,10 +176,9 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
   a.part = unit.part;
 }
 
-// Turn scores into logits in base 2, and hide what a query may not see.
+// Turn scores into logits, and hide what a query may not see.
 static void finish_scores(const Plan& plan, const Unit& unit, int first, int count, float* s) {
   const KvfAttend& call = *plan.call;
-  constexpr float LOG2E = 1.44269504f;
   const int group_size = call.num_heads / call.num_kv_heads;
   const int start = call.start ? call.start[unit.b] : 0;
   const int64_t length = call.length[unit.b];
@@ -185,9 +187,7 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
     const int head = unit.head * group_size + row / call.tokens, t = row % call.tokens;
     const int64_t position = length - call.tokens + t;
     if (call.softcap > 0)
-      for (int j = 0; j < count; ++j) x[j] = call.softcap * std::tanh(x[j] * call.scale / call.softcap) * LOG2E;
-    else
-      for (int j = 0; j < count; j += 16) store(x + j, load(x + j) * splat(call.scale * LOG2E));
+      for (int j = 0; j < count; ++j) x[j] = call.softcap * LOG2E * std::tanh(x[j] / call.softcap);
     if (call.slopes)
       for (int j = 0; j < count; ++j) x[j] -= call.slopes[head] * LOG2E * (float)(position - (first + j));
     if (call.mask) {

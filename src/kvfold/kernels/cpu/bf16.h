@@ -35,7 +35,8 @@ static INLINE void score_bf16_rows(const Queries& q, int row, const Tile& tile, 
   }
   for (int r = 0; r < ROWS; ++r)
     for (int b = 0; b < BLOCKS; ++b)
-      _mm512_storeu_ps(s + (row + r) * TILE + (block + b) * BLOCK, sum[r][b]);
+      _mm512_storeu_ps(s + (row + r) * TILE + (block + b) * BLOCK,
+                       _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q.scale)));
 }
 
 static void score_bf16(const Queries& q, const Tile& tile, float* s) {
@@ -95,13 +96,19 @@ static void add_bf16(int rows, float* p, const float* decay, const Tile& tile, f
   const int padded = value_dim(KVF_BF16, tile.dim), chunks = padded / 16;
   const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
   const int32_t* pairs = (const int32_t*)weights;
+  // As many sums as registers hold: 8 rows of 2 chunks, or 6 of 4.
   int chunk = 0;
+  if (rows % 8 == 0 || rows % 8 == 7)
+    for (; chunk + 2 <= chunks; chunk += 2)
+      for_rows<8>(rows, [&](auto n, int row) {
+        add_bf16_rows<decltype(n)::value, 2>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
+      });
   for (; chunk + 4 <= chunks; chunk += 4)
     for_rows<6>(rows, [&](auto n, int row) {
       add_bf16_rows<decltype(n)::value, 4>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
     });
   for (; chunk < chunks; ++chunk)
-    for_rows<6>(rows, [&](auto n, int row) {
+    for_rows<8>(rows, [&](auto n, int row) {
       add_bf16_rows<decltype(n)::value, 1>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
     });
 }

@@ -21,7 +21,8 @@ struct Tile {
 // Query rows of one KV head, prepared for a key format; which members are used is its business.
 struct Queries {
   int rows, dim;           // dim: padded to the keys'
-  const float* x;          // [rows][dim], the queries (rotated where the keys are)
+  float scale;             // what scores are to be multiplied by
+  float* x;                // [rows][dim], the queries (rotated where the keys are)
   uint16_t* bf16;          // [rows][dim]
   int8_t *high, *low;      // [rows][dim], 256 high + low = the query as a 16-bit integer …
   float* unit;             // [rows], … times this
@@ -30,7 +31,7 @@ struct Queries {
 
 struct KeyKernel {
   void (*prepare)(Queries&);
-  // s[row * TILE + token] = q . k, for tile.blocks * 16 tokens.
+  // s[row * TILE + token] = scale * q . k, for tile.blocks * 16 tokens.
   void (*score)(const Queries&, const Tile&, float* s);
 };
 
@@ -114,70 +115,104 @@ struct StepINT4 {
   }
 };
 
-static void prepare_floats(Queries&) {}
+static void prepare_floats(Queries& q) {
+  for (int64_t i = 0; i < (int64_t)q.rows * q.dim; ++i) q.x[i] *= q.scale;
+}
 
 static INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-template <class Step, int ROWS>
-static INLINE void score_block(const Queries& q, int row, const Tile& tile, int block, float* s) {
+// Rows and blocks (or chunks of 16 dimensions) whose sums are kept in registers: enough to hide
+// the latency of a multiplication, and to use each broadcast number more than once.
+template <int ROWS>
+static constexpr int across() {
+  return WIDTH == 16 ? (ROWS <= 4 ? 4 : 2) : WIDTH == 8 ? (ROWS <= 2 ? 2 : 1) : 1;
+}
+constexpr int ROW_LIMIT = WIDTH == 16 ? 8 : 4;
+
+template <class Step>
+static constexpr int64_t step_bytes() {  // of 16 tokens or dimensions
+  return Step::format == KVF_F16 ? 32 : Step::format == KVF_FP8 ? 16 : 64;
+}
+
+template <class Step, int ROWS, int BLOCKS>
+static INLINE void score_blocks(const Queries& q, int row, const Tile& tile, int block, float* s) {
   constexpr int format = Step::format, step = Step::step;
-  constexpr bool per_token = format == KVF_INT8 || format == KVF_FP8;
-  constexpr int64_t bytes = format == KVF_INT4 ? 64 : (format == KVF_F32 ? 64 : format == KVF_F16 ? 32 : format == KVF_FP8 ? 16 : 64);
-  F16x sum[ROWS];
-  for (int r = 0; r < ROWS; ++r) sum[r] = splat(0);
-  const uint8_t* p = tile.block[block];
-  const uint8_t* next = tile.next[block];
+  F16x sum[ROWS][BLOCKS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int b = 0; b < BLOCKS; ++b) sum[r][b] = splat(0);
+  const bool fetch = tile.next[0] && row == 0;
   const int dim = q.dim;
-  for (int d = 0; d < dim; d += step, p += bytes) {
-    F16x x[step];
-    Step::load(p, x);
-    if (next) prefetch(next + (p - tile.block[block]));
-    if constexpr (format == KVF_INT4) {
-      const F16x scale = load_bf16(tile.scales[block] + d / GROUP * BLOCK);
-      for (int j = 0; j < step; ++j) x[j] = x[j] * scale;
+  const float* query = q.x + (int64_t)row * dim;
+  int64_t at = 0;
+  for (int d = 0; d < dim; d += step, at += step_bytes<Step>()) {
+    F16x x[BLOCKS][step];
+    for (int b = 0; b < BLOCKS; ++b) {
+      Step::load(tile.block[block + b] + at, x[b]);
+      if (fetch) prefetch(tile.next[block + b] + at);
+      if constexpr (format == KVF_INT4) {
+        const F16x scale = load_bf16(tile.scales[block + b] + d / GROUP * BLOCK);
+        for (int j = 0; j < step; ++j) x[b][j] = x[b][j] * scale;
+      }
     }
     for (int j = 0; j < step; ++j)
-      for (int r = 0; r < ROWS; ++r)
-        sum[r] = fma(splat(q.x[(row + r) * (int64_t)dim + d + j]), x[j], sum[r]);
+      for (int r = 0; r < ROWS; ++r) {
+        const F16x number = splat(query[(int64_t)r * dim + d + j]);
+        for (int b = 0; b < BLOCKS; ++b) sum[r][b] = fma(number, x[b][j], sum[r][b]);
+      }
   }
-  for (int r = 0; r < ROWS; ++r) {
-    if constexpr (per_token) sum[r] = sum[r] * load_bf16(tile.scales[block]);
-    store(s + (row + r) * TILE + block * BLOCK, sum[r]);
-  }
+  for (int b = 0; b < BLOCKS; ++b)
+    for (int r = 0; r < ROWS; ++r) {
+      if constexpr (format == KVF_INT8 || format == KVF_FP8)
+        sum[r][b] = sum[r][b] * load_bf16(tile.scales[block + b]);
+      store(s + (row + r) * TILE + (block + b) * BLOCK, sum[r][b]);
+    }
 }
 
 template <class Step>
 static void score_generic(const Queries& q, const Tile& tile, float* s) {
-  for (int block = 0; block < tile.blocks; ++block)
-    for_rows<WIDTH == 16 ? 8 : 4>(q.rows, [&](auto n, int row) {
-      score_block<Step, decltype(n)::value>(q, row, tile, block, s);
-    });
+  for_rows<ROW_LIMIT>(q.rows, [&](auto n, int row) {
+    constexpr int ROWS = decltype(n)::value, BLOCKS = across<ROWS>();
+    int block = 0;
+    for (; block + BLOCKS <= tile.blocks; block += BLOCKS)
+      score_blocks<Step, ROWS, BLOCKS>(q, row, tile, block, s);
+    for (; block < tile.blocks; ++block) score_blocks<Step, ROWS, 1>(q, row, tile, block, s);
+  });
 }
 
-template <class Step, int ROWS>
-static INLINE void add_rows(int row, const float* p, const float* decay, const Tile& tile,
-                            int chunk, float* o, int padded) {
+template <class Step, int ROWS, int CHUNKS>
+static INLINE void add_chunks(int row, const float* p, const float* decay, const Tile& tile,
+                              int chunk, float* o, int padded) {
   constexpr int format = Step::format, step = Step::step;
-  F16x sum[ROWS];
+  F16x sum[ROWS][CHUNKS];
   for (int r = 0; r < ROWS; ++r)
-    sum[r] = load(o + (row + r) * (int64_t)padded + chunk * 16) * splat(decay[row + r]);
+    for (int c = 0; c < CHUNKS; ++c)
+      sum[r][c] = load(o + (row + r) * (int64_t)padded + (chunk + c) * 16) * splat(decay[row + r]);
+  const bool fetch = tile.next[0] && row == 0;
   for (int block = 0; block < tile.blocks; ++block) {
     const float* weight = p + row * TILE + block * BLOCK;
     for (int token = 0; token < BLOCK; token += step) {
-      const int64_t at = step == 1
-          ? bytes_of(format, (int64_t)token * padded + chunk * 16)
-          : bytes_of(format, (int64_t)chunk * 256 + token * 16);
-      F16x x[step];
-      Step::load(tile.block[block] + at, x);
-      if constexpr (format == KVF_INT4) {
-        const uint16_t* scale = tile.scales[block] + chunk / 2 * BLOCK + token;
-        for (int j = 0; j < step; ++j) x[j] = x[j] * splat(from_bf16(scale[j]));
+      F16x x[CHUNKS][step];
+      for (int c = 0; c < CHUNKS; ++c) {
+        const int64_t at = step == 1
+            ? bytes_of(format, (int64_t)token * padded + (chunk + c) * 16)
+            : bytes_of(format, (int64_t)(chunk + c) * 256 + token * 16);
+        Step::load(tile.block[block] + at, x[c]);
+        if (fetch) prefetch(tile.next[block] + at);
+        if constexpr (format == KVF_INT4) {
+          const uint16_t* scale = tile.scales[block] + (chunk + c) / 2 * BLOCK + token;
+          for (int j = 0; j < step; ++j) x[c][j] = x[c][j] * splat(from_bf16(scale[j]));
+        }
       }
       for (int j = 0; j < step; ++j)
-        for (int r = 0; r < ROWS; ++r) sum[r] = fma(splat(weight[r * TILE + token + j]), x[j], sum[r]);
+        for (int r = 0; r < ROWS; ++r) {
+          const F16x number = splat(weight[r * TILE + token + j]);
+          for (int c = 0; c < CHUNKS; ++c) sum[r][c] = fma(number, x[c][j], sum[r][c]);
+        }
     }
   }
-  for (int r = 0; r < ROWS; ++r) store(o + (row + r) * (int64_t)padded + chunk * 16, sum[r]);
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < CHUNKS; ++c)
+      store(o + (row + r) * (int64_t)padded + (chunk + c) * 16, sum[r][c]);
 }
 
 // Fold one scale per token into the weights.
@@ -195,11 +230,15 @@ template <class Step>
 static void add_generic(int rows, float* p, const float* decay, const Tile& tile, float* o) {
   constexpr int format = Step::format;
   if constexpr (format == KVF_INT8 || format == KVF_FP8) scale_weights(rows, p, tile);
-  const int padded = value_dim(format, tile.dim);
-  for (int chunk = 0; chunk * 16 < padded; ++chunk)
-    for_rows<WIDTH == 16 ? 8 : 4>(rows, [&](auto n, int row) {
-      add_rows<Step, decltype(n)::value>(row, p, decay, tile, chunk, o, padded);
-    });
+  const int padded = value_dim(format, tile.dim), chunks = padded / 16;
+  for_rows<ROW_LIMIT>(rows, [&](auto n, int row) {
+    constexpr int ROWS = decltype(n)::value, CHUNKS = across<ROWS>();
+    int chunk = 0;
+    for (; chunk + CHUNKS <= chunks; chunk += CHUNKS)
+      add_chunks<Step, ROWS, CHUNKS>(row, p, decay, tile, chunk, o, padded);
+    for (; chunk < chunks; ++chunk)
+      add_chunks<Step, ROWS, 1>(row, p, decay, tile, chunk, o, padded);
+  });
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ static void prepare_integers(Queries& q, int group, int offset) {
     float largest = 0;
     for (int i = 0; i < q.dim; ++i) largest = std::fmax(largest, std::fabs(x[i]));
     const float unit = largest / 32512.f;  // 127 * 256, so that the high plane fits
-    q.unit[r] = unit;
+    q.unit[r] = unit * q.scale;
     const float inverse = unit > 0 ? 1 / unit : 0;
     for (int g = 0; g < groups; ++g) {
       int32_t high_sum = 0, low_sum = 0;
@@ -147,27 +147,43 @@ KVF_SCORE(score_int8, score_int8_rows)
 KVF_SCORE(score_int4, score_int4_rows)
 #undef KVF_SCORE
 
-// Weights of up to four rows as two planes of unsigned bytes.
+// Weights of up to eight rows as two planes of unsigned bytes.
 struct Planes {
-  uint8_t high[4][TILE], low[4][TILE];
-  float unit[4];
+  uint8_t high[8][TILE], low[8][TILE];
+  float unit[8];
 };
 
-static INLINE void split_weights(int rows, const float* p, const Tile& tile, int group,
-                                 int scale_stride, Planes& planes) {
+// The largest weight of each row, and the largest scale of a tile's group.
+static INLINE void largest_weights(int rows, const float* p, int blocks, float* tops) {
   for (int r = 0; r < rows; ++r) {
-    __m512 w[TILE_BLOCKS], largest = _mm512_setzero_ps();
-    for (int b = 0; b < tile.blocks; ++b) {
-      const uint16_t* scale = tile.scales[b] + group * scale_stride;
-      // INT4's scales may be negative; add_int4_rows gives their sign to the values.
-      w[b] = _mm512_abs_ps(_mm512_mul_ps(_mm512_loadu_ps(p + r * TILE + b * BLOCK), scales16(scale)));
-      largest = _mm512_max_ps(largest, w[b]);
-    }
-    const float top = _mm512_reduce_max_ps(largest);
-    planes.unit[r] = top * (1 / 65280.f);  // 255 * 256
+    __m512 top = _mm512_loadu_ps(p + r * TILE);
+    for (int b = 1; b < blocks; ++b) top = _mm512_max_ps(top, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
+    tops[r] = _mm512_reduce_max_ps(top);
+  }
+}
+
+static INLINE float largest_scale(const Tile& tile, int group) {
+  __m512 top = _mm512_setzero_ps();
+  for (int b = 0; b < tile.blocks; ++b)
+    top = _mm512_max_ps(top, _mm512_abs_ps(scales16(tile.scales[b] + group * BLOCK)));
+  return _mm512_reduce_max_ps(top);
+}
+
+// Weights times scales as integers up to 255 * 256, in units of what cannot be exceeded.
+// INT4's scales may be negative; add_int4_rows gives their sign to the values.
+static INLINE void split_weights(int rows, const float* p, const float* tops, const Tile& tile,
+                                 int group, Planes& planes) {
+  const float scale_top = largest_scale(tile, group);
+  __m512 scales[TILE_BLOCKS];
+  for (int b = 0; b < tile.blocks; ++b)
+    scales[b] = _mm512_abs_ps(scales16(tile.scales[b] + group * BLOCK));
+  for (int r = 0; r < rows; ++r) {
+    const float top = tops[r] * scale_top;
+    planes.unit[r] = top * (1 / 65280.f);
     const __m512 inverse = _mm512_set1_ps(top > 0 ? 65280.f / top : 0);
     for (int b = 0; b < tile.blocks; ++b) {
-      const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(w[b], inverse));
+      const __m512 w = _mm512_mul_ps(_mm512_loadu_ps(p + r * TILE + b * BLOCK), scales[b]);
+      const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(w, inverse));
       _mm_storeu_si128((__m128i*)(planes.high[r] + b * BLOCK),
                        _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
       _mm_storeu_si128((__m128i*)(planes.low[r] + b * BLOCK), _mm512_cvtepi32_epi8(n));
@@ -212,7 +228,9 @@ static void add_int8(int rows, float* p, const float* decay, const Tile& tile, f
   for_rows<4>(rows, [&](auto n, int row) {
     constexpr int ROWS = decltype(n)::value;
     Planes planes;
-    split_weights(ROWS, p + row * TILE, tile, 0, BLOCK, planes);
+    float tops[ROWS];
+    largest_weights(ROWS, p + row * TILE, tile.blocks, tops);
+    split_weights(ROWS, p + row * TILE, tops, tile, 0, planes);
     const bool fetch = tile.next[0] && row == 0;
     int chunk = 0;
     for (; chunk + 2 <= chunks; chunk += 2)
@@ -223,17 +241,17 @@ static void add_int8(int rows, float* p, const float* decay, const Tile& tile, f
 
 // A group of 32 dimensions is two chunks. A scale's sign (the format gives the code -8 to the
 // largest number, whatever its sign) moves to the values: codes of such tokens are negated.
-template <int ROWS>
+template <int ROWS, int CHUNKS>
 static INLINE void add_int4_rows(int row, const Planes& planes, const float* decay,
-                                 const Tile& tile, int group, bool fetch, float* o, int padded) {
+                                 const Tile& tile, int chunk, bool fetch, float* o, int padded) {
   const __m512i nibble = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
-  __m512i high[ROWS][2], low[ROWS][2];
+  __m512i high[ROWS][CHUNKS], low[ROWS][CHUNKS];
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < 2; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
+    for (int c = 0; c < CHUNKS; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
   for (int block = 0; block < tile.blocks; ++block) {
-    const uint8_t* base = tile.block[block] + group * 256;
+    const uint8_t* base = tile.block[block] + chunk * 128;
     const __m256i scales =
-        _mm256_loadu_si256((const __m256i*)(tile.scales[block] + group * BLOCK));
+        _mm256_loadu_si256((const __m256i*)(tile.scales[block] + chunk / 2 * BLOCK));
     // 16 bytes, all ones where the token's scale is negative
     const __m128i negative = _mm256_cvtepi16_epi8(_mm256_srai_epi16(scales, 15));
     alignas(16) int32_t signs[4];
@@ -242,10 +260,10 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
       for (int half = 0; half < 2; ++half) {
         const int quad = eighth * 2 + half;
         const __m512i sign = _mm512_set1_epi32(signs[quad]);
-        __m512i v[2];
-        for (int c = 0; c < 2; ++c) {
+        __m512i v[CHUNKS];
+        for (int c = 0; c < CHUNKS; ++c) {
           __m512i both = _mm512_loadu_si512(base + c * 128 + eighth * 64);
-          if (fetch && half == 0) prefetch(tile.next[block] + group * 256 + c * 128 + eighth * 64);
+          if (fetch && half == 0) prefetch(tile.next[block] + (chunk + c) * 128 + eighth * 64);
           if (half) both = _mm512_srli_epi16(both, 4);
           const __m512i codes = _mm512_sub_epi8(_mm512_and_si512(both, nibble), eight);
           v[c] = _mm512_sub_epi8(_mm512_xor_si512(codes, sign), sign);
@@ -253,7 +271,7 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
         for (int r = 0; r < ROWS; ++r) {
           const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
           const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
-          for (int c = 0; c < 2; ++c) {
+          for (int c = 0; c < CHUNKS; ++c) {
             high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
             low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
           }
@@ -261,8 +279,8 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
       }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < 2; ++c) {
-      float* at = o + (row + r) * (int64_t)padded + group * GROUP + c * 16;
+    for (int c = 0; c < CHUNKS; ++c) {
+      float* at = o + (row + r) * (int64_t)padded + (chunk + c) * 16;
       const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(decay[row + r]));
       _mm512_storeu_ps(at, _mm512_fmadd_ps(joined(high[r][c], low[r][c]),
                                            _mm512_set1_ps(planes.unit[r]), old));
@@ -271,12 +289,20 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
 
 static void add_int4(int rows, float* p, const float* decay, const Tile& tile, float* o) {
   const int padded = value_dim(KVF_INT4, tile.dim);
-  for_rows<4>(rows, [&](auto n, int row) {
+  for_rows<8>(rows, [&](auto n, int row) {
     constexpr int ROWS = decltype(n)::value;
+    float tops[ROWS];
+    largest_weights(ROWS, p + row * TILE, tile.blocks, tops);
     for (int group = 0; group * GROUP < padded; ++group) {
       Planes planes;
-      split_weights(ROWS, p + row * TILE, tile, group, BLOCK, planes);
-      add_int4_rows<ROWS>(row, planes, decay, tile, group, tile.next[0] && row == 0, o, padded);
+      split_weights(ROWS, p + row * TILE, tops, tile, group, planes);
+      const bool fetch = tile.next[0] && row == 0;
+      if constexpr (ROWS <= 4) {
+        add_int4_rows<ROWS, 2>(row, planes, decay, tile, group * 2, fetch, o, padded);
+      } else {
+        add_int4_rows<ROWS, 1>(row, planes, decay, tile, group * 2, fetch, o, padded);
+        add_int4_rows<ROWS, 1>(row, planes, decay, tile, group * 2 + 1, fetch, o, padded);
+      }
     }
   });
 }

@@ -38,8 +38,16 @@ static INLINE F16x operator+(F16x a, F16x b) { EACH a.v[i] += b.v[i]; return a; 
 static INLINE F16x operator-(F16x a, F16x b) { EACH a.v[i] -= b.v[i]; return a; }
 static INLINE F16x operator*(F16x a, F16x b) { EACH a.v[i] *= b.v[i]; return a; }
 static INLINE F16x fma(F16x a, F16x b, F16x c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
-static INLINE F16x max(F16x a, F16x b) { EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
-static INLINE F16x min(F16x a, F16x b) { EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+static INLINE Floats larger(Floats a, Floats b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static INLINE F16x max(F16x a, F16x b) { EACH a.v[i] = larger(a.v[i], b.v[i]); return a; }
 
 static INLINE F16x load_bf16(const uint16_t* p) {
   F16x r;
@@ -63,11 +71,14 @@ static INLINE F16x load_i8(const int8_t* p) {
 }
 
 static INLINE float reduce_add(F16x a) {
-  float t[16], s = 0;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)a.v[0]);
+#else
+  float t[16];
   store(t, a);
   for (int w = 8; w; w >>= 1) for (int i = 0; i < w; ++i) t[i] += t[i + w];
-  s = t[0];
-  return s;
+  return t[0];
+#endif
 }
 
 static INLINE float reduce_max(F16x a) {
@@ -81,11 +92,12 @@ static INLINE float reduce_max(F16x a) {
 #endif
 }
 
-// 2^x for x <= 0 (relative error 3e-7); 0 below -126, so that masked scores (-inf) vanish.
+// 2^x for x <= 0 (relative error 3e-7). At -127 and below the exponent is used up and nothing is
+// left, so masked scores (-inf) give exactly 0. NaN stays NaN.
 static INLINE F16x exp2_nonpositive(F16x x) {
   F16x r;
   EACH {
-    Floats t = x.v[i] > -126.f ? x.v[i] : -126.f - Floats{};
+    const Floats t = larger(-127.f - Floats{}, x.v[i]);
     const Floats magic = 12582912.f - Floats{};  // 1.5 * 2^23: adding it rounds to an integer
     Floats n = (t + magic) - magic;
     Floats f = t - n;  // in [-1/2, 1/2]; Taylor's series of 2^f = e^(f ln 2)
@@ -96,8 +108,7 @@ static INLINE F16x exp2_nonpositive(F16x x) {
     p = p * f + 2.40226507e-1f;
     p = p * f + 6.93147181e-1f;
     p = p * f + 1.0f;
-    Ints bits = (Ints)p + (__builtin_convertvector(n, Ints) << 23);
-    r.v[i] = x.v[i] >= -126.f ? (Floats)bits : Floats{};
+    r.v[i] = (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
   }
   return r;
 }

@@ -1,0 +1,75 @@
+"""What attention refuses, in one line each, before anything is computed."""
+
+import math
+
+import torch
+
+from kvfold.errors import InputError
+
+Shape = tuple[int, int, int, int]  # batch, query heads, queries, keys
+
+
+def check_options(
+    shape: Shape,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    start: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+) -> None:
+    """Check the options that ``kvfold.attention`` and caches share.
+
+    Raises:
+        InputError: for the first that does not fit.
+    """
+    batch, heads, _, keys = shape
+    if window is not None and window < 1:
+        raise InputError(f"window={window}: expected at least 1, or None")
+    if sinks < 0:
+        raise InputError(f"sinks={sinks}: expected 0 or more")
+    if window is not None and not causal:
+        raise InputError("a window needs causal=True", "it counts back from a query's position")
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"scale={scale}: expected a finite number")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise InputError(f"softcap={softcap}: expected a positive number, or None")
+    if not torch.compiler.is_compiling():
+        check_range("start", start, batch, keys)
+        check_range("lengths", lengths, batch, keys)
+    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
+        raise InputError(f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}]")
+    if mask is not None:
+        _check_mask(mask, shape)
+
+
+def check_range(name: str, given: torch.Tensor | None, batch: int, keys: int) -> None:
+    """Positions must be ``[B]`` and within the keys: kernels follow them blindly."""
+    if given is None:
+        return
+    if given.shape != (batch,):
+        raise InputError(f"{name} has shape {list(given.shape)}, expected [{batch}]")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise InputError(f"{name} is {given.dtype}, expected whole numbers (torch.int32)")
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= keys:
+        low, high = int(given.min()), int(given.max())
+        raise InputError(f"{name} runs from {low} to {high}, beyond the {keys} keys given")
+
+
+def _check_mask(mask: torch.Tensor, shape: Shape) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(
+            f"mask is {mask.dtype}, expected bool or a float type",
+            "a 0/1 mask becomes boolean by mask.bool()",
+        )
+    try:
+        fits = torch.broadcast_shapes(mask.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
+        )
