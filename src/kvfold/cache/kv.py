@@ -1,33 +1,22 @@
 """The KV cache: contiguous, paged or sliding, in any format."""
 
-from dataclasses import dataclass
-
 import torch
 
+from kvfold.cache.checks import check_kind, check_rows, check_sizes
+from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import attention
-from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, Part, library
+from kvfold.kernels.library import MAX_TOKENS, library
 from kvfold.ops.quantize import FORMATS, Format, format_of
 
-KINDS = ("contiguous", "paged", "sliding")
 _EXACT_FIRST = 16  # attention sinks live there, and quantize badly
 _EXACT_RECENT = 64  # most of the attention's weight lies on what came last
-_MOVED_AT_ONCE = 32  # tokens that leave the recent window together
-_EXACT_PAGE = 16
 _START_CAPACITY = 256
 
 Dtype = str | torch.dtype
-
-
-@dataclass(frozen=True)
-class _Exact:
-    """How much of each sequence stays in bfloat16: its first and its most recent tokens."""
-
-    first: int
-    recent: int
 
 
 class KVCache:
@@ -78,16 +67,19 @@ class KVCache:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         k_dtype, v_dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
         formats = format_of(k_dtype), format_of(v_dtype)
-        _check_kind(kind, window, sinks, max_length)
-        for name, value, low, high in (
-            ("num_kv_heads", num_kv_heads, 1, 1 << 16),
-            ("head_dim", head_dim, 1, MAX_DIM),
-            ("v_head_dim", v_head_dim, 1, MAX_DIM),
-            ("batch", batch, 0, 1 << 20),
-            ("page_size", page_size, 1, 1 << 20),
-        ):
-            if not low <= value <= high:
-                raise InputError(f"{name}={value}: expected {low} to {high}")
+        check_kind(kind, window)
+        check_sizes(
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            batch=batch,
+            page_size=page_size,
+            max_length=max_length,
+            window=window,
+            sinks=sinks,
+            exact_first=exact_first,
+            exact_recent=exact_recent,
+        )
         self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
         self.kind, self.max_length, self.window, self.sinks = kind, max_length, window, sinks
         self.formats = formats
@@ -96,11 +88,15 @@ class KVCache:
         if kind == "contiguous":
             page_size = _round_up(max_length or _START_CAPACITY)
             self._capacity = page_size
-        self._exact = _exact(formats, exact_first, exact_recent, sinks)
-        self._tails = [self._exact.first] * batch if self._exact else []
-        self._main = self._store(formats, page_size, batch if kind == "contiguous" else 0)
-        half = FORMATS["bf16"]
-        self._ends = self._store((half, half), _EXACT_PAGE, 0) if self._exact else None
+        main = self._store(formats, page_size, batch if kind == "contiguous" else 0)
+        self._storage = Uniform(main)
+        int4 = any(f.name == "int4" for f in formats)
+        first = (_EXACT_FIRST if int4 else 0) if exact_first is None else exact_first
+        recent = (_EXACT_RECENT if int4 else 0) if exact_recent is None else exact_recent
+        if first or recent:
+            half = FORMATS["bf16"]
+            ends = self._store((half, half), EXACT_PAGE, 0)
+            self._storage = ExactEnds(main, ends, max(first, sinks), recent, batch)
 
     def _store(self, formats: tuple[Format, Format], page_size: int, reserve: int) -> Store:
         sizes = self.num_kv_heads, self.head_dim, self.v_head_dim
@@ -113,31 +109,21 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory the cache has allocated, used or not."""
-        return sum(store.nbytes for store in self._stores)
+        return sum(store.nbytes for store in self._storage.stores)
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes a token of one sequence takes in the middle of the cache, scales included."""
-        return _bytes_per_token(self._main)
+        return self._storage.main.bytes_per_token
 
     @property
     def bytes_per_step(self) -> float:
         """Bytes of keys, values and scales that one step of attention reads, all sequences."""
         total = 0.0
         for b, length in enumerate(self.lengths):
-            seen = (
-                length if self.kind != "sliding" else min(length, self.sinks + (self.window or 0))
-            )
-            quantized = 0
-            if self._exact is not None and self._ends is not None:
-                quantized = min(seen, max(0, self._tails[b] - self._exact.first))
-                total += (seen - quantized) * _bytes_per_token(self._ends)
-            total += (quantized if self._exact else seen) * _bytes_per_token(self._main)
+            seen = length if self.window is None else min(length, self.sinks + self.window)
+            total += self._storage.step_bytes(b, seen)
         return total
-
-    @property
-    def _stores(self) -> list[Store]:
-        return [self._main] if self._ends is None else [self._main, self._ends]
 
     def append(
         self,
@@ -160,8 +146,8 @@ class KVCache:
             InputError: for shapes or dtypes that do not fit, or beyond ``max_length``.
         """
         rows = self._rows(sequences)
-        self._check_rows("k", k, len(rows), self.head_dim)
-        self._check_rows("v", v, len(rows), self.v_head_dim)
+        check_rows("k", k, len(rows), self.num_kv_heads, self.head_dim)
+        check_rows("v", v, len(rows), self.num_kv_heads, self.v_head_dim)
         if k.shape[2] != v.shape[2]:
             raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
         tokens = k.shape[2]
@@ -173,18 +159,14 @@ class KVCache:
             )
         if self.kind == "contiguous" and longest > self._capacity:
             self._capacity = _round_up(max(longest, self._capacity * 3 // 2))
-            self._main.lengthen(self._capacity)
+            self._storage.main.lengthen(self._capacity)
         k, v = readable(k), readable(v)
         queries = tokens if queries is None else queries
-        alike = len({self._state(b) for b in rows}) <= 1
-        if alike:
+        if len({(self.lengths[b], self._storage.state(b)) for b in rows}) <= 1:
             self._append(k, v, rows, queries)
         else:
             for i, b in enumerate(rows):
                 self._append(k[i : i + 1], v[i : i + 1], [b], queries)
-
-    def _state(self, b: int) -> tuple[int, ...]:
-        return (self.lengths[b], *self._tails[b : b + 1])
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, rows: list[int], queries: int) -> None:
         """Sequences of one length."""
@@ -194,15 +176,11 @@ class KVCache:
         old = self.lengths[rows[0]]
         new = old + tokens
         if self.window is not None and self.kind == "sliding":
-            for store in self._stores:
-                for b in rows:
-                    store.release(b, self.sinks, old - self.window + 1)
+            for b in rows:
+                self._storage.release(b, self.sinks, old - self.window + 1)
         for low, high in self._kept(old, new, queries):
             cut = slice(low - old, high - old)
-            if self._exact is None:
-                self._write(self._main, k[:, :, cut], v[:, :, cut], rows, low, low, high)
-            else:
-                self._append_exact(k[:, :, cut], v[:, :, cut], rows, low, high)
+            self._storage.append(k[:, :, cut], v[:, :, cut], rows, low, high, old)
         for b in rows:
             self.lengths[b] = new
 
@@ -213,56 +191,6 @@ class KVCache:
         first = max(old, new - max(queries, 1) - self.window + 1)
         sinks = min(self.sinks, new)
         return [(old, sinks), (first, new)] if old < sinks < first else [(first, new)]
-
-    def _append_exact(
-        self, k: torch.Tensor, v: torch.Tensor, rows: list[int], old: int, new: int
-    ) -> None:
-        """First and recent tokens go to the exact store; what leaves the recent is quantized."""
-        assert self._exact is not None
-        assert self._ends is not None
-        first, tail = self._exact.first, self._tails[rows[0]]
-        if old > self.lengths[rows[0]]:  # a window skipped what lies between
-            tail = max(tail, old)
-            for b in rows:
-                self._tails[b] = tail
-        if new - tail >= self._exact.recent + _MOVED_AT_ONCE:
-            self._move(rows, tail, min(old, new - self._exact.recent))
-            tail = new - self._exact.recent
-            # From here to the tail tokens are quantized as they come.
-            self._write(self._main, k, v, rows, old, max(old, first), tail)
-            for b in rows:
-                self._tails[b] = tail
-        self._write(self._ends, k, v, rows, old, old, min(first, new))
-        self._write(self._ends, k, v, rows, old, max(old, tail), new)
-
-    def _move(self, rows: list[int], low: int, high: int) -> None:
-        """Quantize positions that are in the exact store."""
-        if low >= high:
-            return
-        assert self._ends is not None
-        read = [self._ends.read(b, low, high) for b in rows]
-        k, v = (torch.stack(side) for side in zip(*read, strict=True))
-        self._write(self._main, k, v, rows, low, low, high)
-        for b in rows:
-            self._ends.release(b, _round_up(low - _EXACT_PAGE + 1, _EXACT_PAGE), high)
-
-    def _write(
-        self,
-        store: Store,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rows: list[int],
-        base: int,
-        low: int,
-        high: int,
-    ) -> None:
-        """Write positions ``low <= j < high``; ``k`` and ``v`` begin at position ``base``."""
-        if low >= high:
-            return
-        for b in rows:
-            store.reserve(b, low, high)
-        cut = slice(low - base, high - base)
-        store.write(k[:, :, cut], v[:, :, cut], [low] * len(rows), rows)
 
     def attend(
         self,
@@ -296,7 +224,7 @@ class KVCache:
             InputError: for shapes that do not fit.
         """
         rows = self._rows(sequences)
-        self._check_rows("q", q, len(rows), self.head_dim, heads=False)
+        check_rows("q", q, len(rows), None, self.head_dim)
         if q.shape[1] % self.num_kv_heads:
             raise InputError(
                 f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
@@ -322,7 +250,7 @@ class KVCache:
                 softcap=softcap or 0.0,
             )
             call.hide(start, mask, alibi_slopes, shape[3])
-            parts = self._parts(rows, lengths, call)
+            parts = self._storage.parts(rows, lengths, call)
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
         k, v = self.tensors(q.dtype, rows)
@@ -351,36 +279,13 @@ class KVCache:
                 "pad on the right, or use sinks=0",
             )
 
-    def _parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
-        table = call.kept(self._main._rows(rows))
-        if self._exact is None:
-            return [self._main.part(table, None, lengths)]
-        assert self._ends is not None
-        tails = call.kept(torch.tensor([self._tails[b] for b in rows], dtype=torch.int32))
-        begin = call.kept(torch.full_like(tails, self._exact.first))
-        exact_table = call.kept(self._ends._rows(rows))
-        head_end = call.kept(torch.minimum(begin, lengths))
-        return [
-            self._main.part(table, begin, tails),
-            self._ends.part(exact_table, None, head_end),
-            self._ends.part(exact_table, tails, lengths),
-        ]
-
     def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What the cache holds of a sequence, decoded: float32 ``[Hkv, S, D]``, ``[Hkv, S, Dv]``.
 
         Freed positions of a sliding cache are zeros.
         """
         length = self.lengths[self._rows([sequence])[0]]
-        if self._exact is None or self._ends is None:
-            return self._main.read(sequence, 0, length)
-        first, tail = min(self._exact.first, length), self._tails[sequence]
-        pieces = [self._ends.read(sequence, 0, first)]
-        if tail > first:
-            pieces.append(self._main.read(sequence, first, tail))
-        pieces.append(self._ends.read(sequence, max(first, tail), length))
-        k, v = (torch.cat(side, 1) for side in zip(*pieces, strict=True))
-        return k, v
+        return self._storage.read(sequence, length)
 
     def tensors(
         self, dtype: torch.dtype, sequences: list[int] | None = None
@@ -413,20 +318,14 @@ class KVCache:
                         f"cannot go back from {old} to {length} tokens: the window has moved on",
                         "a sliding cache can only forget tokens of its last append",
                     )
-            for store in self._stores:
-                store.release(b, length, store.table.shape[1] * store.page_size)
+            self._storage.truncate(b, length)
             self.lengths[b] = length
-            if self._exact is not None:
-                self._tails[b] = max(self._exact.first, min(self._tails[b], length))
 
     def clear(self, sequences: list[int] | None = None) -> None:
         """Forget everything; the memory is kept for new tokens."""
         for b in self._rows(sequences):
-            for store in self._stores:
-                store.clear(b)
+            self._storage.clear(b)
             self.lengths[b] = 0
-            if self._exact is not None:
-                self._tails[b] = self._exact.first
 
     def fork(self, source: int, target: int) -> None:
         """Make ``target`` a copy of ``source`` that shares its pages until either changes.
@@ -439,11 +338,8 @@ class KVCache:
         self._rows([source, target])
         if source == target:
             return
-        for store in self._stores:
-            store.share(source, target, self.lengths[source])
+        self._storage.share(source, target, self.lengths[source])
         self.lengths[target] = self.lengths[source]
-        if self._exact is not None:
-            self._tails[target] = self._tails[source]
 
     def reorder(self, sequences: list[int]) -> None:
         """Make sequence i what sequence ``sequences[i]`` was (beam search). Pages are shared.
@@ -451,10 +347,8 @@ class KVCache:
         The batch becomes as large as the list.
         """
         rows = self._rows(sequences)
-        for store in self._stores:
-            store.select(rows)
+        self._storage.select(rows)
         self.lengths = [self.lengths[b] for b in rows]
-        self._tails = [self._tails[b] for b in rows] if self._exact else []
 
     def _rows(self, sequences: list[int] | None) -> list[int]:
         if sequences is None:
@@ -464,52 +358,6 @@ class KVCache:
                 raise InputError(f"sequence {b}: the cache has sequences 0 to {self.batch - 1}")
         return sequences
 
-    def _check_rows(
-        self, name: str, x: torch.Tensor, batch: int, dim: int, heads: bool = True
-    ) -> None:
-        expected = (batch, self.num_kv_heads if heads else x.shape[1] if x.dim() == 4 else 0)
-        if x.dim() != 4 or x.shape[:2] != expected or x.shape[3] != dim:
-            shape = f"[{batch}, {self.num_kv_heads if heads else 'Hq'}, T, {dim}]"
-            raise InputError(f"{name} has shape {list(x.shape)}, expected {shape}")
-        if x.device.type != "cpu":
-            raise InputError(f"{name} is on {x.device}, but this cache is on the CPU")
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"{name} is {x.dtype}, expected float32, float16 or bfloat16")
-
-
-def _bytes_per_token(store: Store) -> float:
-    layouts = store.keys.layout, store.values.layout
-    size = sum(layout.page_bytes + 2 * layout.page_scales for layout in layouts)
-    return store.shape.num_kv_heads * size / store.page_size
-
 
 def _round_up(n: int, to: int = 16) -> int:
     return -(-n // to) * to
-
-
-def _check_kind(kind: str, window: int | None, sinks: int, max_length: int | None) -> None:
-    if kind not in KINDS:
-        raise InputError(f"unknown kind of cache {kind!r}", f"choose one of {', '.join(KINDS)}")
-    if (kind == "sliding") != (window is not None):
-        raise InputError(
-            f"kind={kind!r} with window={window}",
-            "a sliding cache needs a window; give other kinds theirs when attending",
-        )
-    if window is not None and window < 1:
-        raise InputError(f"window={window}: expected at least 1")
-    if sinks < 0:
-        raise InputError(f"sinks={sinks}: expected 0 or more")
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length={max_length}: expected at least 1")
-
-
-def _exact(
-    formats: tuple[Format, Format], first: int | None, recent: int | None, sinks: int
-) -> _Exact | None:
-    for name, value in (("exact_first", first), ("exact_recent", recent)):
-        if value is not None and value < 0:
-            raise InputError(f"{name}={value}: expected 0 or more")
-    int4 = any(f.name == "int4" for f in formats)
-    first = (_EXACT_FIRST if int4 else 0) if first is None else first
-    recent = (_EXACT_RECENT if int4 else 0) if recent is None else recent
-    return _Exact(max(first, sinks), recent) if first or recent else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.cache.layout import BLOCK, Layout
-from kvfold.errors import InputError, RunError
+from kvfold.errors import RunError
 from kvfold.kernels.library import Append, Part, Side, Tensor, library
 from kvfold.ops.quantize import Format, decode, encode, rotate, rotation_size
 
@@ -122,6 +122,13 @@ class Store:
         return self.keys.nbytes + self.values.nbytes + self.table.nbytes
 
     @property
+    def bytes_per_token(self) -> float:
+        """Bytes of a token of one sequence, all heads, scales included."""
+        layouts = self.keys.layout, self.values.layout
+        size = sum(layout.page_bytes + 2 * layout.page_scales for layout in layouts)
+        return self.shape.num_kv_heads * size / self.page_size
+
+    @property
     def pages_in_use(self) -> int:
         return len(self.references) - len(self._free)
 
@@ -217,7 +224,7 @@ class Store:
         Positions without a page are skipped.
         """
         lib = library()
-        table = self._rows(rows)
+        table = self.rows(rows)
         if lib is None:
             self._write_plainly(k, v, first, table)
             return
@@ -258,7 +265,8 @@ class Store:
 
         return rows(self.keys), rows(self.values)
 
-    def _rows(self, rows: list[int]) -> torch.Tensor:
+    def rows(self, rows: list[int]) -> torch.Tensor:
+        """The page tables ``[len(rows), P]`` of some sequences."""
         everything = rows == list(range(len(self.table)))
         return self.table if everything else self.table[rows]
 
@@ -284,16 +292,3 @@ class Store:
         for half in (self.keys, self.values):
             yield half.data
             yield half.scales
-
-
-def check_table(table: torch.Tensor, pages: int) -> None:
-    """Refuse a page index out of range before a kernel would follow it.
-
-    Raises:
-        InputError: if an entry is not below ``pages``.
-    """
-    if table.numel() and int(table.max()) >= pages:
-        raise InputError(
-            f"page table names page {int(table.max())}, but the store has {pages} pages",
-            "indices run from 0; -1 marks a page that holds nothing",
-        )

@@ -1,0 +1,168 @@
+"""Which store holds which tokens: one for all, or exact ends around a quantized middle."""
+
+import torch
+
+from kvfold.cache.store import Store
+from kvfold.kernels.call import KernelCall
+from kvfold.kernels.library import Part
+
+EXACT_PAGE = 16
+_MOVED_AT_ONCE = 32  # tokens that leave the recent window together
+
+
+class Uniform:
+    """All tokens in one store."""
+
+    def __init__(self, main: Store) -> None:
+        self.main = main
+
+    @property
+    def stores(self) -> list[Store]:
+        return [self.main]
+
+    def state(self, b: int) -> int:
+        """Sequences of one length and one state can be written together."""
+        return 0
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, rows: list[int], low: int, high: int, old: int
+    ) -> None:
+        """Write positions ``low <= j < high`` of sequences that were ``old`` tokens long."""
+        write(self.main, k, v, rows, low, low, high)
+
+    def release(self, b: int, low: int, high: int) -> None:
+        for store in self.stores:
+            store.release(b, low, high)
+
+    def parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
+        """The stores as a kernel call reads them."""
+        return [self.main.part(call.kept(self.main.rows(rows)), None, lengths)]
+
+    def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything, decoded: float32 ``[Hkv, length, D]`` and ``Dv``."""
+        return self.main.read(b, 0, length)
+
+    def truncate(self, b: int, length: int) -> None:
+        for store in self.stores:
+            store.release(b, length, store.table.shape[1] * store.page_size)
+
+    def clear(self, b: int) -> None:
+        for store in self.stores:
+            store.clear(b)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        for store in self.stores:
+            store.share(source, target, length)
+
+    def select(self, rows: list[int]) -> None:
+        for store in self.stores:
+            store.select(rows)
+
+    def step_bytes(self, b: int, seen: int) -> float:
+        """Bytes that attention over ``seen`` tokens reads."""
+        return seen * self.main.bytes_per_token
+
+
+class ExactEnds(Uniform):
+    """The first and the most recent tokens exactly, the others quantized.
+
+    A sequence's positions ``first <= j < tail`` are in ``main``, all others in ``ends``. The tail
+    follows the end at a distance of ``recent`` to ``recent + 32``, so each token moves once.
+    """
+
+    def __init__(self, main: Store, ends: Store, first: int, recent: int, batch: int) -> None:
+        super().__init__(main)
+        self.ends, self.first, self.recent = ends, first, recent
+        self.tails = [first] * batch
+
+    @property
+    def stores(self) -> list[Store]:
+        return [self.main, self.ends]
+
+    def state(self, b: int) -> int:
+        return self.tails[b]
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, rows: list[int], low: int, high: int, old: int
+    ) -> None:
+        tail = self.tails[rows[0]]
+        if low > old:  # a window skipped what lies between
+            tail = max(tail, low)
+        if high - tail >= self.recent + _MOVED_AT_ONCE:
+            self._move(rows, tail, min(low, high - self.recent))
+            tail = high - self.recent
+            # From here to the tail tokens are quantized as they come.
+            write(self.main, k, v, rows, low, max(low, self.first), tail)
+        for b in rows:
+            self.tails[b] = tail
+        write(self.ends, k, v, rows, low, low, min(self.first, high))
+        write(self.ends, k, v, rows, low, max(low, tail), high)
+
+    def _move(self, rows: list[int], low: int, high: int) -> None:
+        """Quantize positions that are still exact."""
+        if low >= high:
+            return
+        read = [self.ends.read(b, low, high) for b in rows]
+        k, v = (torch.stack(side) for side in zip(*read, strict=True))
+        write(self.main, k, v, rows, low, low, high)
+        for b in rows:
+            self.ends.release(b, max(self.first, low - EXACT_PAGE), high)
+
+    def parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
+        tails = call.kept(torch.tensor([self.tails[b] for b in rows], dtype=torch.int32))
+        begin = call.kept(torch.full_like(tails, self.first))
+        table = call.kept(self.ends.rows(rows))
+        return [
+            self.main.part(call.kept(self.main.rows(rows)), begin, tails),
+            self.ends.part(table, None, call.kept(torch.minimum(begin, lengths))),
+            self.ends.part(table, tails, lengths),
+        ]
+
+    def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, tail = min(self.first, length), self.tails[b]
+        pieces = [
+            self.ends.read(b, 0, first),
+            self.main.read(b, first, max(first, tail)),
+            self.ends.read(b, max(first, tail), length),
+        ]
+        k, v = (torch.cat(side, 1) for side in zip(*pieces, strict=True))
+        return k, v
+
+    def truncate(self, b: int, length: int) -> None:
+        super().truncate(b, length)
+        self.tails[b] = max(self.first, min(self.tails[b], length))
+
+    def clear(self, b: int) -> None:
+        super().clear(b)
+        self.tails[b] = self.first
+
+    def share(self, source: int, target: int, length: int) -> None:
+        super().share(source, target, length)
+        self.tails[target] = self.tails[source]
+
+    def select(self, rows: list[int]) -> None:
+        super().select(rows)
+        self.tails = [self.tails[b] for b in rows]
+
+    def step_bytes(self, b: int, seen: int) -> float:
+        quantized = min(seen, max(0, self.tails[b] - self.first))
+        exact = seen - quantized
+        return quantized * self.main.bytes_per_token + exact * self.ends.bytes_per_token
+
+
+def write(
+    store: Store,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: list[int],
+    base: int,
+    low: int,
+    high: int,
+) -> None:
+    """Write positions ``low <= j < high``; ``k`` and ``v`` begin at position ``base``."""
+    if low >= high:
+        return
+    for b in rows:
+        store.reserve(b, low, high)
+    cut = slice(low - base, high - base)
+    store.write(k[:, :, cut], v[:, :, cut], [low] * len(rows), rows)
