@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fold_quality import machine, source_folder
 from torch.nn import functional
 
 import kvfold.transformers as drop_in
+from fold_quality import machine, source_folder
 from kvfold.quality.run import load_model, load_tokenizer
 from kvfold.quality.text import token_windows
 
