@@ -21,9 +21,6 @@ from tests.attention_cases import (
 DTYPES: list[Any] = [*FORMATS, ("int8", "int4"), ("fp8", "bf16"), torch.float16]
 PAGES = (1, 4, 7, 16, 64, 128)
 PLAIN: dict[str, Any] = {"exact_first": 0, "exact_recent": 0}  # no tokens kept in bfloat16
-READS_TOO_MUCH = pytest.mark.xfail(
-    strict=True, reason="read gives exact_first tokens of shorter sequences once the table is wide"
-)
 
 
 @pytest.fixture(params=["kernels", "plain PyTorch"])
@@ -275,10 +272,7 @@ def test_truncated_tokens_were_never_there(kind: str, page_size: int, dtype: str
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize(
     "length",
-    [
-        *(pytest.param(n, marks=READS_TOO_MUCH) for n in (0, 10)),
-        *(16, 70, 120, 149),
-    ],
+    [0, 10, 16, 70, 120, 149],
 )
 def test_truncating_into_what_is_quantized(length: int) -> None:
     """It stays quantized; what follows is kept exactly as ever."""
@@ -321,13 +315,8 @@ def test_sliding_is_the_full_cache_with_a_window(
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.usefixtures("_backend")
-def test_a_sliding_cache_skips_what_no_query_will_see(
-    request: pytest.FixtureRequest, sinks: int, dtype: str
-) -> None:
+def test_a_sliding_cache_skips_what_no_query_will_see(sinks: int, dtype: str) -> None:
     """Of a long prompt, whose queries attend elsewhere, it stores what the last one sees."""
-    if dtype == "int4" and "plain" in request.node.name:
-        reason = "Store.read gives too few positions where the table ends early"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     some, everything = (
         make(dtype, "sliding", window=20, sinks=sinks, page_size=4) for _ in range(2)
     )
@@ -342,7 +331,6 @@ def test_a_sliding_cache_skips_what_no_query_will_see(
         torch.testing.assert_close(out, expected, atol=0.3 if dtype == "int4" else 1e-5, rtol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="truncate allows one token; the hint promises the append")
 @pytest.mark.parametrize("window", [8, 24])
 def test_a_sliding_cache_can_forget_its_last_append(window: int) -> None:
     """Speculative decoding: the window of what is left was not freed yet."""

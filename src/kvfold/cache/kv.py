@@ -84,6 +84,7 @@ class KVCache:
         self.kind, self.max_length, self.window, self.sinks = kind, max_length, window, sinks
         self.formats = formats
         self.lengths = [0] * batch
+        self._freed = [0] * batch  # positions below, but for sinks, are gone (sliding)
         self._capacity = 0
         if kind == "contiguous":
             page_size = _round_up(max_length or _START_CAPACITY)
@@ -146,6 +147,8 @@ class KVCache:
             InputError: for shapes or dtypes that do not fit, or beyond ``max_length``.
         """
         rows = self._rows(sequences)
+        if len(set(rows)) < len(rows):
+            raise InputError(f"sequences={rows}: a sequence can be appended to only once a call")
         check_rows("k", k, len(rows), self.num_kv_heads, self.head_dim)
         check_rows("v", v, len(rows), self.num_kv_heads, self.v_head_dim)
         if k.shape[2] != v.shape[2]:
@@ -175,10 +178,13 @@ class KVCache:
             return
         old = self.lengths[rows[0]]
         new = old + tokens
+        kept = self._kept(old, new, queries)
         if self.window is not None and self.kind == "sliding":
+            skipped = kept[-1][0] if kept[-1][0] > old else 0
             for b in rows:
                 self._storage.release(b, self.sinks, old - self.window + 1)
-        for low, high in self._kept(old, new, queries):
+                self._freed[b] = max(self._freed[b], old - self.window + 1, skipped)
+        for low, high in kept:
             cut = slice(low - old, high - old)
             self._storage.append(k[:, :, cut], v[:, :, cut], rows, low, high, old)
         for b in rows:
@@ -188,7 +194,9 @@ class KVCache:
         """Which of the positions ``old <= j < new`` queries to come can see."""
         if self.kind != "sliding" or self.window is None:
             return [(old, new)]
-        first = max(old, new - max(queries, 1) - self.window + 1)
+        first = new - max(queries, 1) - self.window + 1
+        if first <= old:  # everything new, and what is there already
+            return [(old, new)]
         sinks = min(self.sinks, new)
         return [(old, sinks), (first, new)] if old < sinks < first else [(first, new)]
 
@@ -237,6 +245,7 @@ class KVCache:
             shape, causal, window, sinks or 0, start, None, mask, scale, softcap, alibi_slopes
         )
         self._check_start(start)
+        self._check_window(rows, q.shape[2])
         lib = library()
         if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
             call = KernelCall(
@@ -269,6 +278,16 @@ class KVCache:
             alibi_slopes=alibi_slopes,
             return_lse=return_lse,
         )
+
+    def _check_window(self, rows: list[int], queries: int) -> None:
+        if self.kind != "sliding" or self.window is None:
+            return
+        for b in rows:
+            if self.lengths[b] - queries - self.window + 1 < self._freed[b] and self._freed[b]:
+                raise InputError(
+                    f"{queries} queries see further back than the sliding cache still holds",
+                    "attend with the tokens of the last append, or fewer",
+                )
 
     def _check_start(self, start: torch.Tensor | None) -> None:
         if start is None or self.kind != "sliding" or not self.sinks:
@@ -307,25 +326,26 @@ class KVCache:
         Raises:
             InputError: if a sliding cache would need tokens that it has freed.
         """
+        if length < 0:
+            raise InputError(f"cannot truncate to {length} tokens: expected 0 or more")
         for b in self._rows(sequences):
             old = self.lengths[b]
-            if not 0 <= length < old:
+            if length >= old:
                 continue
-            if self.kind == "sliding" and self.window is not None:
-                freed = old - self.window
-                if length - self.window + 1 < freed and freed > self.sinks and length:
-                    raise InputError(
-                        f"cannot go back from {old} to {length} tokens: the window has moved on",
-                        "a sliding cache can only forget tokens of its last append",
-                    )
+            if length and length - (self.window or length) + 1 < self._freed[b]:
+                raise InputError(
+                    f"cannot go back from {old} to {length} tokens: the window has moved on",
+                    "a sliding cache can only forget tokens of its last append",
+                )
             self._storage.truncate(b, length)
             self.lengths[b] = length
+            self._freed[b] = self._freed[b] if length else 0
 
     def clear(self, sequences: list[int] | None = None) -> None:
         """Forget everything; the memory is kept for new tokens."""
         for b in self._rows(sequences):
             self._storage.clear(b)
-            self.lengths[b] = 0
+            self.lengths[b] = self._freed[b] = 0
 
     def fork(self, source: int, target: int) -> None:
         """Make ``target`` a copy of ``source`` that shares its pages until either changes.
@@ -340,6 +360,7 @@ class KVCache:
             return
         self._storage.share(source, target, self.lengths[source])
         self.lengths[target] = self.lengths[source]
+        self._freed[target] = self._freed[source]
 
     def reorder(self, sequences: list[int]) -> None:
         """Make sequence i what sequence ``sequences[i]`` was (beam search). Pages are shared.
@@ -349,6 +370,7 @@ class KVCache:
         rows = self._rows(sequences)
         self._storage.select(rows)
         self.lengths = [self.lengths[b] for b in rows]
+        self._freed = [self._freed[b] for b in rows]
 
     def _rows(self, sequences: list[int] | None) -> list[int]:
         if sequences is None:

@@ -119,7 +119,7 @@ class ExactEnds(Uniform):
         ]
 
     def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        first, tail = min(self.first, length), self.tails[b]
+        first, tail = min(self.first, length), min(self.tails[b], length)
         pieces = [
             self.ends.read(b, 0, first),
             self.main.read(b, first, max(first, tail)),

@@ -257,11 +257,14 @@ class Store:
             )
         first, last = low // self.page_size, -(-high // self.page_size)
         pages = self.table[sequence, first:last].long()
-        held = (pages >= 0).repeat_interleave(self.page_size)[None, :, None]
+        pages = torch.nn.functional.pad(pages, (0, last - first - len(pages)), value=-1)
+        held = (pages >= 0).repeat_interleave(self.page_size)
         cut = slice(low - first * self.page_size, high - first * self.page_size)
 
         def rows(half: Half) -> torch.Tensor:
-            return torch.where(held, half.read(pages.clamp_min(0)), 0.0)[:, cut]
+            numbers = torch.zeros(half.heads, len(held), half.layout.dim)
+            numbers[:, held] = half.read(pages[pages >= 0])
+            return numbers[:, cut]
 
         return rows(self.keys), rows(self.values)
 

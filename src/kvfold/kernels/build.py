@@ -66,7 +66,10 @@ def build(target: Path, extra: tuple[str, ...] = ()) -> None:
         _run([*command, "-c", str(SOURCES / "library.cpp"), "-o", main])
         whole = Path(folder) / NAME
         _run([*command, "-shared", *objects, main, "-o", str(whole), "-pthread"])
-        shutil.copy(whole, target)
+        # Renamed, not overwritten: a process that runs the old library keeps it.
+        fresh = target.with_suffix(".new")
+        shutil.copy(whole, fresh)
+        fresh.replace(target)
 
 
 def _run(command: list[str]) -> None:

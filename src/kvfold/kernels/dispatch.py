@@ -178,6 +178,12 @@ def _checked(
     )  # fmt: skip
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing() -> str:
+    """Why there are no kernels, or nothing; torch.compile takes it as it is."""
+    return "" if library() is not None else why_missing()
+
+
 def _choose(call: _Call) -> Path:
     q, k = call.q, call.k
     tensors = [q, k, call.v] + [x for x in (call.mask, call.alibi_slopes) if x is not None]
@@ -186,16 +192,18 @@ def _choose(call: _Call) -> Path:
     if not gradients and not call.dropout and q.device.type == "cpu":
         decoding = q.shape[2] <= MAX_TOKENS and q.shape[2] * _DECODE_RATIO <= k.shape[2]
         fits = q.dtype is not torch.float64 and max(q.shape[3], call.v.shape[3]) <= MAX_DIM
-        if decoding and fits and library() is not None:
+        if decoding and fits and not _missing():
             return Path("kernel", "few queries on the CPU: each key and value is read once")
         if decoding and fits:
-            return Path("matmul", f"the CPU kernels are missing ({why_missing()})")
+            return Path("matmul", f"the CPU kernels are missing ({_missing()})")
         if decoding:
             return Path("matmul", "few queries, of a dtype or head size without a kernel")
     if not plain:
         return Path("matmul", "PyTorch's kernels have no softcap and return no log-sum-exp")
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return Path("matmul", "there is nothing to compute")
+    if call.dropout and q.shape[1] != k.shape[1]:
+        return Path("matmul", "with dropout, PyTorch's kernels would repeat keys and values")
     if gradients or call.dropout:
         return Path("sdpa", "gradients are needed, and PyTorch's kernels have them")
     return Path("sdpa", "many queries: bound by arithmetic, where PyTorch's kernels are best")
@@ -265,6 +273,12 @@ def _sdpa(call: _Call) -> torch.Tensor:
     if bias is not None and seen is not None:
         bias = bias.masked_fill(~seen, -torch.inf)
     mask = seen if bias is None else bias.to(q.dtype)
+    scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
+    v_head_dim = v.shape[3]
+    if q.shape[1] != k.shape[1] and v_head_dim != q.shape[3]:
+        # Of uneven heads PyTorch's only kernel repeats keys and values; zeros change nothing.
+        width = max(v_head_dim, q.shape[3])
+        q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(
         q,
         k,
@@ -272,9 +286,10 @@ def _sdpa(call: _Call) -> torch.Tensor:
         attn_mask=mask,
         dropout_p=call.dropout,
         is_causal=is_causal,
-        scale=call.scale,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+    out = out[..., :v_head_dim]
     if seen is not None:
         out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
     return out
