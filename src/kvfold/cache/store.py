@@ -190,11 +190,10 @@ class Store:
     def release(self, sequence: int, low: int, high: int) -> None:
         """Free the pages that lie wholly within ``low <= j < high``."""
         first, last = -(-low // self.page_size), high // self.page_size
-        row = self.table[sequence]
-        for index in range(first, min(last, self.table.shape[1])):
-            if row[index] >= 0:
-                self._drop_page(int(row[index]))
-                row[index] = -1
+        held = self.table[sequence, first:last]
+        for page in held[held >= 0].tolist():
+            self._drop_page(page)
+        held.fill_(-1)
 
     def clear(self, sequence: int) -> None:
         self.release(sequence, 0, self.table.shape[1] * self.page_size)
