@@ -190,7 +190,7 @@ class Store:
     def release(self, sequence: int, low: int, high: int) -> None:
         """Free the pages that lie wholly within ``low <= j < high``."""
         first, last = -(-low // self.page_size), high // self.page_size
-        held = self.table[sequence, first:last]
+        held = self.table[sequence, first : max(first, last)]
         for page in held[held >= 0].tolist():
             self._drop_page(page)
         held.fill_(-1)
