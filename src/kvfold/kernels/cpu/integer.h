@@ -191,6 +191,12 @@ static INLINE void split_weights(int rows, const float* p, const float* tops, co
   }
 }
 
+// o = decay o + unit (256 high + low), 16 numbers.
+static INLINE void add_sums(float* o, float decay, float unit, __m512i high, __m512i low) {
+  const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(decay));
+  _mm512_storeu_ps(o, _mm512_fmadd_ps(joined(high, low), _mm512_set1_ps(unit), old));
+}
+
 template <int ROWS, int CHUNKS>
 static INLINE void add_int8_rows(int row, const Planes& planes, const float* decay,
                                  const Tile& tile, int chunk, bool fetch, float* o, int padded) {
@@ -216,10 +222,8 @@ static INLINE void add_int8_rows(int row, const Planes& planes, const float* dec
   }
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < CHUNKS; ++c) {
-      float* at = o + (row + r) * (int64_t)padded + (chunk + c) * 16;
-      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(decay[row + r]));
-      _mm512_storeu_ps(at, _mm512_fmadd_ps(joined(high[r][c], low[r][c]),
-                                           _mm512_set1_ps(planes.unit[r]), old));
+      add_sums(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
+               planes.unit[r], high[r][c], low[r][c]);
     }
 }
 
@@ -280,10 +284,8 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
   }
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < CHUNKS; ++c) {
-      float* at = o + (row + r) * (int64_t)padded + (chunk + c) * 16;
-      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(decay[row + r]));
-      _mm512_storeu_ps(at, _mm512_fmadd_ps(joined(high[r][c], low[r][c]),
-                                           _mm512_set1_ps(planes.unit[r]), old));
+      add_sums(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
+               planes.unit[r], high[r][c], low[r][c]);
     }
 }
 
