@@ -19,6 +19,12 @@ ISAS = FOUND.isas if FOUND else []
 needs_kernels = pytest.mark.skipif(FOUND is None, reason="the CPU kernels were not built")
 
 
+def skip_without_kernels() -> None:
+    """For fixtures, whose markers come too late to skip."""
+    if FOUND is None:
+        pytest.skip("the CPU kernels were not built")
+
+
 def kernels() -> Library:
     assert FOUND is not None
     return FOUND

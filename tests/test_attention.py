@@ -19,6 +19,7 @@ from tests.attention_cases import (
     needs_kernels,
     noise,
     qkv,
+    skip_without_kernels,
     without_kernels,
 )
 
@@ -32,7 +33,7 @@ DIMS = [(8, 8), (13, 13), (59, 59), (64, 32), (80, 80), (13, 80), (128, 128), (5
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name = str(request.param)
     if name == "kernel":
-        request.applymarker(needs_kernels)
+        skip_without_kernels()
     if not PATHS[name][2]:
         without_kernels(monkeypatch)
     return name

@@ -14,6 +14,7 @@ from tests.attention_cases import (
     filled,
     needs_kernels,
     noise,
+    skip_without_kernels,
     stores,
     without_kernels,
 )
@@ -26,7 +27,7 @@ PLAIN: dict[str, Any] = {"exact_first": 0, "exact_recent": 0}  # no tokens kept 
 @pytest.fixture(params=["kernels", "plain PyTorch"])
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "kernels":
-        request.applymarker(needs_kernels)
+        skip_without_kernels()
     else:
         without_kernels(monkeypatch)
 

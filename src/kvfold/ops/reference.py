@@ -39,12 +39,12 @@ def attend(
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
-    # [B, Hkv, R T, D] @ [B, Hkv, D, S]: one product per KV head, whatever R. Scaled first, so that
-    # halves do not overflow; softmax in float32 at least.
+    if q.dtype in (torch.float16, torch.bfloat16):
+        # Scores of halves overflow, or are too coarse for a softmax.
+        grouped, k = grouped.float(), k.float()
+    # [B, Hkv, R T, D] @ [B, Hkv, D, S]: one product per KV head, whatever R
     scores = ((grouped * scale).flatten(2, 3) @ k.mT).unflatten(2, grouped.shape[2:4])
     scores = scores.flatten(1, 2)
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
