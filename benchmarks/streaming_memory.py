@@ -123,6 +123,7 @@ def main() -> None:
                 "largest_shard_bytes": largest, "limit_bytes": limit,
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
+            file.flush()
             peak = run["peak_memory_bytes"]
             print(
                 f"| {name} | {peak / 1e9:.2f} GB | {limit / 1e9:.2f} GB | {run['seconds']:.0f} s |"
