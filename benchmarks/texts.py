@@ -1,20 +1,31 @@
-"""Prepare the texts of the quality benchmark.
+"""Prepare the texts of the quality and healing benchmarks.
 
-    apt-get download debian-handbook && dpkg -x debian-handbook_*.deb handbook
-    python benchmarks/texts.py handbook texts
+    apt-get download debian-handbook debian-reference-en developers-reference debian-policy
+    for package in *.deb; do dpkg -x $package debian; done
+    python benchmarks/texts.py debian texts
 
-writes three files: ``calibration.txt`` and ``handbook.txt`` (chapters of the Debian handbook,
-every fifth held out) and ``documentation.txt`` (Python's language reference, from the standard
-library). The handbook is by Raphaël Hertzog and Roland Mas, CC BY-SA 3.0 or GPL 2+.
+writes ``calibration.txt`` and ``handbook.txt`` (chapters of the Debian handbook, every fifth
+held out), ``documentation.txt`` (Python's language reference, from the standard library), and
+for healing, where the packages are there, ``manuals.txt`` (the other three manuals) and
+``code.txt`` (source code of the standard library). The handbook is by Raphaël Hertzog and
+Roland Mas, CC BY-SA 3.0 or GPL 2+.
 """
 
 import argparse
+import gzip
 import re
+import sysconfig
 from html.parser import HTMLParser
 from pathlib import Path
 from pydoc_data.topics import topics
 
 HELD_OUT_EVERY = 5
+MANUALS = (
+    "usr/share/debian-reference/debian-reference.en.txt.gz",
+    "usr/share/doc/debian-policy/policy.txt.gz",
+    "usr/share/developers-reference/_sources/*.rst.txt",
+)
+CODE_CHARACTERS = 1_500_000
 _BLOCKS = {"p", "pre", "li", "h1", "h2", "h3", "h4", "dt", "dd", "td", "th", "div"}
 _SKIPPED = {"head", "script", "style", "ul.docnav", "ol.docnav", "p#title", "div.toc"}
 _NAVIGATION = {"Download the ebook", "Prev", "Next", "The Debian Administrator's Handbook"}
@@ -60,6 +71,26 @@ def page_text(html: str) -> str:
     return "\n\n".join(part for part in paragraphs if part and part not in _NAVIGATION)
 
 
+def manuals(root: Path) -> list[str]:
+    """The Debian manuals that are there, as plain text."""
+    paths = [path for pattern in MANUALS for path in sorted(root.glob(pattern))]
+    return [
+        (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        for path in paths
+    ]
+
+
+def code() -> str:
+    """Modules of the standard library, every one whole, up to CODE_CHARACTERS."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = ""
+    for path in files:
+        source = path.read_text(encoding="utf-8")
+        if len(text) + len(source) <= CODE_CHARACTERS:
+            text += source + "\n\n"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("handbook", type=Path, help="the unpacked package")
@@ -76,6 +107,8 @@ def main() -> None:
         ("handbook", held_out),
         ("calibration", calibration),
         ("documentation", [topics[name] for name in sorted(topics)]),
+        ("manuals", manuals(arguments.handbook)),
+        ("code", [code()]),
     ):
         (arguments.out / f"{name}.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -12,8 +12,9 @@ from matplotlib.image import imread
 from kvfold.cli.main import main
 from kvfold.errors import InputError
 from kvfold.quality.scores import Quality
+from kvfold.quality.text import python_topics
 from kvfold.report import demo
-from kvfold.report.demo import DemoRow, Splits, check_out, python_topics, split_topics
+from kvfold.report.demo import DemoRow, Splits, check_out, split_topics
 from kvfold.report.plots import finding, plot_demo
 
 STEPS = 2

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvfold.fold.inspect import inspect
     from kvfold.fold.model import FoldedModel, fold_model
     from kvfold.geometry import AttentionGeometry
+    from kvfold.healing.run import heal
     from kvfold.kernels.dispatch import attention, explain
     from kvfold.ops.reference import merge
     from kvfold.quality.run import evaluate
@@ -33,6 +34,7 @@ _HOMES = {
     "evaluate": "kvfold.quality.run",
     "explain": "kvfold.kernels.dispatch",
     "fold_model": "kvfold.fold.model",
+    "heal": "kvfold.healing.run",
     "inspect": "kvfold.fold.inspect",
     "merge": "kvfold.ops.reference",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "evaluate",
     "explain",
     "fold_model",
+    "heal",
     "inspect",
     "merge",
 ]

@@ -1,11 +1,14 @@
 """``kvfold convert``"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from kvfold.fold.request import Request
 
 
 @click.command("convert")
@@ -29,6 +32,13 @@ from kvfold.cli.output import emit
 @click.option("--no-calibration", is_flag=True, help="Look at the weights only.")
 @click.option("--calibration-tokens", default=50_000, show_default=True, help="Use at most.")
 @click.option("--context", default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--heal",
+    "heal_tokens",
+    metavar="N",
+    help="Then heal for N tokens on the calibration text; see `kvfold heal`. The folded model "
+    "stays beside OUT, as OUT.folded.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Check everything, show sizes, write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
@@ -44,6 +54,7 @@ def command(
     no_calibration: bool,
     calibration_tokens: int,
     context: int,
+    heal_tokens: str | None,
     seed: int,
     dry_run: bool,
     resume: bool,
@@ -69,6 +80,9 @@ def command(
         context=context,
         seed=seed,
     )
+    if heal_tokens is not None:
+        convert_and_heal(request, out, heal_tokens, resume, force, as_json)
+        return
     found = preview(request, out, force=force)
     if dry_run:
         emit(as_json, found.as_dict(), lambda: _print_preview(found.as_dict()))
@@ -80,6 +94,41 @@ def command(
         click.echo(f"warning: {warning}", err=True)
     if not as_json:
         click.echo(f"next: kvfold eval {source} {out} --text YOUR.txt", err=True)
+
+
+def convert_and_heal(
+    request: "Request", out: Path, tokens: str, resume: bool, force: bool, as_json: bool
+) -> None:
+    """Fold to OUT.folded (unless that is there from an interrupted run), heal it to OUT."""
+    from kvfold.bench.parse import parse_size
+    from kvfold.checkpoint.workspace import check_out, partial_folder
+    from kvfold.cli.heal import heal_and_show
+    from kvfold.cli.progress import progress_bar
+    from kvfold.errors import InputError
+    from kvfold.fold.convert import run_request
+    from kvfold.fold.request import preview
+    from kvfold.healing.request import make_heal_request
+
+    if not request.calibration:
+        raise InputError("--heal needs text to train on", "give it with --calibration")
+    folded = out.with_name(out.name + ".folded")
+    healing = make_heal_request(
+        folded,
+        request.source,
+        request.calibration,
+        tokens=parse_size(tokens, "--heal"),
+        stages=["kl"] if request.fit == "local" else None,
+        context=request.context,
+        seed=request.seed,
+    )
+    check_out(out, Path(request.source).expanduser(), force)
+    if not (resume and folded.exists()):
+        preview(request, folded, force=force)
+        again = resume and partial_folder(folded).exists()
+        with progress_bar() as progress:
+            run_request(request, folded, resume=again, force=force, progress=progress)
+    again = resume and partial_folder(out).exists()
+    heal_and_show(healing, out, resume=again, force=force, as_json=as_json)
 
 
 def _print_preview(preview: dict[str, Any]) -> None:

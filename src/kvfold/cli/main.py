@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "Train, fold and measure a small model on this machine (about 2 minutes).",
     "inspect": "Show a checkpoint's heads, KV cache size and how alike its heads are.",
     "convert": "Fold a checkpoint to fewer KV heads.",
+    "heal": "Train a folded checkpoint towards its source.",
     "eval": "Compare folded checkpoints with their source on text.",
     "bench": "Measure attention and whole models against the machine and other ways.",
     "methods": "List the folding methods.",
@@ -86,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = hint or f"`{name or 'kvfold'} --help` shows what can be given"
         return _complain(message, hint, 2, debug)
     except (KeyboardInterrupt, click.exceptions.Abort):  # click turns the first into the second
-        hint = "the same command with --resume goes on" if "convert" in arguments else ""
+        hint = (
+            "the same command with --resume goes on"
+            if arguments[:1] in (["convert"], ["heal"])
+            else ""
+        )
         return _complain("interrupted; nothing was overwritten", hint, INTERRUPTED, debug)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,15 +3,26 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from kvfold.quality.scores import Progress, no_progress
+from kvfold.quality.scores import no_progress
+
+
+class Bar(Protocol):
+    """A progress callback that can also show a few words."""
+
+    def __call__(self, label: str, done: int, total: int, words: str = "") -> None: ...
+
+
+def _no_bar(label: str, done: int, total: int, words: str = "") -> None:
+    no_progress(label, done, total)
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Bar]:
     """Yield a progress callback; one bar per label, with the time it will still take."""
     if not sys.stderr.isatty():
-        yield no_progress
+        yield _no_bar
         return
     from rich.console import Console
     from rich.progress import (
@@ -32,12 +43,13 @@ def progress_bar() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
 
-        def update(label: str, done: int, total: int) -> None:
+        def update(label: str, done: int, total: int, words: str = "") -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
+                tasks[label] = bars.add_task(label, total=total, words="")
+            bars.update(tasks[label], completed=done, total=total, words=words)
 
         yield update

@@ -4,15 +4,10 @@ Everything is made in ``OUT.partial`` beside OUT and renamed when whole. A folde
 there as soon as it is done, so an interrupted run can be taken up with ``resume``.
 """
 
-import errno
 import hashlib
-import json
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +15,15 @@ from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint, resolve
 from kvfold.checkpoint.tensors import (
     TensorEntry,
-    TensorSpec,
-    dtype_name,
     read_header,
     read_tensor,
-    write_tensors,
+)
+from kvfold.checkpoint.workspace import (
+    disk_errors,
+    partial_folder,
+    peak_memory,
+    prepare,
+    publish,
 )
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
@@ -35,7 +34,7 @@ from kvfold.checkpoint.writer import (
     write_json,
     write_shards,
 )
-from kvfold.errors import InputError, RunError
+from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO
 from kvfold.fold.record import BUILTIN_WARNING, geometry_record, model_card, summary, versions
 from kvfold.fold.request import (
@@ -54,8 +53,6 @@ from kvfold.quality.text import token_windows
 
 if TYPE_CHECKING:
     import torch
-
-    from kvfold.fold.pipeline import FoldedLayer
 
 RECORD = "kvfold.json"
 
@@ -118,57 +115,20 @@ def run_request(
     out_path = out.expanduser().absolute()
     preview(request, out_path, force=force)
     text = calibration_text(request)
-    partial = out_path.with_name(out_path.name + ".partial")
-    _prepare(partial, request, resume=resume, force=force)
+    partial = partial_folder(out_path)
+    prepare(partial, request.as_dict(), resume=resume, force=force)
+    (partial / "layers").mkdir(exist_ok=True)
     started = time.monotonic()
-    with _disk_errors(partial):
+    with disk_errors(partial):
         record = _run(request, text, partial, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "resumed": resume,
         }
         write_json(partial / "out" / RECORD, record)
-    _publish(partial, out_path)
+    publish(partial, out_path)
     return record
-
-
-def _prepare(partial: Path, request: Request, *, resume: bool, force: bool) -> None:
-    """Make or take up the working folder."""
-    asked = json.loads(json.dumps(request.as_dict()))
-    stored = partial / "request.json"
-    if partial.exists() and resume:
-        if not stored.is_file() or json.loads(stored.read_text(encoding="utf-8")) != asked:
-            raise InputError(
-                f"{partial} belongs to another conversion; cannot resume it",
-                "repeat the first command's arguments, or --force to start over",
-            )
-        return
-    if partial.exists():
-        if not force:
-            raise InputError(
-                f"{partial} is left from an interrupted run",
-                "--resume to go on with it, --force to start over",
-            )
-        shutil.rmtree(partial)
-    if resume:
-        raise InputError(f"nothing to resume: there is no {partial}", "run without --resume")
-    (partial / "layers").mkdir(parents=True)
-    (partial / "out").mkdir()
-    write_json(stored, asked)
-
-
-@contextmanager
-def _disk_errors(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(
-            f"the disk is full; what is done so far is kept in {partial}",
-            "free some space and repeat the command with --resume",
-        ) from error
 
 
 def _run(request: Request, text: str | None, partial: Path, progress: Progress) -> dict[str, Any]:
@@ -236,46 +196,19 @@ def _fold_layers(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Fold all layers, keeping each on disk; return their reports."""
-    from kvfold.fold.pipeline import FoldPlan, fold_all
+    from kvfold.fold.kept import keep_layer, stored_layers
+    from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
 
     plan = FoldPlan(request.num_kv_heads, request.method, request.fit, request.seed)
     kept = partial / "layers"
     reports = []
-    stored = _stored_layers(kept)
+    stored = stored_layers(kept)
     for layer in fold_all(checkpoint, plan, windows, partial / "hidden", stored, progress):
         if stored(layer.index) is None:
-            _keep_layer(kept, layer)
-        reports.append({**layer.report.as_dict(), "stages": layer.stages})
+            keep_layer(kept, layer)
+        reports.append(layer_report(layer))
     shutil.rmtree(partial / "hidden", ignore_errors=True)
     return reports
-
-
-def _keep_layer(folder: Path, layer: "FoldedLayer") -> None:
-    """The report is renamed into place last: it says that the layer is whole."""
-    specs = [
-        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in layer.tensors.items()
-    ]
-    write_tensors(folder / f"{layer.index}.safetensors", specs, iter(layer.tensors.values()))
-    temporary = folder / f"{layer.index}.json.tmp"
-    write_json(temporary, {"report": layer.report.as_dict(), "stages": layer.stages})
-    temporary.replace(folder / f"{layer.index}.json")
-
-
-def _stored_layers(folder: Path) -> "Callable[[int], FoldedLayer | None]":
-    def stored(index: int) -> "FoldedLayer | None":
-        path = folder / f"{index}.json"
-        if not path.is_file():
-            return None
-        from kvfold.fold.layer import LayerReport
-        from kvfold.fold.pipeline import FoldedLayer
-
-        value = json.loads(path.read_text(encoding="utf-8"))
-        entries = read_header(folder / f"{index}.safetensors")
-        tensors = {name: read_tensor(entry) for name, entry in entries.items()}
-        return FoldedLayer(index, tensors, LayerReport(**value["report"]), value["stages"])
-
-    return stored
 
 
 def _write(
@@ -334,20 +267,3 @@ def _record(
         "summary": summary(layers),
         "layers": layers,
     }
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Rename the finished folder into place; an older OUT goes only then."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    (partial / "out").rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _peak_memory() -> int:
-    """The largest resident size of this process, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,7 +8,7 @@ import torch
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO, check_method
-from kvfold.fold.pipeline import FoldPlan, fold_all
+from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
 from kvfold.fold.request import check_fit
 from kvfold.quality.scores import Progress, no_progress
 
@@ -64,7 +64,7 @@ def fold_model(
         plan = FoldPlan(num_kv_heads, method, fit, seed)
         for layer in fold_all(checkpoint, plan, windows, progress=progress):
             state.update(layer.tensors)
-            record.append({**layer.report.as_dict(), "stages": layer.stages})
+            record.append(layer_report(layer))
     return FoldedModel(_build(folded, state, model), record)
 
 

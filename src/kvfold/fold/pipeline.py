@@ -42,11 +42,15 @@ class FoldPlan:
 
 @dataclass
 class FoldedLayer:
-    """The tensors of one layer that differ from the source's, under the folded model's names."""
+    """The tensors of one layer that differ from the source's, under the folded model's names.
+
+    Attributes:
+        report: what folding did; None for a layer that was folded in another run.
+    """
 
     index: int
     tensors: Tensors
-    report: LayerReport
+    report: LayerReport | None
     stages: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -118,12 +122,22 @@ class CalibratedFolder:
             self._plan.seed,
         )
         folded = FoldedLayer(index, stored_attention(self._checkpoint, index, weights), report)
+        self._finish(folded, progress)
+        return folded
+
+    def take(self, folded: FoldedLayer, progress: Progress = no_progress) -> FoldedLayer:
+        """Fit the next layer, which has been folded before."""
+        self._run_source(folded.index, collect=False)
+        self._finish(folded, progress)
+        return folded
+
+    def _finish(self, folded: FoldedLayer, progress: Progress) -> None:
+        """Fit a folded layer if that is wanted, and go on to the next one."""
         if self._folded is not None:
-            with self._folded.layer(index, self._folded_tensors(folded)) as live:
+            with self._folded.layer(folded.index, self._folded_tensors(folded)) as live:
                 self._fit(live, folded, progress)
             self._run_folded(folded)
         self._advance()
-        return folded
 
     def replay(self, folded: FoldedLayer) -> None:
         """Pass over a layer that an interrupted run has folded already."""
@@ -211,6 +225,12 @@ def _samples(windows: torch.Tensor) -> list[bool]:
     tokens = windows.shape[0] * windows.shape[1]
     stride = max(1, tokens // STATISTICS_TOKENS)
     return [index % stride == 0 for index, _ in enumerate(batches(windows))]
+
+
+def layer_report(folded: FoldedLayer) -> dict[str, Any]:
+    """What was done to a layer, for the record."""
+    report = {"layer": folded.index} if folded.report is None else folded.report.as_dict()
+    return {**report, "stages": folded.stages}
 
 
 def fold_all(

@@ -3,7 +3,6 @@
 No torch: bad input is told in a fraction of a second.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import kvfold
 from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config
+from kvfold.checkpoint.workspace import check_disk, check_out
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
@@ -135,7 +135,7 @@ def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
     Raises:
         InputError: with the reason why the conversion cannot run.
     """
-    _check_out(out, Path(request.source).expanduser(), force)
+    check_out(out, Path(request.source).expanduser(), force)
     if is_gguf(request.source):
         found = summarize(Path(request.source).expanduser())
         geometry = found.geometry
@@ -154,13 +154,7 @@ def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
     calibration_text(request)
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
     needed = output + changed + transcoded + hidden
-    free = shutil.disk_usage(_existing_parent(out)).free
-    if needed > free:
-        raise InputError(
-            f"not enough disk space for {out}: {needed / 1e6:,.0f} MB needed, "
-            f"{free / 1e6:,.0f} MB free",
-            "free some space or write to another disk",
-        )
+    free = check_disk(out, needed)
     return Preview(request, geometry, folded, output, needed, free)
 
 
@@ -172,30 +166,6 @@ def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: Request
         mlp = checkpoint.family.mlp_output
         names |= {f"{checkpoint.layer_prefix(layer)}.{mlp}.weight" for layer in layers}
     return sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def _check_out(out: Path, source: Path, force: bool) -> None:
-    here, there = out.resolve(), source.resolve()
-    if source.exists() and there.is_dir() and (here == there or there in here.parents):
-        raise InputError(
-            f"OUT {out} is inside SRC {source}", "write to a folder outside the source"
-        )
-    if source.exists() and here in there.parents:
-        raise InputError(
-            f"SRC {source} is inside OUT {out}, which would be replaced", "choose another OUT"
-        )
-    if not out.exists():
-        return
-    if not force:
-        raise InputError(f"{out} exists already", "choose another OUT, or --force to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise InputError(
-            f"{out} is not a checkpoint folder; --force replaces only those", "choose another OUT"
-        )
 
 
 def calibration_text(request: Request) -> str | None:

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.errors import InputError
+from kvfold.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,22 @@ def builtin_calibration_text() -> str:
     return (resources.files("kvfold") / "data" / "calibration.txt").read_text(encoding="utf-8")
 
 
+def python_topics() -> dict[str, str]:
+    """The language reference that ``help()`` shows, topic by topic.
+
+    Raises:
+        RunError: where Python was installed without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise RunError(
+            "this Python came without pydoc_data, whose text was asked for",
+            "install the full standard library (Debian: libpython3-stdlib)",
+        ) from error
+    return dict(sorted(topics.items()))
+
+
 def token_windows(
     tokenizer: Tokenizer, text: str, context: int, max_tokens: int | None = None
 ) -> "torch.Tensor":
@@ -66,7 +82,7 @@ def token_windows(
     import torch
 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = _opening_tokens(tokenizer)
+    opening = opening_tokens(tokenizer)
     body = context - len(opening)
     count = len(ids) // body
     if count == 0:
@@ -81,7 +97,8 @@ def token_windows(
     return torch.cat([first, windows[chosen]], dim=1)
 
 
-def _opening_tokens(tokenizer: Tokenizer) -> list[int]:
+def opening_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before every text: a beginning-of-sequence token, or nothing."""
     start = getattr(tokenizer, "bos_token_id", None)
     ids = tokenizer("a")["input_ids"]
     return [start] if start is not None and ids[:1] == [start] else []

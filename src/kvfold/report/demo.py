@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.errors import InputError, RunError
+from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO
 from kvfold.quality.scores import Progress, Quality, compare, no_progress
-from kvfold.quality.text import Tokenizer, token_windows
+from kvfold.quality.text import Tokenizer, python_topics, token_windows
 
 if TYPE_CHECKING:
     import torch
@@ -212,22 +212,6 @@ def train_demo_model(
         model = _new_model(tokenizer)
     _train(model, ids, torch.Generator().manual_seed(seed), steps, progress)
     return model.eval(), tokenizer, splits
-
-
-def python_topics() -> dict[str, str]:
-    """The language reference that ``help()`` shows, topic by topic.
-
-    Raises:
-        RunError: where Python was installed without it.
-    """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise RunError(
-            "this Python came without pydoc_data, the text the demo trains on",
-            "install the full standard library (Debian: libpython3-stdlib)",
-        ) from error
-    return dict(sorted(topics.items()))
 
 
 def split_topics(topics: Mapping[str, str]) -> Splits:

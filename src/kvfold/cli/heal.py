@@ -1,0 +1,193 @@
+"""``kvfold heal``"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvfold.bench.parse import parse_size
+from kvfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from kvfold.healing.request import HealRequest
+    from kvfold.healing.watch import Watch
+    from kvfold.quality.scores import Progress
+
+
+def _tokens(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """``200000``, ``200k``, ``10M``."""
+    return None if value is None else parse_size(value, f"--{param.name}".replace("_", "-"), 0)
+
+
+@click.command("heal")
+@click.argument("folded", metavar="FOLDED")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, metavar="SOURCE", help="What FOLDED was folded from.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="NAME[=WEIGHT]",
+    help="Text to train on: a plain text, .jsonl or .parquet file, or a dataset's name; "
+    "repeatable, sequences are drawn by weight.",
+)
+@click.option(
+    "--tokens", callback=_tokens, metavar="N", default="10M", show_default=True, help="Of stage kl."
+)
+@click.option(
+    "--stages", metavar="local,kl", help="[default: kl; local,kl if FOLDED had no local fit]"
+)
+@click.option("--context", type=int, help="Tokens per sequence.  [default: 512]")
+@click.option(
+    "--batch-tokens",
+    callback=_tokens,
+    metavar="N",
+    default="4096",
+    show_default=True,
+    help="Per update.",
+)
+@click.option("--micro-batch", type=int, help="Sequences at once and process.  [default: 1]")
+@click.option("--train", type=click.Choice(["attention", "all"]), default="attention",
+              show_default=True)  # fmt: skip
+@click.option("--lr", default=5e-5, show_default=True, help="Peak rate of attention.")
+@click.option("--lr-rest", default=1e-5, show_default=True, help="Of all else, with --train all.")
+@click.option("--warm-up", default=0.05, show_default=True, help="Fraction of the steps.")
+@click.option("--clip", default=1.0, show_default=True, help="Gradient norm; 0 for none.")
+@click.option("--temperature", default=1.0, show_default=True, help="Of the divergence.")
+@click.option(
+    "--cross-entropy", default=0.0, show_default=True, help="Its share of the loss, 0 to 1."
+)
+@click.option("--hidden", default=0.0, show_default=True, help="Weight of the hidden states.")
+@click.option("--lora-rank", default=0, show_default=True, help="Train LoRA, merged at the end.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third slower.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]),
+    help="To compute in; weights are float32.  [default: bfloat16 on a GPU]",
+)  # fmt: skip
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]),
+              help="Under torchrun.  [default: fsdp on GPUs, ddp on CPUs]")  # fmt: skip
+@click.option("--device", help="torch device.  [default: a GPU if there is one]")
+@click.option("--local-tokens", callback=_tokens, metavar="N", default="50k", show_default=True,
+              help="Of stage local.")  # fmt: skip
+@click.option("--held-out-tokens", callback=_tokens, metavar="N", default="16k", show_default=True,
+              help="Kept from training, to evaluate on.")  # fmt: skip
+@click.option(
+    "--eval-text", "eval_texts", multiple=True, metavar="FILE",
+    help="Another kind of text, to evaluate on.  [default: Python's documentation]",
+)  # fmt: skip
+@click.option(
+    "--eval-tokens", callback=_tokens, metavar="N", help="Evaluate every N.  [default: a tenth]"
+)
+@click.option(
+    "--save-tokens", callback=_tokens, metavar="N", help="Checkpoint every N.  [default: a tenth]"
+)
+@click.option("--keep", default=2, show_default=True, help="Checkpoints kept meanwhile.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--tensorboard", metavar="FOLDER", help="Write to TensorBoard too.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    folded: str,
+    out: Path,
+    teacher: str,
+    texts: tuple[str, ...],
+    stages: str | None,
+    eval_texts: tuple[str, ...],
+    tensorboard: str | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train FOLDED towards SOURCE and write it to OUT.
+
+    Stage local fits layer by layer; stage kl minimises the divergence of the whole model's
+    predictions from the source's. Under `torchrun ... -m kvfold heal ...` many processes share
+    the work. Ctrl-C saves a checkpoint; --resume goes on from it.
+    """
+    from kvfold.healing.request import make_heal_request
+
+    request = make_heal_request(
+        folded,
+        teacher,
+        texts,
+        stages=None if stages is None else [s for s in stages.split(",") if s],
+        eval_texts=eval_texts or None,
+        **options,
+    )
+    heal_and_show(
+        request, out, resume=resume, force=force, as_json=as_json, tensorboard=tensorboard
+    )
+
+
+def heal_and_show(
+    request: "HealRequest",
+    out: Path,
+    *,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    tensorboard: str | None = None,
+) -> None:
+    """Check, heal with bars, print the record."""
+    from kvfold.healing.request import check_heal
+
+    check_heal(request, out, force=force)
+    from kvfold.healing.parallel import launched_rank
+    from kvfold.healing.run import run_heal
+    from kvfold.healing.watch import tensorboard as write_tensorboard
+
+    also = write_tensorboard(Path(tensorboard)) if tensorboard else None
+    with healing_display(also) as (progress, watch):
+        record = run_heal(request, out, resume=resume, force=force, progress=progress, watch=watch)
+    if launched_rank() == 0:
+        emit(as_json, record, lambda: print_healed(record, out))
+
+
+@contextmanager
+def healing_display(also: "Watch | None") -> "Iterator[tuple[Progress, Watch]]":
+    """Bars with the latest loss on a terminal; a line per evaluation everywhere."""
+    from kvfold.cli.progress import progress_bar
+
+    with progress_bar() as progress:
+        latest = {"words": ""}
+
+        def watch(row: dict[str, Any]) -> None:
+            if also is not None:
+                also(row)
+            if "kl" in row:
+                rate = f"{row['tokens_per_second']:,.0f} tokens/s"
+                latest["words"] = f"KL {row['kl']:.3f}  {rate}"
+            scores = {name: value for name, value in row.items() if name.startswith("kl ")}
+            if scores:
+                words = ", ".join(f"{name[3:]} {value:.4f}" for name, value in scores.items())
+                click.echo(f"{row['tokens']:>12,} tokens  KL: {words}", err=True)
+
+        def show(label: str, done: int, total: int) -> None:
+            progress(label, done, total, latest["words"] if label == "healing" else "")
+
+        yield show, watch
+
+
+def print_healed(record: dict[str, Any], out: Path) -> None:
+    """What healing gained, text by text."""
+    from kvfold.quality.scores import Quality
+    from kvfold.report.quality import print_quality
+    from kvfold.report.tables import print_table, size
+
+    heal = record["heal"]
+    print_quality([Quality(**row) for row in heal["quality"]])
+    rows = [(f"layer error, {name.replace('_', ' ')}",
+             f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}")
+            for name, stage in heal["local"]["summary"].items()]  # fmt: skip
+    run = heal["run"]
+    rows += [
+        ("updates", f"{heal['steps']:,}"),
+        ("peak memory", size(run["peak_memory_bytes"])),
+        ("time", f"{run['seconds']:.0f} s"),
+    ]
+    print_table(f"Healed: {out}", ["", ""], rows)

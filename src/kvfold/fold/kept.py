@@ -1,0 +1,45 @@
+"""Layers that are done, on disk: what an interrupted run goes on from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from kvfold.checkpoint.tensors import (
+    TensorSpec,
+    dtype_name,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
+from kvfold.checkpoint.writer import write_json
+from kvfold.fold.layer import LayerReport
+from kvfold.fold.pipeline import FoldedLayer
+
+
+def keep_layer(folder: Path, layer: FoldedLayer) -> None:
+    """The report is renamed into place last: it says that the layer is whole."""
+    specs = [
+        TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in layer.tensors.items()
+    ]
+    write_tensors(folder / f"{layer.index}.safetensors", specs, iter(layer.tensors.values()))
+    temporary = folder / f"{layer.index}.json.tmp"
+    report = None if layer.report is None else layer.report.as_dict()
+    write_json(temporary, {"report": report, "stages": layer.stages})
+    temporary.replace(folder / f"{layer.index}.json")
+
+
+def stored_layers(folder: Path) -> Callable[[int], FoldedLayer | None]:
+    """Looks a layer up among those that :func:`keep_layer` has written."""
+
+    def stored(index: int) -> FoldedLayer | None:
+        path = folder / f"{index}.json"
+        if not path.is_file():
+            return None
+        value = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_header(folder / f"{index}.safetensors")
+        tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+        report = None if value["report"] is None else LayerReport(**value["report"])
+        return FoldedLayer(index, tensors, report, value["stages"])
+
+    return stored

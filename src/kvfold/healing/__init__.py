@@ -1,0 +1,1 @@
+"""Training a folded model until it is like its source again."""

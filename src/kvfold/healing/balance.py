@@ -1,0 +1,70 @@
+"""Scaling q against k and v against o, so that one learning rate suits all four.
+
+Multiplying the keys of a KV head by c and its queries by 1/c changes no score; the same holds
+for values and the output projection. Folding leaves them unequal, and Adam's steps, which are
+of one size for every weight, then move some tensors far more than others. c is a power of two:
+the model computes the same bits before and after.
+"""
+
+import torch
+
+from kvfold.checkpoint.attention import AttentionWeights
+from kvfold.checkpoint.source import Checkpoint
+
+
+def balanced(weights: AttentionWeights, normalised: bool) -> AttentionWeights:
+    """The same attention with |q| about |k| and |v| about |o|, KV head by KV head.
+
+    Args:
+        normalised: whether queries and keys are normalised after projection (QK-norm); their
+            size means nothing then, and stays.
+
+    >>> balanced(weights, normalised=False)  # doctest: +SKIP
+    """
+    kv_heads = len(weights.k)
+    ones = torch.ones(kv_heads, dtype=torch.float64)
+    key = ones if normalised else _factor(weights.q, weights.k)
+    value = _factor(weights.o, weights.v)
+    group_size = len(weights.q) // kv_heads
+
+    def times(tensor: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        each = factor.repeat_interleave(len(tensor) // kv_heads).to(tensor.dtype)
+        return tensor * each.reshape(-1, *[1] * (tensor.ndim - 1))
+
+    def must(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        result = times(tensor, factor)
+        assert result is not None
+        return result
+
+    assert group_size * kv_heads == len(weights.q)
+    return AttentionWeights(
+        q=must(weights.q, 1 / key),
+        k=must(weights.k, key),
+        v=must(weights.v, value),
+        o=must(weights.o, 1 / value),
+        q_bias=times(weights.q_bias, 1 / key),
+        k_bias=times(weights.k_bias, key),
+        v_bias=times(weights.v_bias, value),
+        o_bias=weights.o_bias,
+    )
+
+
+def _factor(readers: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """``[Hkv]``, the power of two nearest to sqrt(|readers| / |shared|), by RMS."""
+    kv_heads = len(shared)
+    read = readers.double().reshape(kv_heads, -1).square().mean(-1).sqrt()
+    kept = shared.double().reshape(kv_heads, -1).square().mean(-1).sqrt()
+    ratio = (read.clamp_min(1e-12) / kept.clamp_min(1e-12)).sqrt()
+    return torch.exp2(ratio.log2().round())
+
+
+def balanced_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every layer's balanced projections, under the checkpoint's names and in its dtype."""
+    family = checkpoint.family
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(checkpoint.geometry.num_layers):
+        weights = balanced(checkpoint.attention(layer), family.qk_norm is not None)
+        tensors |= family.projections.write(checkpoint.attention_prefix(layer), weights)
+    return tensors

@@ -1,0 +1,105 @@
+"""What healing leaves behind besides weights: its part of ``kvfold.json``, and the model card."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.fold.record import summary, versions
+from kvfold.healing.request import HealRequest
+from kvfold.quality.scores import Quality
+
+RECORD = "kvfold.json"
+METRICS = "healing.jsonl"
+
+
+def heal_record(
+    request: HealRequest,
+    folder: Path,
+    folded: Checkpoint,
+    layers: list[dict[str, Any]],
+    quality: Sequence[Quality],
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """The folded model's own record with the entry ``heal`` added.
+
+    Args:
+        folder: the folded model's. layers: reports of the local stage.
+    """
+    return _folded_record(folder, folded) | {
+        "versions": versions(),
+        "heal": {
+            "command": command_line(request),
+            "request": request.as_dict(),
+            "steps": request.steps if "kl" in request.stages else 0,
+            "local": {"summary": summary_of_stages(layers), "layers": layers},
+            "quality": [each.as_dict() for each in quality],
+            "run": run,
+        },
+    }
+
+
+def summary_of_stages(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean error before and after each stage of the local fit."""
+    named = [{"captured_value": 1.0, "captured_key": 1.0, **layer} for layer in layers]
+    result: dict[str, Any] = summary(named).get("stages", {})
+    return result
+
+
+def _folded_record(folder: Path, folded: Checkpoint) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {"format": 1, "source": {"name": folded.label, "family": folded.family.name}}
+    return record
+
+
+def command_line(request: HealRequest) -> str:
+    """The command that repeats a request (to a folder called OUT)."""
+    parts = [f"kvfold heal {request.folded} OUT --teacher {request.teacher}"]
+    for text in request.texts:
+        weight = "" if text.weight == 1.0 else f"={text.weight:g}"
+        parts.append(f"--text {text.name}{weight}")
+    parts.append(f"--stages {','.join(request.stages)}")
+    options = (
+        "tokens", "batch_tokens", "context", "local_tokens", "held_out_tokens", "train", "lr",
+        "lr_rest", "warm_up", "temperature", "cross_entropy", "hidden", "lora_rank", "seed",
+    )  # fmt: skip
+    parts += [f"--{name.replace('_', '-')} {getattr(request, name)}" for name in options]
+    return " ".join(parts)
+
+
+def model_card(record: dict[str, Any], request: HealRequest) -> str:
+    """A README.md for the healed checkpoint."""
+    name = Path(request.teacher).name
+    rows = record["heal"]["quality"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {request.teacher}",
+        "tags: [kvfold, gqa]",
+        "---",
+        "",
+        f"# {name}, folded to fewer KV heads and healed",
+        "",
+        f"Made by kvfold {record['versions']['kvfold']}: stages {', '.join(request.stages)}; "
+        f"{request.tokens:,} tokens of distillation from `{request.teacher}`.",
+        "",
+    ]
+    if rows:
+        lines.append("| text | model | perplexity | nats lost | KL |")
+        lines.append("| --- | --- | ---: | ---: | ---: |")
+        lines += [
+            f"| {row['text']} | {row['name']} | {row['perplexity']:.3f} | {row['nats_lost']:.3f} "
+            f"| {row['kl']:.3f} |"
+            for row in rows
+        ]
+        lines.append("")
+    lines += [
+        "It loads as any other checkpoint: "
+        '`AutoModelForCausalLM.from_pretrained("path/to/this/folder")`.',
+        f"Everything about its making is in `{RECORD}`, every step of healing in `{METRICS}`.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,294 @@
+"""What healing is asked to do, and everything that can be checked before it starts. No torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import kvfold
+from kvfold.checkpoint.gguf import is_gguf
+from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint
+from kvfold.checkpoint.workspace import check_disk, check_out
+from kvfold.errors import InputError
+from kvfold.healing.sources import TextSource, check_source, parse_source
+
+DEFAULT_CONTEXT = 512
+STAGES = ("local", "kl")
+TRAINED = ("attention", "all")
+DTYPES = ("float32", "bfloat16")
+PARALLEL = ("ddp", "fsdp")
+# What a resumed run may change: everything that does not change which batch comes next.
+CHANGEABLE = ("lr", "lr_rest", "clip", "keep", "save_tokens", "eval_tokens", "device", "parallel")
+_STATE_BYTES_PER_WEIGHT = 12  # a float32 weight and Adam's two moments
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """What was asked for, with every default filled in; equal requests give equal output.
+
+    Attributes:
+        tokens: training tokens of the ``kl`` stage; batch_tokens: per optimizer step, over all
+            processes; context: tokens per sequence; micro_batch: sequences per forward pass and
+            process.
+        train: ``attention`` (q, k, v, o) or ``all``. lr: peak learning rate of attention;
+            lr_rest: of everything else.
+        temperature: of the divergence; cross_entropy: the share of the loss that is plain
+            next-token cross-entropy; hidden: the weight of matching hidden states.
+        lora_rank: 0 trains the weights themselves.
+    """
+
+    folded: str
+    teacher: str
+    texts: tuple[TextSource, ...]
+    stages: tuple[str, ...]
+    tokens: int
+    batch_tokens: int
+    context: int
+    micro_batch: int
+    local_tokens: int
+    held_out_tokens: int
+    eval_texts: tuple[str, ...] | None
+    train: str
+    lr: float
+    lr_rest: float
+    warm_up: float
+    clip: float
+    temperature: float
+    cross_entropy: float
+    hidden: float
+    lora_rank: int
+    gradient_checkpointing: bool
+    dtype: str | None
+    parallel: str | None
+    device: str | None
+    save_tokens: int
+    eval_tokens: int
+    keep: int
+    seed: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences per optimizer step, over all processes."""
+        return max(1, self.batch_tokens // self.context)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the ``kl`` stage."""
+        return max(1, self.tokens // (self.sequences * self.context))
+
+    def every(self, tokens: int) -> int:
+        """How many steps ``tokens`` are."""
+        return max(1, round(tokens / (self.sequences * self.context)))
+
+    def as_dict(self) -> dict[str, Any]:
+        texts = [vars(text) for text in self.texts]
+        return {**vars(self), "texts": texts, "kvfold": kvfold.__version__}
+
+
+def make_heal_request(
+    folded: str | Path,
+    teacher: str | Path,
+    texts: Sequence[str | Path],
+    *,
+    stages: Sequence[str] | None = None,
+    tokens: int = 10_000_000,
+    batch_tokens: int = 4096,
+    context: int | None = None,
+    micro_batch: int | None = None,
+    local_tokens: int = 50_000,
+    held_out_tokens: int = 16_384,
+    eval_texts: Sequence[str | Path] | None = None,
+    train: str = "attention",
+    lr: float = 5e-5,
+    lr_rest: float = 1e-5,
+    warm_up: float = 0.05,
+    clip: float = 1.0,
+    temperature: float = 1.0,
+    cross_entropy: float = 0.0,
+    hidden: float = 0.0,
+    lora_rank: int = 0,
+    gradient_checkpointing: bool = False,
+    dtype: str | None = None,
+    parallel: str | None = None,
+    device: str | None = None,
+    save_tokens: int | None = None,
+    eval_tokens: int | None = None,
+    keep: int = 2,
+    seed: int = 0,
+) -> HealRequest:
+    """Fill in defaults and refuse what contradicts itself.
+
+    Args:
+        context: 512 by default, or the model's number of positions if that is less.
+        stages: by default ``kl``, with ``local`` before it where ``convert`` has not done it.
+        save_tokens, eval_tokens: a tenth of ``tokens`` by default.
+
+    Raises:
+        InputError: naming the option and what it expects.
+    """
+    sources = tuple(parse_source(str(text)) for text in texts)
+    request = HealRequest(
+        folded=str(folded),
+        teacher=str(teacher),
+        texts=sources,
+        stages=tuple(_default_stages(folded) if stages is None else stages),
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        context=_default_context(folded) if context is None else context,
+        micro_batch=1 if micro_batch is None else micro_batch,
+        local_tokens=local_tokens,
+        held_out_tokens=held_out_tokens,
+        eval_texts=None if eval_texts is None else tuple(str(text) for text in eval_texts),
+        train=train,
+        lr=lr,
+        lr_rest=lr_rest,
+        warm_up=warm_up,
+        clip=clip,
+        temperature=temperature,
+        cross_entropy=cross_entropy,
+        hidden=hidden,
+        lora_rank=lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
+        dtype=dtype,
+        parallel=parallel,
+        device=device,
+        save_tokens=max(1, tokens // 10) if save_tokens is None else save_tokens,
+        eval_tokens=max(1, tokens // 10) if eval_tokens is None else eval_tokens,
+        keep=keep,
+        seed=seed,
+    )
+    _check_values(request)
+    return replace(request, batch_tokens=max(batch_tokens, request.context))
+
+
+def _default_stages(folded: str | Path) -> tuple[str, ...]:
+    """``local`` is what ``convert --fit local`` does; once is enough."""
+    done = _json(folded, "kvfold.json").get("fit") == "local"
+    return ("kl",) if done else STAGES
+
+
+def _default_context(folded: str | Path) -> int:
+    return min(DEFAULT_CONTEXT, _json(folded, "config.json").get("max_position_embeddings", 10**9))
+
+
+def _json(folder: str | Path, name: str) -> dict[str, Any]:
+    """A JSON file of a folder, or nothing; whether all is well there is checked later."""
+    try:
+        found = json.loads((Path(folder).expanduser() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_values(request: HealRequest) -> None:
+    if not request.texts:
+        raise InputError("no text to heal on", "name one or more with --text")
+    unknown = [stage for stage in request.stages if stage not in STAGES]
+    if unknown or not request.stages:
+        raise InputError(
+            f"--stages {','.join(request.stages)!r}: expected some of {', '.join(STAGES)}",
+            "--stages local,kl does both",
+        )
+    for name, word, allowed in (
+        ("train", request.train, TRAINED),
+        ("dtype", request.dtype, (None, *DTYPES)),
+        ("parallel", request.parallel, (None, *PARALLEL)),
+    ):
+        if word not in allowed:
+            words = ", ".join(each for each in allowed if each)
+            raise InputError(f"--{name} {word}: expected one of {words}", "see --help")
+    for name, number, least in (
+        ("context", request.context, 16),
+        ("tokens", request.tokens, request.context),
+        ("batch-tokens", request.batch_tokens, 1),
+        ("micro-batch", request.micro_batch, 1),
+        ("local-tokens", request.local_tokens, 1024),
+        ("held-out-tokens", request.held_out_tokens, 0),
+        ("save-tokens", request.save_tokens, 1),
+        ("eval-tokens", request.eval_tokens, 1),
+        ("keep", request.keep, 1),
+        ("lora-rank", request.lora_rank, 0),
+    ):
+        if number < least:
+            raise InputError(f"--{name} {number}: expected at least {least}", "see --help")
+    for name, value, low, high in (
+        ("lr", request.lr, 0.0, 1.0),
+        ("lr-rest", request.lr_rest, 0.0, 1.0),
+        ("warm-up", request.warm_up, 0.0, 1.0),
+        ("cross-entropy", request.cross_entropy, 0.0, 1.0),
+        ("clip", request.clip, 0.0, float("inf")),
+        ("temperature", request.temperature, 0.01, 100.0),
+        ("hidden", request.hidden, 0.0, float("inf")),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"--{name} {value:g}: expected {low:g} to {high:g}", "see --help")
+    if request.lora_rank and request.train == "all":
+        raise InputError("--lora-rank trains attention only", "drop --train all or --lora-rank")
+
+
+def check_heal(request: HealRequest, out: Path, *, force: bool = False) -> None:
+    """Check everything that configs, headers and the file system can tell.
+
+    Raises:
+        InputError: with the reason why healing cannot run.
+    """
+    folded = _open(request.folded, "FOLDED")
+    teacher = _open(request.teacher, "--teacher")
+    check_out(out, Path(request.folded).expanduser(), force)
+    check_out(out, Path(request.teacher).expanduser(), force)
+    check_pair(folded, teacher)
+    longest = folded.config.get("max_position_embeddings")
+    if longest and request.context > int(longest):
+        raise InputError(
+            f"--context {request.context} is longer than the model's {longest} positions",
+            f"use at most --context {longest}",
+        )
+    for source in request.texts:
+        check_source(source)
+    checkpoints = (request.keep + 1) * _STATE_BYTES_PER_WEIGHT * folded.parameters
+    state = checkpoints if "kl" in request.stages else 0
+    assert isinstance(folded.store, TensorFiles)
+    check_disk(out, 2 * folded.store.nbytes + state)
+
+
+def _open(source: str, what: str) -> Checkpoint:
+    if is_gguf(source):
+        raise InputError(
+            f"{what} {source} is a GGUF file; healing needs a Hugging Face folder",
+            "`kvfold convert SRC.gguf OUT --kv-heads N` with its own N writes one",
+        )
+    return open_checkpoint(source)
+
+
+def check_pair(folded: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a student and a teacher that cannot be compared token by token, layer by layer.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    sizes = [c.config.get("vocab_size") for c in (folded, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the vocabularies differ: {folded.label} has {sizes[0]} tokens, "
+            f"{teacher.label} has {sizes[1]}",
+            "the teacher must be the source of FOLDED, or share its tokenizer",
+        )
+    kinds = [c.config.get("model_type") for c in (folded, teacher)]
+    if kinds[0] != kinds[1]:
+        target = teacher.family.target
+        target_kind = target and target(teacher.config, 1).get("model_type")
+        if kinds[0] != target_kind:
+            raise InputError(
+                f"{folded.label} is a {kinds[0]} model, {teacher.label} a {kinds[1]} one: "
+                "different families",
+                "the teacher must be the source of FOLDED",
+            )
+    a, b = folded.geometry, teacher.geometry
+    for name in ("num_layers", "hidden_size", "num_heads"):
+        if getattr(a, name) != getattr(b, name):
+            raise InputError(
+                f"{name} differs: {folded.label} has {getattr(a, name)}, "
+                f"{teacher.label} has {getattr(b, name)}",
+                "the teacher must be the source of FOLDED",
+            )

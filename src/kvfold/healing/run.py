@@ -1,0 +1,326 @@
+"""``kvfold heal``: check, fit layer by layer, distil, write, measure."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
+from kvfold.checkpoint.tensors import torch_dtype
+from kvfold.checkpoint.workspace import (
+    disk_errors,
+    partial_folder,
+    peak_memory,
+    prepare,
+    publish,
+)
+from kvfold.checkpoint.writer import carry_files, plan_shards, write_json, write_shards
+from kvfold.errors import RunError
+from kvfold.healing import saves
+from kvfold.healing.local import heal_layers
+from kvfold.healing.loop import Distillation
+from kvfold.healing.models import (
+    family_of_model,
+    load_student,
+    load_teacher,
+    parameter_groups,
+    without_lora,
+)
+from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
+from kvfold.healing.parallel import World, distribute, world
+from kvfold.healing.record import METRICS, RECORD, heal_record, model_card
+from kvfold.healing.request import CHANGEABLE, HealRequest, check_heal, make_heal_request
+from kvfold.healing.sources import Corpus, fingerprint, open_corpus
+from kvfold.healing.watch import MetricsFile, Watch, unwatched
+from kvfold.quality.run import load_model, load_tokenizer
+from kvfold.quality.scores import Progress, Quality, compare, no_progress
+from kvfold.quality.text import python_topics, read_texts, token_windows
+
+_WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way
+HELD_OUT = "held-out"
+
+
+def heal(
+    folded: str | Path,
+    out: str | Path,
+    teacher: str | Path,
+    texts: Sequence[str | Path],
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
+    watch: Watch = unwatched,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a folded checkpoint towards its source and write the result to ``out``.
+
+    First layer by layer (stage ``local``), then as a whole: the Kullback-Leibler divergence of
+    its predictions from the source's (stage ``kl``; arXiv 1503.02531).
+
+    Args:
+        folded: a folder that :func:`kvfold.convert` made. teacher: its source.
+        texts: sources of training text, ``NAME`` or ``NAME=WEIGHT``; see ``healing.sources``.
+        resume: go on with an interrupted run of the same request.
+        watch: called with every step's metrics.
+        options: see :func:`kvfold.healing.request.make_heal_request`.
+
+    Returns:
+        the record, as written to ``out/kvfold.json``.
+
+    Raises:
+        InputError: before anything heavy starts. RunError: if training diverges, or memory or
+        disk run out; the last checkpoint stays. KeyboardInterrupt: after saving one.
+
+    >>> heal("folded", "healed", "source", ["text.txt"], tokens=1_000_000)  # doctest: +SKIP
+    """
+    request = make_heal_request(folded, teacher, texts, **options)
+    return run_heal(request, Path(out), resume=resume, force=force, progress=progress, watch=watch)
+
+
+def run_heal(
+    request: HealRequest,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
+    watch: Watch = unwatched,
+) -> dict[str, Any]:
+    """Do what :func:`heal` describes."""
+    out = out.expanduser().absolute()
+    check_heal(request, out, force=force)
+    partial = partial_folder(out)
+    started = time.monotonic()
+    with (
+        world(request.parallel, request.device, request.sequences) as peers,
+        disk_errors(partial),
+        _memory_errors(),
+    ):
+        if peers.first:
+            prepare(partial, request.as_dict(), resume=resume, force=force, free=CHANGEABLE)
+        peers.barrier()
+        run = _Run(request, partial, peers, progress, watch)
+        changed, layers = run.local()
+        trained = run.distil(changed)
+        record: dict[str, Any] = {}
+        if peers.first:
+            run.write(changed, trained)
+            quality = run.measure()
+            seconds = round(time.monotonic() - started, 1)
+            facts: dict[str, Any] = {
+                "seconds": seconds,
+                "peak_memory_bytes": peak_memory(),
+                "resumed": resume,
+            }
+            facts |= {"processes": peers.size, "device": str(peers.device)}
+            record = heal_record(request, run.folder, run.folded, layers, quality, facts)
+            write_json(partial / "out" / RECORD, record)
+            card = model_card(record, request)
+            (partial / "out" / "README.md").write_text(card, encoding="utf-8")
+            publish(partial, out)
+        peers.barrier()
+    return record
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    hint = "lower --micro-batch or --context, add --gradient-checkpointing, or use more processes"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError("the GPU is out of memory", hint) from error
+    except MemoryError as error:
+        raise RunError("out of memory", hint) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise RunError("out of memory", hint) from error
+
+
+@dataclass
+class _Run:
+    """One healing run in one process."""
+
+    request: HealRequest
+    partial: Path
+    peers: World
+    progress: Progress
+    watch: Watch
+
+    def __post_init__(self) -> None:
+        r = self.request
+        self.folder, self.teacher_folder = resolve(r.folded), resolve(r.teacher)
+        self.folded = open_checkpoint(self.folder)
+        self.tokens = Tokens(load_tokenizer(self.folder))
+        self.corpora: list[tuple[str, Corpus, float]] = [
+            (source.name, open_corpus(source, r.seed), source.weight) for source in r.texts
+        ]
+        self.held_out, self.chosen = hold_out(
+            self.corpora, self.tokens, r.context, r.held_out_tokens
+        )
+        self.others = self._other_texts()
+
+    def _other_texts(self) -> dict[str, torch.Tensor]:
+        """Windows of text that is not trained on, by name."""
+        r = self.request
+        texts: dict[str, str] = {}
+        if r.eval_texts is not None:
+            texts = {Path(path).name: read_texts([path], r.context) for path in r.eval_texts}
+        else:
+            with suppress(RunError):  # a Python without its documentation
+                texts = {"Python documentation": "\n\n".join(python_topics().values())}
+        size = max(r.held_out_tokens, r.context)
+        return {
+            name: token_windows(self.tokens.tokenizer, text, r.context, size)
+            for name, text in texts.items()
+        }
+
+    # -- stages -----------------------------------------------------------------------------
+
+    def local(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """Layer by layer, in the first process; every process reads the result."""
+        if "local" not in self.request.stages:
+            return {}, []
+        teacher = open_checkpoint(self.teacher_folder)
+
+        def run() -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+            windows, kept = self._local_windows(), self.partial / "layers"
+            progress = self.progress if self.peers.first else no_progress
+            return heal_layers(teacher, self.folded, windows, kept, self.request.seed, progress)
+
+        result = run() if self.peers.first else None
+        self.peers.barrier()
+        return result or run()
+
+    def _local_windows(self) -> torch.Tensor:
+        r = self.request
+        texts: list[str] = []
+        size = 0
+        for text in _alternating([corpus for _, corpus, _ in self.corpora]):
+            if fingerprint(text) not in self.chosen:
+                texts.append(text)
+                size += len(self.tokens.of(text))
+            if size >= r.local_tokens:
+                break
+        joined = "\n\n".join(texts)
+        return token_windows(self.tokens.tokenizer, joined, r.context, r.local_tokens)
+
+    def distil(self, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The whole model; returns what was trained (in the first process)."""
+        if "kl" not in self.request.stages:
+            return {}
+        training = self._training(changed)
+        resumed = training.take_up()
+        if self.peers.first:
+            file = MetricsFile(self.partial / METRICS, training.step if resumed else 0)
+            outside = self.watch
+
+            def both(row: dict[str, Any]) -> None:
+                file(row)
+                outside(row)
+
+            training.watch = both
+        training.run(self.progress if self.peers.first else no_progress)
+        return saves.trained_tensors(training.student)
+
+    def _training(self, changed: dict[str, torch.Tensor]) -> Distillation:
+        r, peers = self.request, self.peers
+        on_gpu = peers.device.type == "cuda"
+        dtype = getattr(torch, r.dtype or ("bfloat16" if on_gpu else "float32"))
+        student = load_student(r, changed)
+        family = family_of_model(student)
+        student = distribute(student, peers, dtype, trained=True)
+        teacher = distribute(load_teacher(r, dtype), peers, dtype, trained=False)
+        return Distillation(
+            request=r,
+            student=student,
+            teacher=teacher,
+            groups=parameter_groups(student, family, r),
+            stream=TrainingStream(self.corpora, self.tokens, r.context, self.chosen, r.seed),
+            held_out=self._watched(),
+            world=peers,
+            dtype=dtype,
+            folder=self.partial / "checkpoints",
+            watch=unwatched,
+        )
+
+    def _watched(self) -> dict[str, Batch]:
+        rows = max(1, _WATCHED_TOKENS // self.request.context)
+        texts = {name: pack([[w] for w in ids.tolist()]) for name, ids in self.others.items()}
+        if self.held_out is not None:
+            texts = {HELD_OUT: self.held_out, **texts}
+        return {name: _spread(batch, rows) for name, batch in texts.items()}
+
+    # -- results ----------------------------------------------------------------------------
+
+    def write(self, changed: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> None:
+        """The healed checkpoint, laid out as the folded one."""
+        model = load_student(self.request, changed)
+        model.load_state_dict(trained, strict=False)
+        state = without_lora(model).state_dict()
+        out = self.partial / "out"
+        shards = plan_shards(self.folded, self.folded.geometry.num_kv_heads)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        write_shards(out, shards, _reader(self.folded, state))
+        shutil.copyfile(self.folder / "config.json", out / "config.json")
+        carry_files(self.folder, out)
+        if (self.partial / METRICS).is_file():
+            shutil.copyfile(self.partial / METRICS, out / METRICS)
+        open_checkpoint(out)  # the headers of what was written are as planned
+
+    def measure(self) -> list[Quality]:
+        """Source, folded and healed on held-out text and on text of another kind."""
+        texts = dict(self.others)
+        if self.held_out is not None:
+            texts = {HELD_OUT: self.held_out.ids, **texts}
+        device, dtype = str(self.peers.device), self.request.dtype or "float32"
+        teacher = load_model(self.teacher_folder, dtype, device)
+        results: dict[str, list[Quality]] = {name: [] for name in texts}
+        for label, folder in (("folded", self.folder), ("healed", self.partial / "out")):
+            # Two models at a time, however large they are.
+            models = [("source", teacher), (label, load_model(folder, dtype, device))]
+            for name, windows in texts.items():
+                pair = compare(models, windows, name, self.progress)
+                results[name] += pair[1:] if results[name] else pair
+        return [quality for rows in results.values() for quality in rows]
+
+
+def _alternating(corpora: list[Corpus]) -> Iterator[str]:
+    """A document of each corpus in turn, until all are read."""
+    readers = [corpus.documents(epoch=1) for corpus in corpora]
+    while readers:
+        for reader in list(readers):
+            text = next(reader, None)
+            if text is None:
+                readers.remove(reader)
+            else:
+                yield text
+
+
+def _spread(batch: Batch, rows: int) -> Batch:
+    """So many rows, evenly spread."""
+    index = torch.arange(min(rows, len(batch))) * len(batch) // min(rows, len(batch))
+    return Batch(batch.ids[index], batch.positions[index], batch.valid[index])
+
+
+def _reader(folded: Checkpoint, state: dict[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    """Tensors of the healed model under the folded checkpoint's names, in its dtypes."""
+    base = folded.family.layer.partition(".")[0]
+
+    def read(name: str) -> torch.Tensor:
+        # Old GPT-2 checkpoints lack the base model's name.
+        found = state.get(name, state.get(f"{base}.{name}"))
+        if found is None:
+            return folded.tensor(name)
+        tensor = found.to(torch_dtype(folded.store.dtype(name))).contiguous()
+        if not torch.isfinite(tensor).all():
+            raise RunError(f"healing left {name} with values that are not finite", "lower --lr")
+        return tensor
+
+    return read

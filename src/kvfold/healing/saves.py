@@ -1,0 +1,128 @@
+"""Training checkpoints: written whole or not at all, the last few kept.
+
+The tensors go through ``torch.distributed.checkpoint``, one process or many; what JSON can hold
+(step, place in the text, history of the loss) lies beside them in ``state.json``.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from kvfold.checkpoint.writer import write_json
+from kvfold.errors import CheckpointError, InputError
+from kvfold.healing.parallel import World
+
+_STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8})")
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save(
+    folder: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    world: World,
+    keep: int,
+) -> Path:
+    """Write ``folder/step-N`` with all processes, then forget all but the last ``keep``.
+
+    Args:
+        state: must hold ``step``.
+    """
+    target = folder / f"step-{state['step']:08d}"
+    temporary = folder / f"{target.name}.tmp"
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    with warnings.catch_warnings():  # that a process alone saves alone
+        warnings.simplefilter("ignore", UserWarning)
+        save_distributed(_tensors(model, optimizer), checkpoint_id=temporary)
+    world.barrier()
+    if world.first:
+        write_json(temporary / _STATE, {**state, "processes": world.size})
+        temporary.rename(target)
+        for old in saved(folder)[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return target
+
+
+def saved(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Put model and optimizer back to where ``path`` was saved; return its state.
+
+    Raises:
+        InputError: if it was saved by another number of processes. CheckpointError: if it is
+        damaged.
+    """
+    state = read_state(path)
+    if state["processes"] != world.size:
+        raise InputError(
+            f"{path} was saved by {state['processes']} processes; there are {world.size} now",
+            f"resume with torchrun --nproc-per-node {state['processes']} (or as many in all)",
+        )
+    tensors = _tensors(model, optimizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            load_distributed(tensors, checkpoint_id=path)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read", "remove it to resume from the one before"
+        ) from error
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+        options=_TRAINED_ONLY,
+    )
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    try:
+        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged", "remove it to resume from the one before"
+        ) from error
+    return state
+
+
+def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED_ONLY)
+    return {"model": weights, "optimizer": moments}
+
+
+def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What was trained, whole and on the CPU (in the first process; empty in others)."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
+    )
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
