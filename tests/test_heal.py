@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kvfold import convert, heal
+from kvfold.checkpoint.writer import write_json
 from kvfold.errors import InputError, RunError
 from kvfold.healing import saves
 from kvfold.healing.loop import Distillation, rate_factor
@@ -274,16 +275,16 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(
     source: Path, folded: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save that fails midway leaves the one before."""
-    saved, honest = [], saves.write_json
+    saved: list[Path] = []
 
     def fail(path: Path, value: Any) -> None:
         saved.append(path)
         if len(saved) == 2:
             raise OSError(28, "No space left on device")
-        honest(path, value)
+        write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saves, "write_json", fail)
+        patch.setattr("kvfold.healing.saves.write_json", fail)
         with pytest.raises(RunError, match="disk is full"):
             heal(folded, tmp_path / "out", source, [text], **OPTIONS)
     kept = saves.saved(tmp_path / "out.partial" / "checkpoints")
