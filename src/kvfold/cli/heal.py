@@ -145,7 +145,18 @@ def heal_and_show(
     with healing_display(also) as (progress, watch):
         record = run_heal(request, out, resume=resume, force=force, progress=progress, watch=watch)
     if launched_rank() == 0:
+        draw(out)
         emit(as_json, record, lambda: print_healed(record, out))
+
+
+def draw(out: Path) -> None:
+    """Put the curve of the run beside its metrics."""
+    from kvfold.healing.record import METRICS
+    from kvfold.healing.watch import read_metrics
+    from kvfold.report.healing import plot_healing
+
+    if (out / METRICS).is_file():
+        plot_healing(read_metrics(out / METRICS), out / "healing.png")
 
 
 @contextmanager
