@@ -43,7 +43,13 @@ def using(isa: str) -> Iterator[Library]:
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cache.store", "cache.kv", "kernels.dispatch", "kernels.rows"):
+    for module in (
+        "cache.store",
+        "cache.kv",
+        "kernels.backend",
+        "kernels.dispatch",
+        "kernels.rows",
+    ):
         monkeypatch.setattr(f"kvfold.{module}.library", lambda: None)
 
 

@@ -1,11 +1,17 @@
 """Shared fixtures."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Without a GPU, Triton's kernels are interpreted. That must be said before Triton is imported,
+# which PyTorch does.
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kvfold.cli.main import main
 from tests import tiny

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvfold.cache.fixed import FixedKVCache
     from kvfold.cache.kv import KVCache
     from kvfold.errors import KVFoldError
     from kvfold.fold.convert import convert
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttentionGeometry": "kvfold.geometry",
+    "FixedKVCache": "kvfold.cache.fixed",
     "FoldedModel": "kvfold.fold.model",
     "KVCache": "kvfold.cache.kv",
     "KVFoldError": "kvfold.errors",
@@ -44,6 +46,7 @@ _ROOMS = ("nn", "transformers")
 
 __all__ = [
     "AttentionGeometry",
+    "FixedKVCache",
     "FoldedModel",
     "KVCache",
     "KVFoldError",

@@ -93,6 +93,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             kind="paged" if self._window is None else "sliding",
             page_size=_PAGE,
             window=self._window,
+            device=key_states.device,
         )
         self.is_initialized = True
 

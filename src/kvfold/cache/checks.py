@@ -39,13 +39,18 @@ def check_kind(kind: str, window: int | None) -> None:
         )
 
 
-def check_rows(name: str, x: torch.Tensor, batch: int, heads: int | None, dim: int) -> None:
-    """Refuse anything but float ``[batch, heads, T, dim]`` on the CPU; None: any heads."""
+def check_rows(
+    name: str, x: torch.Tensor, batch: int, heads: int | None, dim: int, device: torch.device
+) -> None:
+    """Refuse anything but float ``[batch, heads, T, dim]`` on ``device``; None: any heads."""
     fits = x.dim() == 4 and x.shape[0] == batch and x.shape[3] == dim
     if not fits or (heads is not None and x.shape[1] != heads):
         expected = f"[{batch}, {'Hq' if heads is None else heads}, T, {dim}]"
         raise InputError(f"{name} has shape {list(x.shape)}, expected {expected}")
-    if x.device.type != "cpu":
-        raise InputError(f"{name} is on {x.device}, but this cache is on the CPU")
+    if x.device.type != device.type:
+        raise InputError(
+            f"{name} is on {x.device}, but this cache is on {device}",
+            "give the cache the device of the model: KVCache(..., device=...)",
+        )
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"{name} is {x.dtype}, expected float32, float16 or bfloat16")

@@ -1,11 +1,14 @@
 """The KV cache: contiguous, paged or sliding, in any format."""
 
+from typing import Any
+
 import torch
 
 from kvfold.cache.checks import check_kind, check_rows, check_sizes
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
+from kvfold.kernels.backend import GPU_MAX_DIM
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import attention
@@ -23,8 +26,8 @@ class KVCache:
     """Keys and values of a batch of sequences, one layer's, and attention over them.
 
     Each key and value is read once per step, whatever the number of query heads that share it.
-    On the CPU the compiled kernels read the cache as it is stored; without them PyTorch decodes
-    it first.
+    The compiled kernels (CPU) and Triton kernels (GPU) read the cache as it is stored; without
+    them PyTorch decodes it first.
 
     Args:
         num_kv_heads, head_dim, v_head_dim: of the layer; ``v_head_dim`` defaults to ``head_dim``.
@@ -38,6 +41,7 @@ class KVCache:
         page_size: tokens per page; multiples of 16 are read fastest.
         exact_first, exact_recent: tokens kept in bfloat16 at both ends when keys or values are
             INT4; 0 switches that off. At most 32 tokens more than ``exact_recent`` are.
+        device: where keys and values are kept; the CPU by default.
 
     Raises:
         InputError: for what cannot be.
@@ -63,6 +67,7 @@ class KVCache:
         sinks: int = 0,
         exact_first: int | None = None,
         exact_recent: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         k_dtype, v_dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
@@ -82,7 +87,7 @@ class KVCache:
         )
         self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
         self.kind, self.max_length, self.window, self.sinks = kind, max_length, window, sinks
-        self.formats = formats
+        self.formats, self.device = formats, torch.device(device)
         self.lengths = [0] * batch
         self._freed = [0] * batch  # positions below, but for sinks, are gone (sliding)
         self._capacity = 0
@@ -101,7 +106,7 @@ class KVCache:
 
     def _store(self, formats: tuple[Format, Format], page_size: int, reserve: int) -> Store:
         sizes = self.num_kv_heads, self.head_dim, self.v_head_dim
-        return Store(Shape(len(self.lengths), *sizes, *formats, page_size, reserve))
+        return Store(Shape(len(self.lengths), *sizes, *formats, page_size, reserve, self.device))
 
     @property
     def batch(self) -> int:
@@ -149,8 +154,8 @@ class KVCache:
         rows = self._rows(sequences)
         if len(set(rows)) < len(rows):
             raise InputError(f"sequences={rows}: a sequence can be appended to only once a call")
-        check_rows("k", k, len(rows), self.num_kv_heads, self.head_dim)
-        check_rows("v", v, len(rows), self.num_kv_heads, self.v_head_dim)
+        check_rows("k", k, len(rows), self.num_kv_heads, self.head_dim, self.device)
+        check_rows("v", v, len(rows), self.num_kv_heads, self.v_head_dim, self.device)
         if k.shape[2] != v.shape[2]:
             raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
         tokens = k.shape[2]
@@ -232,7 +237,7 @@ class KVCache:
             InputError: for shapes that do not fit.
         """
         rows = self._rows(sequences)
-        check_rows("q", q, len(rows), None, self.head_dim)
+        check_rows("q", q, len(rows), None, self.head_dim, self.device)
         if q.shape[1] % self.num_kv_heads:
             raise InputError(
                 f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
@@ -246,8 +251,17 @@ class KVCache:
         )
         self._check_start(start)
         self._check_window(rows, q.shape[2])
-        lib = library()
-        if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
+        backend = self._storage.main.backend
+        few = q.shape[2] <= MAX_TOKENS and not q.requires_grad
+        fits = max(self.head_dim, self.v_head_dim) <= GPU_MAX_DIM
+        if backend == "triton" and few and fits:
+            found = self._attend_on_gpu(
+                q, rows, lengths, causal=causal, window=window, sinks=sinks or 0, start=start,
+                scale=scale, softcap=softcap, slopes=alibi_slopes, mask=mask,
+            )  # fmt: skip
+            return found if return_lse else found[0]
+        lib = library() if backend == "cpu" else None
+        if lib is not None and few:
             call = KernelCall(
                 q,
                 self.num_kv_heads,
@@ -263,6 +277,7 @@ class KVCache:
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
         k, v = self.tensors(q.dtype, rows)
+        lengths = lengths.to(self.device)
         return attention(
             q,
             k,
@@ -278,6 +293,23 @@ class KVCache:
             alibi_slopes=alibi_slopes,
             return_lse=return_lse,
         )
+
+    def _attend_on_gpu(
+        self, q: torch.Tensor, rows: list[int], lengths: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from kvfold.kernels.triton.launch import Options, attend
+
+        for name in ("start", "slopes"):
+            given = options[name]
+            if given is not None:
+                dtype = torch.int32 if name == "start" else torch.float32
+                options[name] = given.to(self.device, dtype).contiguous()
+        mask = options["mask"]
+        if mask is not None and mask.shape[-1] == 1:
+            options["mask"] = mask.expand(*mask.shape[:-1], max(self.lengths[b] for b in rows))
+        there = self._storage.main.sent(lengths)
+        parts = self._storage.gpu_parts(rows, there)
+        return attend(readable(q), parts, there, Options(**options))
 
     def _check_window(self, rows: list[int], queries: int) -> None:
         if self.kind != "sliding" or self.window is None:
@@ -312,8 +344,9 @@ class KVCache:
         """Everything, decoded: ``[B, Hkv, S, D]``, shorter sequences filled up with zeros."""
         rows = self._rows(sequences)
         longest = max((self.lengths[b] for b in rows), default=0)
-        k = torch.zeros(len(rows), self.num_kv_heads, longest, self.head_dim, dtype=dtype)
-        v = torch.zeros(len(rows), self.num_kv_heads, longest, self.v_head_dim, dtype=dtype)
+        shape = len(rows), self.num_kv_heads, longest
+        k = torch.zeros(*shape, self.head_dim, dtype=dtype, device=self.device)
+        v = torch.zeros(*shape, self.v_head_dim, dtype=dtype, device=self.device)
         for i, b in enumerate(rows):
             keys, values = self.read(b)
             k[i, :, : self.lengths[b]] = keys

@@ -1,10 +1,15 @@
 """Which store holds which tokens: one for all, or exact ends around a quantized middle."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from kvfold.cache.store import Store
 from kvfold.kernels.call import KernelCall
 from kvfold.kernels.library import Part
+
+if TYPE_CHECKING:
+    from kvfold.kernels.triton.launch import GpuPart
 
 EXACT_PAGE = 16
 _MOVED_AT_ONCE = 32  # tokens that leave the recent window together
@@ -37,6 +42,10 @@ class Uniform:
     def parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
         """The stores as a kernel call reads them."""
         return [self.main.part(call.kept(self.main.rows(rows)), None, lengths)]
+
+    def gpu_parts(self, rows: list[int], lengths: torch.Tensor) -> "list[GpuPart]":
+        """The stores as Triton kernels read them; ``lengths`` on their device."""
+        return [self.main.gpu_part(self.main.sent(self.main.rows(rows)), None, lengths)]
 
     def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything, decoded: float32 ``[Hkv, length, D]`` and ``Dv``."""
@@ -116,6 +125,16 @@ class ExactEnds(Uniform):
             self.main.part(call.kept(self.main.rows(rows)), begin, tails),
             self.ends.part(table, None, call.kept(torch.minimum(begin, lengths))),
             self.ends.part(table, tails, lengths),
+        ]
+
+    def gpu_parts(self, rows: list[int], lengths: torch.Tensor) -> "list[GpuPart]":
+        tails = self.main.sent(torch.tensor([self.tails[b] for b in rows], dtype=torch.int32))
+        begin = torch.full_like(tails, self.first)
+        table = self.ends.sent(self.ends.rows(rows))
+        return [
+            self.main.gpu_part(self.main.sent(self.main.rows(rows)), begin, tails),
+            self.ends.gpu_part(table, None, torch.minimum(begin, lengths), self.first),
+            self.ends.gpu_part(table, tails, lengths, self.recent + _MOVED_AT_ONCE),
         ]
 
     def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,15 +8,21 @@ j % page_size of page table[b, j // page_size].
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvfold.cache.layout import BLOCK, Layout
 from kvfold.errors import RunError
+from kvfold.kernels.backend import backend_of
 from kvfold.kernels.library import Append, Part, Side, Tensor, library
 from kvfold.ops.quantize import Format, decode, encode, rotate, rotation_size
 
+if TYPE_CHECKING:
+    from kvfold.kernels.triton.launch import GpuPart, Rows
+
 _GROWTH = 1.5
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Shape:
 
     Attributes:
         reserve: pages to allocate at once, or 0 to grow as needed.
+        device: where the pages are; their table is always on the CPU.
     """
 
     batch: int
@@ -35,16 +42,18 @@ class Shape:
     v_format: Format
     page_size: int
     reserve: int = 0
+    device: torch.device = _CPU
 
 
 class Half:
     """The pages of keys, or of values."""
 
-    def __init__(self, layout: Layout, heads: int, pages: int) -> None:
-        self.layout, self.heads = layout, heads
+    def __init__(self, layout: Layout, heads: int, pages: int, device: torch.device = _CPU) -> None:
+        self.layout, self.heads, self.device = layout, heads, device
         self.rotation = rotation_size(layout.fmt, layout.dim) if layout.key else 0
-        self.data = torch.zeros(pages, heads, layout.page_bytes, dtype=torch.uint8)
-        self.scales = torch.zeros(pages, heads, layout.page_scales, dtype=torch.bfloat16)
+        shape = pages, heads
+        self.data = torch.zeros(*shape, layout.page_bytes, dtype=torch.uint8, device=device)
+        self.scales = torch.zeros(*shape, layout.page_scales, dtype=torch.bfloat16, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +63,7 @@ class Half:
         """A copy with more or longer pages."""
         old = self.layout
         layout = Layout(old.fmt, old.dim, page_size, old.packed, old.key)
-        new = Half(layout, self.heads, pages)
+        new = Half(layout, self.heads, pages, self.device)
         count = self.data.shape[0]
         new.data[:count, :, : old.page_bytes] = self.data
         new.scales[:count, :, : old.page_scales] = self.scales
@@ -75,6 +84,16 @@ class Half:
             self.scales.stride(0),
             self.scales.stride(1),
         )
+
+    def gpu_rows(self) -> "Rows":
+        """The pages as Triton kernels read them (unpacked pages only)."""
+        from kvfold.kernels.triton.launch import Rows
+
+        layout = self.layout
+        data = self.data.unflatten(-1, (layout.page_size, -1))
+        stored = torch.int8 if layout.fmt.name == "int8" else layout.fmt.dtype or torch.uint8
+        scales = self.scales.unflatten(-1, (layout.page_size, layout.fmt.groups(layout.dim)))
+        return Rows(layout.fmt, data.view(stored), scales, layout.dim)
 
     def write(self, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Write rows ``[n, H, D]`` at slots ``[n]`` of pages ``[n]`` (unpacked pages only)."""
@@ -103,8 +122,9 @@ class Store:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.page_size = shape.page_size
-        # Kernels read blocks of 16 tokens; smaller pages hold plain rows.
-        packed = library() is not None and shape.page_size % BLOCK == 0
+        self.backend = backend_of(shape.device)
+        # The CPU kernels read blocks of 16 tokens; smaller pages hold plain rows.
+        packed = self.backend == "cpu" and shape.page_size % BLOCK == 0
         self.keys = self._half(shape.k_format, shape.head_dim, packed, key=True)
         self.values = self._half(shape.v_format, shape.v_head_dim, packed, key=False)
         self.references = [0] * shape.reserve
@@ -114,7 +134,8 @@ class Store:
 
     def _half(self, fmt: Format, dim: int, packed: bool, key: bool) -> Half:
         layout = Layout(fmt, dim, self.page_size, packed, key)
-        return Half(layout, self.shape.num_kv_heads, self.shape.reserve)
+        shape = self.shape
+        return Half(layout, shape.num_kv_heads, shape.reserve, shape.device)
 
     @property
     def nbytes(self) -> int:
@@ -222,8 +243,11 @@ class Store:
 
         Positions without a page are skipped.
         """
-        lib = library()
         table = self.rows(rows)
+        if self.backend == "triton":
+            self._write_on_gpu(k, v, first, table)
+            return
+        lib = library() if self.backend == "cpu" else None
         if lib is None:
             self._write_plainly(k, v, first, table)
             return
@@ -233,6 +257,22 @@ class Store:
         call.part = self.part(table, None, starts)
         lib.append(call)
 
+    def _write_on_gpu(
+        self, k: torch.Tensor, v: torch.Tensor, first: list[int], table: torch.Tensor
+    ) -> None:
+        from kvfold.kernels.triton.launch import append
+
+        pages, starts = self.sent(table), self.sent(torch.tensor(first, dtype=torch.int32))
+        for x, half in ((k, self.keys), (v, self.values)):
+            rotated = half.rotation > 0
+            append(x, half.gpu_rows(), pages, self.page_size, starts, rotated=rotated)
+
+    def sent(self, x: torch.Tensor) -> torch.Tensor:
+        """A small tensor, on the store's device; the host does not wait for it."""
+        if self.shape.device.type != "cuda":
+            return x
+        return x.contiguous().pin_memory().to(self.shape.device, non_blocking=True)
+
     def _write_plainly(
         self, k: torch.Tensor, v: torch.Tensor, first: list[int], table: torch.Tensor
     ) -> None:
@@ -240,9 +280,10 @@ class Store:
             positions = torch.arange(start, start + k.shape[2])
             pages = table[row].long()[positions // self.page_size]
             held = pages >= 0
-            slots = (positions % self.page_size)[held]
-            self.keys.write(pages[held], slots, k[row].transpose(0, 1)[held])
-            self.values.write(pages[held], slots, v[row].transpose(0, 1)[held])
+            slots = (positions % self.page_size)[held].to(self.shape.device)
+            at, there = pages[held].to(self.shape.device), held.to(k.device)
+            self.keys.write(at, slots, k[row].transpose(0, 1)[there])
+            self.values.write(at, slots, v[row].transpose(0, 1)[there])
 
     def read(self, sequence: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
@@ -250,10 +291,10 @@ class Store:
         Positions without a page are zeros.
         """
         if low >= high:
-            heads = self.shape.num_kv_heads
-            return torch.zeros(heads, 0, self.shape.head_dim), torch.zeros(
-                heads, 0, self.shape.v_head_dim
-            )
+            heads, device = self.shape.num_kv_heads, self.shape.device
+            sizes = self.shape.head_dim, self.shape.v_head_dim
+            k, v = (torch.zeros(heads, 0, size, device=device) for size in sizes)
+            return k, v
         first, last = low // self.page_size, -(-high // self.page_size)
         pages = self.table[sequence, first:last].long()
         pages = torch.nn.functional.pad(pages, (0, last - first - len(pages)), value=-1)
@@ -261,8 +302,8 @@ class Store:
         cut = slice(low - first * self.page_size, high - first * self.page_size)
 
         def rows(half: Half) -> torch.Tensor:
-            numbers = torch.zeros(half.heads, len(held), half.layout.dim)
-            numbers[:, held] = half.read(pages[pages >= 0])
+            numbers = torch.zeros(half.heads, len(held), half.layout.dim, device=half.device)
+            numbers[:, held.to(half.device)] = half.read(pages[pages >= 0].to(half.device))
             return numbers[:, cut]
 
         return rows(self.keys), rows(self.values)
@@ -288,6 +329,24 @@ class Store:
             first,
             end.data_ptr(),
         )
+
+    def gpu_part(
+        self,
+        table: torch.Tensor,
+        begin: torch.Tensor | None,
+        end: torch.Tensor,
+        keys: int | None = None,
+    ) -> "GpuPart":
+        """The store as the Triton kernels see it; tensors on its device.
+
+        Args:
+            keys: the most positions of a sequence that are read.
+        """
+        from kvfold.kernels.triton.launch import GpuPart
+
+        keys = table.shape[1] * self.page_size if keys is None else keys
+        sides = self.keys.gpu_rows(), self.values.gpu_rows()
+        return GpuPart(*sides, table, self.page_size, begin, end, keys)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The tensors that hold the store."""

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "gguf", "matp
 def command(as_json: bool) -> None:
     """Check that everything kvfold needs is here and works. Exit code 1 if something is not."""
     checks = [_package(name) for name in _PACKAGES]
-    checks += [_machine(), _devices(), _kernels(), _disk(), _text()]
+    checks += [_machine(), _devices(), _kernels(), _gpu_kernels(), *_optional(), _disk(), _text()]
 
     def show() -> None:
         from kvfold.report.tables import print_table
@@ -75,6 +76,35 @@ def _kernels() -> Check:
         return "CPU kernels", True, f"{found.isa} (of {', '.join(found.isas)}), on {pool}"
     lost = "attention over caches goes through PyTorch, many times slower"
     return "CPU kernels", None, f"{why_missing()}. Until then {lost}"
+
+
+def _gpu_kernels() -> Check:
+    try:
+        import torch
+
+        there = torch.cuda.is_available()
+    except Exception as error:
+        return "GPU kernels", None, f"unknown: {error}"
+    if not there:
+        return "GPU kernels", True, "not needed: there is no GPU"
+    if find_spec("triton") is None:
+        return "GPU kernels", None, "Triton is missing: pip install 'kvfold[gpu]'"
+    return "GPU kernels", True, f"Triton {metadata.version('triton')}"
+
+
+def _optional() -> list[Check]:
+    """What only some commands need."""
+    uses = {
+        "datasets": "healing on Parquet files and hub datasets",
+        "peft": "healing with --lora-rank",
+        "tensorboard": "healing with --tensorboard",
+    }
+    return [
+        (name, True, metadata.version(name))
+        if find_spec(name)
+        else (name, None, f"missing; {use} needs it: pip install 'kvfold[heal]'")
+        for name, use in uses.items()
+    ]
 
 
 def _disk() -> Check:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.errors import InputError
+from kvfold.kernels.backend import GPU_MAX_DIM, backend_of
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
@@ -184,12 +185,31 @@ def _missing() -> str:
     return "" if library() is not None else why_missing()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _backend(device: torch.device) -> str:
+    return backend_of(device)
+
+
+def _on_gpu(call: _Call) -> Path | None:
+    """Whether the Triton kernel does it."""
+    q, keys = call.q, call.k.shape[2]
+    few = q.shape[2] <= MAX_TOKENS and q.shape[2] * _DECODE_RATIO <= keys
+    fits = max(q.shape[3], call.v.shape[3]) <= GPU_MAX_DIM and q.dtype is not torch.float64
+    if few and fits:
+        return Path("kernel", "few queries on the GPU: each key and value is read once (Triton)")
+    return None
+
+
 def _choose(call: _Call) -> Path:
     q, k = call.q, call.k
     tensors = [q, k, call.v] + [x for x in (call.mask, call.alibi_slopes) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     plain = call.softcap is None and not call.return_lse
-    if not gradients and not call.dropout and q.device.type == "cpu":
+    if not gradients and not call.dropout and _backend(q.device) == "triton":
+        path = _on_gpu(call)
+        if path is not None:
+            return path
+    elif not gradients and not call.dropout and q.device.type == "cpu":
         decoding = q.shape[2] <= MAX_TOKENS and q.shape[2] * _DECODE_RATIO <= k.shape[2]
         fits = q.dtype is not torch.float64 and max(q.shape[3], call.v.shape[3]) <= MAX_DIM
         if decoding and fits and not _missing():

@@ -1,14 +1,15 @@
-"""The CPU kernel over plain tensors, as a PyTorch operator that ``torch.compile`` understands."""
+"""The kernels over plain tensors, as a PyTorch operator that ``torch.compile`` understands."""
 
 import torch
 
+from kvfold.kernels.backend import backend_of
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_range
 from kvfold.kernels.library import Part, library, rows_side
 from kvfold.ops.quantize import format_of
 
 
-@torch.library.custom_op("kvfold::attend_rows", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("kvfold::attend_rows", mutates_args=(), device_types=("cpu", "cuda"))
 def attend_rows(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -23,7 +24,11 @@ def attend_rows(
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kvfold.attention`` for few queries on the CPU; output and log-sum-exp (float32)."""
+    """``kvfold.attention`` for few queries; output and log-sum-exp (float32)."""
+    if backend_of(q.device) == "triton":
+        return _on_gpu(
+            q, k, v, start, lengths, mask, alibi_slopes, causal, window, sinks, scale, softcap
+        )
     lib = library()
     assert lib is not None
     batch, keys = k.shape[0], k.shape[2]
@@ -43,6 +48,55 @@ def attend_rows(
     out, lse = call.run(lib, [part], v.shape[3], return_lse=True)
     assert lse is not None
     return out, lse
+
+
+def _on_gpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    sinks: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A plain tensor is one page per sequence."""
+    from kvfold.kernels.triton.launch import GpuPart, Options, Rows, attend
+
+    batch, keys = k.shape[0], k.shape[2]
+    k, v = readable(k), readable(v)
+    if lengths is None:
+        end = torch.full((batch,), keys, dtype=torch.int32, device=q.device)
+    else:
+        end = lengths.to(torch.int32).contiguous()
+    sides = [
+        Rows(format_of(x.dtype), x, x.new_empty(1, 1, 1, 0, dtype=torch.bfloat16), x.shape[3])
+        for x in (k, v)
+    ]
+    table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+    part = GpuPart(sides[0], sides[1], table, max(keys, 1), None, end, keys)
+    options = Options(
+        causal=causal,
+        window=window or None,
+        sinks=sinks,
+        start=None if start is None else start.to(torch.int32).contiguous(),
+        scale=scale,
+        softcap=softcap or None,
+        mask=_whole_keys(mask, keys),
+        slopes=None if slopes is None else slopes.detach().float().contiguous(),
+    )
+    return attend(readable(q), [part], end, options)
+
+
+def _whole_keys(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """A mask with an entry for every key."""
+    if mask is None or mask.shape[-1] == keys:
+        return mask
+    return mask.expand(*mask.shape[:-1], keys)
 
 
 @attend_rows.register_fake

@@ -1,0 +1,170 @@
+"""A cache of fixed capacity whose lengths live on the GPU: for CUDA graphs."""
+
+from typing import Any
+
+import torch
+
+from kvfold.cache.checks import check_rows, check_sizes
+from kvfold.cache.store import Shape, Store
+from kvfold.errors import InputError
+from kvfold.kernels.backend import GPU_MAX_DIM
+from kvfold.ops.quantize import format_of
+from kvfold.ops.rope import Rotary
+
+Dtype = str | torch.dtype
+
+
+class FixedKVCache:
+    """Keys and values in memory that never moves; appending and attending never ask the host.
+
+    Every step launches the same kernels on the same addresses, whatever the lengths, so it can be
+    captured in a CUDA graph and replayed. ``KVCache`` grows, pages, shares and keeps INT4's ends
+    exact; this one does not.
+
+    Args:
+        max_length: tokens of each sequence; further ones are dropped (ask ``overfull``).
+        window, sinks: attention sees the last ``window`` tokens and the first ``sinks`` only;
+            the others keep their place.
+        splits: of the keys of a step, to override the rule (``kernels.triton.splits``).
+
+    Attributes:
+        lengths: int32 ``[B]`` on the device, updated in place.
+
+    Raises:
+        InputError: for what cannot be, or where there are no Triton kernels.
+
+    >>> cache = FixedKVCache(8, 128, batch=4, max_length=4096, device="cuda")  # doctest: +SKIP
+    >>> cache.append(k, v, rotary=Rotary(128))  # doctest: +SKIP
+    >>> cache.attend(q).shape  # doctest: +SKIP
+    torch.Size([4, 32, 1, 128])
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_length: int,
+        v_head_dim: int | None = None,
+        batch: int = 1,
+        dtype: Dtype | tuple[Dtype, Dtype] = "bf16",
+        window: int | None = None,
+        sinks: int = 0,
+        splits: int | None = None,
+        device: str | torch.device = "cuda",
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        check_sizes(
+            num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, batch=batch,
+            max_length=max_length, window=window, sinks=sinks,
+        )  # fmt: skip
+        if max(head_dim, v_head_dim) > GPU_MAX_DIM:
+            raise InputError(
+                f"heads of {max(head_dim, v_head_dim)}: expected at most {GPU_MAX_DIM}"
+            )
+        pair = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+        self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
+        self.batch, self.max_length, self.device = batch, max_length, torch.device(device)
+        self.window, self.sinks, self.splits = window, sinks, splits
+        formats = format_of(pair[0]), format_of(pair[1])
+        self._store = Store(
+            Shape(
+                batch, num_kv_heads, head_dim, v_head_dim, *formats, max_length, batch, self.device
+            )
+        )
+        if self._store.backend != "triton":
+            raise InputError(
+                f"a fixed cache on {self.device} has no kernels",
+                "it needs Triton and a GPU; kvfold.KVCache works everywhere",
+            )
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self._offered = torch.zeros_like(self.lengths)
+        self._table = torch.arange(batch, dtype=torch.int32, device=self.device)[:, None]
+        self._rotary: Rotary | None = None
+        self._sides = self._store.keys.gpu_rows(), self._store.values.gpu_rows()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keys and values take."""
+        return self._store.nbytes
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, *, rotary: Rotary | None = None) -> None:
+        """Add tokens at the end of every sequence, in one kernel for keys and one for values.
+
+        Args:
+            k: ``[B, Hkv, T, D]``; v: ``[B, Hkv, T, Dv]``; float32, float16 or bfloat16.
+            rotary: applied to the keys first, at their positions, in the same pass.
+
+        Raises:
+            InputError: for shapes or dtypes that do not fit.
+        """
+        from kvfold.kernels.triton.launch import Angles, append
+
+        check_rows("k", k, self.batch, self.num_kv_heads, self.head_dim, self.device)
+        check_rows("v", v, self.batch, self.num_kv_heads, self.v_head_dim, self.device)
+        if k.shape[2] != v.shape[2]:
+            raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
+        tokens = k.shape[2]
+        angles = None
+        if rotary is not None:
+            cos, sin = self._turns(rotary)
+            positions = self.lengths[:, None] + torch.arange(tokens, device=self.device)
+            at = positions.clamp(max=self.max_length - 1)
+            angles = Angles(cos[at], sin[at], rotary.interleaved)
+        keys, values = self._sides
+        where = self._table, self.max_length, self.lengths
+        rotated = self._store.keys.rotation > 0
+        append(k.detach(), keys, *where, rotated=rotated, rotary=angles)
+        append(v.detach(), values, *where)
+        self._offered += tokens
+        torch.clamp(self._offered, max=self.max_length, out=self.lengths)
+
+    def _turns(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions, made once: a graph cannot make them."""
+        if self._rotary != rotary:
+            everywhere = torch.arange(self.max_length, device=self.device)
+            self._rotary, self._cos_sin = rotary, rotary.cos_sin(everywhere)
+        return self._cos_sin
+
+    def attend(self, q: torch.Tensor, *, return_lse: bool = False, **options: Any) -> Any:
+        """Attention of the last T tokens over everything in the cache, themselves included.
+
+        Args:
+            q: ``[B, Hq, T, D]``, T at most 16.
+            options: ``causal``, ``start``, ``mask``, ``scale``, ``softcap``, as in
+                ``kvfold.attention``.
+
+        Returns:
+            ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
+
+        Raises:
+            InputError: for shapes that do not fit.
+        """
+        from kvfold.kernels.triton.launch import GpuPart, Options, attend
+
+        check_rows("q", q, self.batch, None, self.head_dim, self.device)
+        if q.shape[1] % self.num_kv_heads:
+            raise InputError(
+                f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
+            )
+        keys, values = self._sides
+        part = GpuPart(
+            keys, values, self._table, self.max_length, None, self.lengths, self.max_length
+        )
+        asked = Options(window=self.window, sinks=self.sinks, splits=self.splits, **options)
+        found = attend(q.detach(), [part], self.lengths, asked)
+        return found if return_lse else found[0]
+
+    def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a sequence holds, decoded: float32 ``[Hkv, S, D]``, ``[Hkv, S, Dv]``. Waits."""
+        self._store.table = self._table.cpu()
+        return self._store.read(sequence, 0, int(self.lengths[sequence]))
+
+    def overfull(self) -> bool:
+        """Whether tokens were dropped; this waits for the GPU."""
+        return bool((self._offered > self.max_length).any())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.lengths.zero_()
+        self._offered.zero_()

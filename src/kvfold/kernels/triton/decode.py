@@ -1,0 +1,236 @@
+"""The decoding kernels: attention of a few queries over pages of encoded keys and values.
+
+One program reads the keys of one split of one KV head of one sequence, once, for all query rows
+that share them (R heads x T queries, the M side of the products). Scores and sums are float32;
+products take the queries' dtype. Scales never touch single numbers where a row has one: a key's
+scale multiplies its column of scores, a value's its column of weights. INT4 has a scale per 32
+numbers and is decoded in registers; its two nibbles are two planes, which meet the even and the
+odd dimensions of the query, so nothing is interleaved.
+
+Works under Triton's interpreter (``TRITON_INTERPRET=1``) on a CPU, and uses nothing that only
+one maker's GPUs have.
+"""
+
+import triton
+import triton.language as tl
+
+from kvfold.kernels.triton.bits import rounded_to_bf16
+
+PLAIN, FP8, INT8, INT4 = 0, 1, 2, 3
+GROUP = tl.constexpr(32)  # numbers that share an INT4 scale
+_LOG2E = tl.constexpr(1.4426950408889634)
+_FP8_FACTOR = tl.constexpr(256.0)  # e4m3 bits read as float16 are 2^-8 of the number
+
+
+@triton.jit
+def _widened(raw, FORMAT: tl.constexpr, DOT: tl.constexpr):
+    """Stored numbers without their scale, exactly, in the products' dtype."""
+    if FORMAT == 1:
+        wide = raw.to(tl.uint16)
+        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+        return bits.to(tl.float16, bitcast=True).to(DOT)
+    return raw.to(DOT)
+
+
+@triton.jit
+def _row_scale(scales, at, inside, FORMAT: tl.constexpr):
+    """``[N]`` float32, the scale of each row."""
+    found = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+    if FORMAT == 1:
+        found = found * _FP8_FACTOR
+    return found
+
+
+@triton.jit
+def _nibbles(raw, scales, at, inside, N: tl.constexpr, WIDTH: tl.constexpr, groups,
+             GROUPS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Both planes ``[N, WIDTH]`` of INT4 rows, decoded. WIDTH: bytes of a row."""
+    g = tl.arange(0, GROUPS)
+    there = inside[:, None] & (g < groups)[None, :]
+    scale = tl.load(scales + at[:, None] + g[None, :], mask=there, other=0.0).to(tl.float32)
+    wide = tl.broadcast_to(scale[:, :, None], (N, GROUPS, WIDTH // GROUPS))
+    each = tl.reshape(wide, (N, WIDTH))
+    low = ((raw & 15).to(tl.float32) - 8.0) * each
+    high = ((raw >> 4).to(tl.float32) - 8.0) * each
+    return low.to(DOT), high.to(DOT)
+
+
+@triton.jit
+def attend_kernel(
+    Q, q_batch, q_head, q_token,
+    K, k_page, k_head, k_row, KS, ks_page, ks_head,
+    V, v_page, v_head, v_row, VS, vs_page, vs_head,
+    TABLE, table_row, page_size,
+    BEGIN, END, LENGTH, START, SLOPES,
+    MASK, mask_batch, mask_head, mask_token,
+    OUT, out_row, LSE, slots, slot,
+    kv_heads, group, tokens, head_dim, v_head_dim, k_groups, v_groups,
+    scale, softcap, window, sinks,
+    SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BEGIN: tl.constexpr, HAS_START: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+):  # fmt: skip
+    """Partial attention over one split of one part of the cache.
+
+    Q ``[B, Hq, T, D]`` by strides. K, V: pages; rows of a head lie k_row numbers (INT4: bytes)
+    apart. TABLE int32 ``[B, P]``. OUT float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2)
+    ``[B * Hq * T, slots]`` get this program's split at ``slot + split``. MASK_KIND: 0 none,
+    1 zero hides, 2 added to the scores; MASK ``[B, Hq, T, S]`` by strides.
+    """
+    split, tile = tl.program_id(0), tl.program_id(1)
+    b, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
+    row = tile * M + tl.arange(0, M)  # of the group's R x T query rows
+    real = row < group * tokens
+    head, token = kv_head * group + row // tokens, row % tokens
+
+    # Which positions anybody here may see: [a, a + n_a), and with a window [c, c + n_c) too.
+    length = tl.load(LENGTH + b)
+    begin = tl.load(BEGIN + b) if HAS_BEGIN else 0
+    start = tl.load(START + b) if HAS_START else 0
+    end = tl.minimum(tl.load(END + b), length)
+    a = tl.maximum(begin, start)
+    a_end = tl.maximum(end, a)
+    c, c_end = a_end, a_end
+    if WINDOW:
+        a_end = tl.maximum(tl.minimum(end, start + sinks), a)
+        c = tl.maximum(length - tokens - window + 1, a_end)
+        c_end = tl.maximum(end, c)
+    n_a, n_c = a_end - a, c_end - c
+    tiles = tl.cdiv(n_a + n_c, N)
+
+    q_at = Q + b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head + token.to(tl.int64) * q_token
+    if K_FORMAT == 3:
+        kd = tl.arange(0, D // 2)
+        known = real[:, None] & (2 * kd < head_dim)[None, :]
+        q_low = tl.load(q_at[:, None] + 2 * kd[None, :], mask=known, other=0.0).to(DOT)
+        known = real[:, None] & (2 * kd + 1 < head_dim)[None, :]
+        q_high = tl.load(q_at[:, None] + 2 * kd[None, :] + 1, mask=known, other=0.0).to(DOT)
+        k_width = k_groups * (GROUP // 2)
+    else:
+        kd = tl.arange(0, D)
+        known = real[:, None] & (kd < head_dim)[None, :]
+        q = tl.load(q_at[:, None] + kd[None, :], mask=known, other=0.0).to(DOT)
+        k_width = head_dim
+    if V_FORMAT == 3:
+        vd = tl.arange(0, DV // 2)
+        v_width = v_groups * (GROUP // 2)
+        acc_low = tl.zeros((M, DV // 2), tl.float32)
+        acc_high = tl.zeros((M, DV // 2), tl.float32)
+    else:
+        vd = tl.arange(0, DV)
+        v_width = v_head_dim
+        acc = tl.zeros((M, DV), tl.float32)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    position = length - tokens + token
+
+    for step in range(split * tiles // SPLITS, (split + 1) * tiles // SPLITS):
+        i = step * N + tl.arange(0, N)
+        j = tl.where(i < n_a, a + i, c + i - n_a)
+        inside = i < n_a + n_c
+        if ONE_PAGE:
+            page = tl.load(TABLE + b * table_row).to(tl.int64) + tl.zeros((N,), tl.int64)
+            at = j.to(tl.int64)
+        else:
+            page = tl.load(TABLE + b * table_row + j // page_size, mask=inside, other=-1)
+            page = page.to(tl.int64)
+            inside = inside & (page >= 0)
+            at = (j % page_size).to(tl.int64)
+
+        k_at = page * k_page + kv_head * k_head + at * k_row
+        there = inside[:, None] & (kd < k_width)[None, :]
+        raw = tl.load(K + k_at[:, None] + kd[None, :], mask=there, other=0)
+        ks_at = page * ks_page + kv_head * ks_head + at * k_groups
+        if K_FORMAT == 3:
+            low, high = _nibbles(raw, KS, ks_at, inside, N, D // 2, k_groups, K_GROUPS, DOT)
+            scores = tl.dot(q_low, tl.trans(low), input_precision=PRECISION)
+            scores += tl.dot(q_high, tl.trans(high), input_precision=PRECISION)
+        else:
+            keys = _widened(raw, K_FORMAT, DOT)
+            scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+            if K_FORMAT != 0:
+                scores = scores * _row_scale(KS, ks_at, inside, K_FORMAT)[None, :]
+        scores = scores * scale
+        if SOFTCAP:
+            # softcap tanh(x / softcap), by an exponential that cannot overflow
+            e = tl.exp2(tl.abs(scores) * (-2.0 * _LOG2E / softcap))
+            bent = softcap * (1.0 - e) / (1.0 + e)
+            scores = tl.where(scores < 0, -bent, bent)
+        if HAS_SLOPES:
+            slope = tl.load(SLOPES + head, mask=real, other=0.0)
+            scores -= slope[:, None] * (position[:, None] - j[None, :]).to(tl.float32)
+        seen = inside[None, :] & real[:, None]
+        if CAUSAL:
+            seen = seen & (j[None, :] <= position[:, None])
+        if WINDOW:
+            near = j[None, :] > position[:, None] - window
+            seen = seen & (near | (j < start + sinks)[None, :])
+        if MASK_KIND != 0:
+            m_at = b.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head + token * mask_token
+            given = tl.load(MASK + m_at[:, None] + j[None, :], mask=seen, other=0)
+            if MASK_KIND == 1:
+                seen = seen & (given != 0)
+            else:
+                scores += given
+        scores = tl.where(seen, scores * _LOG2E, float("-inf"))
+
+        new = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        top = new
+
+        v_at = page * v_page + kv_head * v_head + at * v_row
+        there = inside[:, None] & (vd < v_width)[None, :]
+        raw = tl.load(V + v_at[:, None] + vd[None, :], mask=there, other=0)
+        vs_at = page * vs_page + kv_head * vs_head + at * v_groups
+        if V_FORMAT == 3:
+            low, high = _nibbles(raw, VS, vs_at, inside, N, DV // 2, v_groups, V_GROUPS, DOT)
+            p = p.to(DOT)
+            acc_low = acc_low * fade[:, None] + tl.dot(p, low, input_precision=PRECISION)
+            acc_high = acc_high * fade[:, None] + tl.dot(p, high, input_precision=PRECISION)
+        else:
+            if V_FORMAT != 0:
+                p = p * _row_scale(VS, vs_at, inside, V_FORMAT)[None, :]
+            values = _widened(raw, V_FORMAT, DOT)
+            acc = acc * fade[:, None] + tl.dot(p.to(DOT), values, input_precision=PRECISION)
+
+    divisor = tl.where(total == 0.0, 1.0, total)[:, None]
+    place = ((b * kv_heads * group + head) * tokens + token).to(tl.int64) * slots + slot + split
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+    tl.store(LSE + place, lse, mask=real)
+    to = OUT + place[:, None] * out_row
+    if V_FORMAT == 3:
+        first = real[:, None] & (2 * vd < v_head_dim)[None, :]
+        tl.store(to + 2 * vd[None, :], acc_low / divisor, mask=first)
+        second = real[:, None] & (2 * vd + 1 < v_head_dim)[None, :]
+        tl.store(to + 2 * vd[None, :] + 1, acc_high / divisor, mask=second)
+    else:
+        tl.store(to + vd[None, :], acc / divisor, mask=real[:, None] & (vd < v_head_dim)[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    PARTS, part_row, PART_LSE, slots, OUT, LSE, v_head_dim,
+    SLOTS: tl.constexpr, DV: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Put the splits of one query row together: the split-KV identity (see ``ops.merge``)."""
+    row = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, SLOTS), tl.arange(0, DV)
+    lse = tl.load(PART_LSE + row * slots + s, mask=s < slots, other=float("-inf"))
+    top = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    there = (s < slots)[:, None] & (d < v_head_dim)[None, :]
+    parts = tl.load(PARTS + (row * slots + s)[:, None] * part_row + d[None, :], mask=there, other=0)
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    if OUT.dtype.element_ty == tl.bfloat16:
+        out = rounded_to_bf16(out)  # Triton's interpreter would cut digits off
+    tl.store(OUT + row * v_head_dim + d, out.to(OUT.dtype.element_ty), mask=d < v_head_dim)
+    if HAS_LSE:
+        natural = (top + tl.log2(total)) / _LOG2E
+        tl.store(LSE + row, tl.where(total == 0.0, float("-inf"), natural))
