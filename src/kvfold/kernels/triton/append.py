@@ -28,7 +28,8 @@ def _e4m3(y):
     size = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     exponent = tl.maximum((size >> 23) - 127, -6)
     quantum = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True)
-    whole = (y / quantum + _ROUNDER) - _ROUNDER  # a division by a power of two is exact
+    inverse = ((127 + 3 - exponent) << 23).to(tl.float32, bitcast=True)
+    whole = (y * inverse + _ROUNDER) - _ROUNDER  # products with powers of two are exact
     # As float16 of 2^-8 times the number, e4m3's bits are the middle ones.
     half = (whole * quantum * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
     sign = (y.to(tl.int32, bitcast=True) < 0).to(tl.uint16)
@@ -96,9 +97,14 @@ def append_kernel(
         extreme = tl.where(most >= -least, most, least)
         size = _scale_above(tl.abs(extreme) / 8.0)
         scale = tl.where(extreme > 0, -size, size)
-        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-        low = tl.minimum(tl.maximum((low / divisor + _ROUNDER) - _ROUNDER, -8.0), 7.0) + 8.0
-        high = tl.minimum(tl.maximum((high / divisor + _ROUNDER) - _ROUNDER, -8.0), 7.0) + 8.0
+        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(low)
+        low = (
+            tl.minimum(tl.maximum((tl.div_rn(low, divisor) + _ROUNDER) - _ROUNDER, -8.0), 7.0) + 8.0
+        )
+        high = (
+            tl.minimum(tl.maximum((tl.div_rn(high, divisor) + _ROUNDER) - _ROUNDER, -8.0), 7.0)
+            + 8.0
+        )
         both = (low.to(tl.uint8) | (high.to(tl.uint8) << 4)).to(tl.uint8)
         g = tl.arange(0, GROUPS)
         byte = g[:, None] * _HALF_GROUP + tl.arange(0, 16)[None, :]
@@ -106,8 +112,9 @@ def append_kernel(
         tl.store(scales + g, scale.to(tl.bfloat16), mask=g < groups)
     else:
         top = 448.0 if FORMAT == 1 else 127.0
-        scale = _scale_above(tl.max(tl.abs(x), 0) / top)
-        y = x / tl.where(scale == 0.0, 1.0, scale)
+        most = tl.max(tl.abs(x), 0)
+        scale = _scale_above(tl.div_rn(most, tl.full([], top, tl.float32)))
+        y = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale) + tl.zeros_like(x))
         y = tl.minimum(tl.maximum(y, -top), top)
         if FORMAT == 1:
             tl.store(to + d, _e4m3(y), mask=d < dim)

@@ -64,8 +64,9 @@ def attend_kernel(
     BEGIN, END, LENGTH, START, SLOPES,
     MASK, mask_batch, mask_head, mask_token,
     OUT, out_row, LSE, slots, slot,
-    kv_heads, group, tokens, head_dim, v_head_dim, k_groups, v_groups,
-    scale, softcap, window, sinks,
+    kv_heads, group, tokens, scale, softcap, window, sinks,
+    head_dim: tl.constexpr, v_head_dim: tl.constexpr,
+    k_groups: tl.constexpr, v_groups: tl.constexpr,
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,7 +79,8 @@ def attend_kernel(
     Q ``[B, Hq, T, D]`` by strides. K, V: pages; rows of a head lie k_row numbers (INT4: bytes)
     apart. TABLE int32 ``[B, P]``. OUT float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2)
     ``[B * Hq * T, slots]`` get this program's split at ``slot + split``. MASK_KIND: 0 none,
-    1 zero hides, 2 added to the scores; MASK ``[B, Hq, T, S]`` by strides.
+    1 zero hides, 2 added to the scores; MASK ``[B, Hq, T, S]`` by strides. Sizes of heads are
+    constants: only then can Triton load rows 16 bytes at a time, and ahead of their use.
     """
     split, tile = tl.program_id(0), tl.program_id(1)
     b, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
