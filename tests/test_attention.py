@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvfold
+from kvfold.kernels.flex import flex
 from kvfold.kernels.rows import attend_rows
 from tests.attention_cases import (
     DTYPES,
@@ -371,3 +372,33 @@ def test_compiled_decoding(dynamic: bool) -> None:
         torch.testing.assert_close(compiled(q, k, v, lengths), step(q, k, v, lengths))
         truth, _ = naive(q * 2, k, v, lengths=lengths, window=30, softcap=9.0)
         assert distance(compiled(q, k, v, lengths), truth + 1) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False},
+        {"window": 7, "sinks": 2},
+        {"softcap": 2.0, "scale": 0.7},
+        {"alibi_slopes": "yes"},
+        {"start": torch.tensor([3, 0]), "lengths": torch.tensor([20, 9])},
+        {"start": torch.tensor([20, 0]), "window": 4},
+    ],
+    ids=str,
+)
+def test_flex_attention_is_told_the_same(heads: tuple[int, int], options: dict[str, Any]) -> None:
+    """The path that GPUs take for windows and softcaps, unfused on the CPU."""
+    q, k, v = qkv(heads=heads, tokens=20, keys=20)
+    if "alibi_slopes" in options:
+        options = {"alibi_slopes": torch.arange(1, heads[0] + 1) / 10}
+    truth, true_lse = naive(q, k, v, **options)
+    defaults: dict[str, Any] = {
+        "causal": True, "window": None, "sinks": 0, "start": None, "lengths": None,
+        "scale": None, "softcap": None,
+    }  # fmt: skip
+    asked = {**defaults, **options}
+    out, lse = flex(q, k, v, slopes=asked.pop("alibi_slopes", None), **asked)
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=5e-6)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM, backend_of
 from kvfold.kernels.checks import check_options
+from kvfold.kernels.flex import flex
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
 from kvfold.ops.mask import alibi, visible
@@ -23,8 +24,8 @@ class Path:
     """How a call is computed.
 
     Attributes:
-        name: ``kernel`` (kvfold's own), ``sdpa`` (PyTorch's scaled_dot_product_attention) or
-            ``matmul`` (two matrix products per KV head).
+        name: ``kernel`` (kvfold's own), ``sdpa`` (PyTorch's scaled_dot_product_attention),
+            ``flex`` (PyTorch's FlexAttention) or ``matmul`` (two matrix products per KV head).
         why: the reason, in a sentence.
     """
 
@@ -111,6 +112,8 @@ def attention(
     path = _choose(call).name
     if path == "kernel":
         return _kernel(call)
+    if path == "flex":
+        return _flex(call)
     if path == "sdpa":
         return _sdpa(call)
     return _matmul(call)
@@ -200,6 +203,14 @@ def _on_gpu(call: _Call) -> Path | None:
     return None
 
 
+def _suits_flex(call: _Call) -> bool:
+    """Many queries on a GPU, and scores that PyTorch's fused kernels cannot have."""
+    bent = call.window is not None or call.softcap is not None or call.alibi_slopes is not None
+    sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+    free = call.mask is None and not call.dropout and 0 not in sizes
+    return call.q.is_cuda and bent and free and call.q.dtype is not torch.float64
+
+
 def _choose(call: _Call) -> Path:
     q, k = call.q, call.k
     tensors = [q, k, call.v] + [x for x in (call.mask, call.alibi_slopes) if x is not None]
@@ -218,6 +229,8 @@ def _choose(call: _Call) -> Path:
             return Path("matmul", f"the CPU kernels are missing ({_missing()})")
         if decoding:
             return Path("matmul", "few queries, of a dtype or head size without a kernel")
+    if _suits_flex(call):
+        return Path("flex", "a window, softcap or bias on a GPU: FlexAttention skips and fuses")
     if not plain:
         return Path("matmul", "PyTorch's kernels have no softcap and return no log-sum-exp")
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
@@ -313,6 +326,15 @@ def _sdpa(call: _Call) -> torch.Tensor:
     if seen is not None:
         out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
     return out
+
+
+def _flex(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    found = flex(
+        call.q, call.k, call.v, causal=call.causal, window=call.window, sinks=call.sinks,
+        start=call.start, lengths=call.lengths, scale=call.scale, softcap=call.softcap,
+        slopes=call.alibi_slopes,
+    )  # fmt: skip
+    return found if call.return_lse else found[0]
 
 
 def _kernel(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

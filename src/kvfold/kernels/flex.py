@@ -1,0 +1,71 @@
+"""PyTorch's FlexAttention, for what bends or hides scores on a GPU when there are many queries.
+
+It compiles windows, softcaps and biases into one kernel and skips blocks of keys that nobody sees;
+its scaled_dot_product_attention would need the whole mask in memory, and has no softcap.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+def flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    start: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    slopes: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kvfold.attention`` through FlexAttention; output and log-sum-exp (float32).
+
+    Compiled on GPUs; elsewhere it runs unfused, which is for tests only.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    batch, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
+    first = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
+    end = torch.full_like(first, keys) if lengths is None else lengths
+
+    def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
+        position = end[b] - tokens + i
+        seen = (j >= first[b]) & (j < end[b])
+        if causal:
+            seen = seen & (j <= position)
+        if window is not None:
+            seen = seen & ((j > position - window) | (j < first[b] + sinks))
+        return seen
+
+    def bent(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if slopes is not None:
+            score = score - slopes[h] * (end[b] - tokens + i - j)
+        return score
+
+    padded = start is not None or lengths is not None
+    blocks = create_block_mask(visible, batch if padded else None, None, tokens, keys, q.device)
+    attend = _compiled() if q.is_cuda else flex_attention
+    bends = softcap is not None or slopes is not None
+    out, lse = attend(
+        q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
+    )  # fmt: skip
+    nothing = lse.isneginf()[..., None]
+    return torch.where(nothing, 0.0, out), lse
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    found: Callable[..., Any] = torch.compile(flex_attention)
+    return found
