@@ -1,14 +1,12 @@
 """The KV cache: contiguous, paged or sliding, in any format."""
 
-from typing import Any
-
 import torch
 
 from kvfold.cache.checks import check_kind, check_rows, check_sizes
+from kvfold.cache.gpu import attend_on_gpu, suits_gpu_kernel
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
-from kvfold.kernels.backend import GPU_MAX_DIM
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import attention
@@ -251,17 +249,14 @@ class KVCache:
         )
         self._check_start(start)
         self._check_window(rows, q.shape[2])
-        backend = self._storage.main.backend
-        few = q.shape[2] <= MAX_TOKENS and not q.requires_grad
-        fits = max(self.head_dim, self.v_head_dim) <= GPU_MAX_DIM
-        if backend == "triton" and few and fits:
-            found = self._attend_on_gpu(
-                q, rows, lengths, causal=causal, window=window, sinks=sinks or 0, start=start,
-                scale=scale, softcap=softcap, slopes=alibi_slopes, mask=mask,
+        if suits_gpu_kernel(self._storage, q):
+            found = attend_on_gpu(
+                self._storage, q, rows, lengths, causal=causal, window=window, sinks=sinks or 0,
+                start=start, scale=scale, softcap=softcap, slopes=alibi_slopes, mask=mask,
             )  # fmt: skip
             return found if return_lse else found[0]
-        lib = library() if backend == "cpu" else None
-        if lib is not None and few:
+        lib = library() if self._storage.main.backend == "cpu" else None
+        if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
             call = KernelCall(
                 q,
                 self.num_kv_heads,
@@ -294,23 +289,6 @@ class KVCache:
             return_lse=return_lse,
         )
 
-    def _attend_on_gpu(
-        self, q: torch.Tensor, rows: list[int], lengths: torch.Tensor, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        from kvfold.kernels.triton.launch import Options, attend
-
-        for name in ("start", "slopes"):
-            given = options[name]
-            if given is not None:
-                dtype = torch.int32 if name == "start" else torch.float32
-                options[name] = given.to(self.device, dtype).contiguous()
-        mask = options["mask"]
-        if mask is not None and mask.shape[-1] == 1:
-            options["mask"] = mask.expand(*mask.shape[:-1], max(self.lengths[b] for b in rows))
-        there = self._storage.main.sent(lengths)
-        parts = self._storage.gpu_parts(rows, there)
-        return attend(readable(q), parts, there, Options(**options))
-
     def _check_window(self, rows: list[int], queries: int) -> None:
         if self.kind != "sliding" or self.window is None:
             return
@@ -322,7 +300,7 @@ class KVCache:
                 )
 
     def _check_start(self, start: torch.Tensor | None) -> None:
-        if start is None or self.kind != "sliding" or not self.sinks:
+        if start is None or self.kind != "sliding" or not self.sinks or start.is_cuda:
             return
         if start.numel() and int(start.max()) > 0:
             raise InputError(

@@ -1,0 +1,39 @@
+"""Attention over a cache's stores with the Triton kernels."""
+
+from typing import Any
+
+import torch
+
+from kvfold.cache.storage import Uniform
+from kvfold.kernels.backend import GPU_MAX_DIM
+from kvfold.kernels.call import readable
+from kvfold.kernels.library import MAX_TOKENS
+
+
+def suits_gpu_kernel(storage: Uniform, q: torch.Tensor) -> bool:
+    """Whether the Triton kernels can do it."""
+    shape = storage.main.shape
+    fits = max(shape.head_dim, shape.v_head_dim) <= GPU_MAX_DIM
+    few = q.shape[2] <= MAX_TOKENS and not q.requires_grad
+    return storage.main.backend == "triton" and few and fits
+
+
+def attend_on_gpu(
+    storage: Uniform, q: torch.Tensor, rows: list[int], lengths: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of sequences ``rows``; nothing here waits for the GPU.
+
+    Args:
+        lengths: int32 ``[B]`` on the CPU. options: of ``kernels.triton.launch.Options``.
+    """
+    from kvfold.kernels.triton.launch import Options, attend
+
+    device = storage.main.shape.device
+    for name, dtype in (("start", torch.int32), ("slopes", torch.float32)):
+        if options[name] is not None:
+            options[name] = options[name].to(device, dtype).contiguous()
+    mask = options["mask"]
+    if mask is not None and mask.shape[-1] == 1 and lengths.numel():
+        options["mask"] = mask.expand(*mask.shape[:-1], int(lengths.max()))
+    there = storage.main.sent(lengths)
+    return attend(readable(q), storage.gpu_parts(rows, there), there, Options(**options))
