@@ -89,7 +89,7 @@ def reader(rows: Rows) -> tuple[Callable[[], object], int]:
 
 def read(data: torch.Tensor) -> None:
     """Read a contiguous tensor's memory once, on all threads."""
-    lib = library()
+    lib = library() if data.device.type == "cpu" else None
     if lib is not None:
         lib.read(data)
     else:  # a sum in its own width moves the memory and little else

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "Fold a checkpoint to fewer KV heads.",
     "heal": "Train a folded checkpoint towards its source.",
     "eval": "Compare folded checkpoints with their source on text.",
+    "plan": "Predict memory and speed on a machine, by KV heads and cache format.",
     "bench": "Measure attention and whole models against the machine and other ways.",
     "methods": "List the folding methods.",
     "families": "List the architectures that can be folded, and those that cannot.",

@@ -53,7 +53,7 @@ def flex(
 
     padded = start is not None or lengths is not None
     blocks = create_block_mask(visible, batch if padded else None, None, tokens, keys, q.device)
-    attend: Callable[..., Any] = _compiled() if q.is_cuda else flex_attention
+    attend: Any = _compiled() if q.is_cuda else flex_attention
     bends = softcap is not None or slopes is not None
     out, lse = attend(
         q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=scale,

@@ -1,0 +1,141 @@
+"""``kvfold plan``"""
+
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+import click
+
+from kvfold.bench.parse import parse_list, parse_size, parse_sizes
+from kvfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from kvfold.plan.hardware import Hardware
+    from kvfold.plan.plan import Option, Plan
+
+
+@click.command("plan")
+@click.argument("source", metavar="SRC")
+@click.option("--context", default="8k", show_default=True, help="Tokens of each sequence.")
+@click.option("--batch", default="1", show_default=True, help="Sequences at once.")
+@click.option("--gpu", help="A machine by name (--gpu list shows them), or here.")
+@click.option("--gpus", default=1, show_default=True, help="That share each layer.")
+@click.option("--memory", type=float, help="GB, of a machine that is not listed.")
+@click.option("--bandwidth", type=float, help="GB/s, of such a machine.")
+@click.option("--flops", type=float, help="TFLOP/s in bfloat16, of such a machine.")
+@click.option("--kv-heads", help="To compare, as 32,8,1.  [default: SRC's and usual ones]")
+@click.option("--kv-dtype", default="bf16,int8,int4", show_default=True)
+@click.option("--fit", is_flag=True, help="Show the largest context and batch that fit.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    source: str,
+    context: str,
+    batch: str,
+    gpu: str | None,
+    gpus: int,
+    memory: float | None,
+    bandwidth: float | None,
+    flops: float | None,
+    kv_heads: str | None,
+    kv_dtype: str,
+    fit: bool,
+    as_json: bool,
+) -> None:
+    """Predict memory and speed of SRC on a machine, by KV heads and cache format.
+
+    SRC is a folder (config.json is enough), a config.json, or a hub name; no weights are read.
+    Times are bounds: no step is faster than its bytes and its FLOPs allow.
+    """
+    from kvfold.plan.plan import make_plan
+    from kvfold.plan.roofline import Load
+    from kvfold.plan.source import open_model
+
+    if gpu == "list":
+        _print_machines()
+        return
+    model = open_model(source)
+    machine = _machine(gpu, memory, bandwidth, flops)
+    load = Load(parse_size(context, "--context"), parse_size(batch, "--batch"), gpus=gpus)
+    heads = None if kv_heads is None else parse_sizes(kv_heads, "--kv-heads")
+    dtypes = parse_list(kv_dtype, "--kv-dtype", str)
+    plan = make_plan(model, load, machine, heads, dtypes)
+    emit(as_json, plan.as_dict(), lambda: _print(plan, fit))
+
+
+def _machine(
+    gpu: str | None, memory: float | None, bandwidth: float | None, flops: float | None
+) -> "Hardware":
+    from kvfold.plan.hardware import hardware_of
+
+    if gpu == "here":
+        from kvfold.bench.here import measure_here
+
+        return measure_here()
+    return hardware_of(gpu, memory=memory, bandwidth=bandwidth, flops=flops)
+
+
+def _print_machines() -> None:
+    from kvfold.plan.hardware import GB, TABLE, TERA
+    from kvfold.report.tables import print_table
+
+    rows = [
+        [h.name, f"{h.memory / GB:,.0f}", f"{h.bandwidth / GB:,.0f}",
+         f"{h.flops / TERA:,.0f}" if h.flops else "-", h.source]
+        for h in TABLE.values()
+    ]  # fmt: skip
+    print_table("Machines", ["name", "GB", "GB/s", "TFLOP/s", "source"], rows)
+
+
+def _print(plan: "Plan", fit: bool) -> None:
+    from kvfold.report.tables import count, print_table, size
+
+    model, machine, load = plan.model, plan.hardware, plan.load
+    kinds = ", ".join(f"{number} {kind}" for kind, number in model.kinds.items())
+    sparse = model.active_parameters < model.parameters
+    parameters = f"{count(model.parameters)} parameters"
+    parameters += f", {count(model.active_parameters)} active" if sparse else ""
+    parameters += " (estimated from the config)" if model.estimated else ""
+    shared = f", over {load.gpus} GPUs" if load.gpus > 1 else ""
+    speed = f"{size(machine.memory)}, {machine.bandwidth / 1e9:,.0f} GB/s"
+    facts = [
+        ("model", f"{model.model_type}, {parameters}"),
+        ("layers", f"{kinds}; {model.num_heads} query heads, {model.num_kv_heads} KV heads"),
+        ("weights", f"{size(model.weight_bytes)}{shared}"),
+        ("machine", f"{machine.name}: {speed}"),
+        ("numbers from", machine.source),
+    ]
+    print_table(model.name, ["", ""], facts)
+    columns = ["heads", "cache", "KiB per token", "cache GiB", "total GiB", "fits"]
+    columns += ["max context", "max batch"] if fit else ["step ms", "tok/s", "bound", "prefill s"]
+    chosen = plan.recommendation.option
+    rows = [_row(option, fit, option is chosen) for option in plan.options]
+    print_table(
+        f"{load.batch:,} x {load.context:,} tokens" + (", each GPU" if load.gpus > 1 else ""),
+        columns,
+        rows,
+        caption="> recommended. Times are the least possible, bound by bytes read or FLOPs.\n"
+        "10% of the memory is left to the runtime.",
+    )
+    click.echo(f"{chosen.kv_heads} KV heads, {chosen.kv_dtype} cache:")
+    for reason in plan.recommendation.reasons:
+        click.echo(fill(reason, 78, initial_indent="- ", subsequent_indent="  "))
+
+
+def _row(option: "Option", fit: bool, chosen: bool) -> list[str]:
+    gib = 1 << 30
+    row = [
+        f"{'> ' if chosen else ''}{option.kv_heads}",
+        option.kv_dtype,
+        f"{option.kv_bytes_per_token / 1024:.4g}",
+        f"{option.memory.kv_cache / gib:.3g}",
+        f"{option.memory.total / gib:.3g}",
+        "yes" if option.fits else "no",
+    ]
+    if fit:
+        return [*row, f"{option.largest_context:,}", f"{option.largest_batch:,}"]
+    return [
+        *row,
+        f"{1e3 * option.decode.seconds:.3g}",
+        f"{option.tokens_per_second:,.0f}",
+        "FLOPs" if option.decode.binds == "arithmetic" else "bytes",
+        f"{option.prefill.seconds:.3g}",
+    ]

@@ -1,0 +1,1 @@
+"""Memory and speed from ``config.json`` and safetensors headers alone. No torch."""

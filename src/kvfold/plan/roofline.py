@@ -1,0 +1,141 @@
+"""Bytes and time at best: what memory a model takes, and what binds its speed.
+
+A step cannot be faster than reading what it needs from memory, nor than its multiplications; the
+larger of the two binds it (roofline; Williams et al., 2009). Real steps are slower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvfold.plan.hardware import Hardware
+from kvfold.plan.model import LATENT, Model
+
+# Bits per number of a cache format, scales included, for heads of 128 (see docs/attention.md).
+KV_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.125, "int8": 8.125, "int4": 4.5}
+PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model together
+_ACTIVATION_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a model.
+
+    Attributes:
+        context: tokens of each sequence. batch: sequences. kv_dtype: of the cache.
+        gpus: that share each layer (tensor parallelism).
+    """
+
+    context: int
+    batch: int
+    kv_dtype: str = "bf16"
+    gpus: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU."""
+
+    weights: float
+    kv_cache: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.kv_cache + self.activations
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time of something, in seconds, and what binds it: ``memory`` or ``arithmetic``.
+
+    ``unknown`` arithmetic (no published FLOPs) never binds.
+    """
+
+    seconds: float
+    binds: str
+
+
+def kv_bytes_per_token(model: Model, kv_dtype: str, gpus: int = 1) -> float:
+    """Bytes a token of full attention adds to the cache, all layers, per GPU."""
+    return sum(layer.kv_numbers(gpus) for layer in model.layers) * KV_BITS[kv_dtype] / 8
+
+
+def kv_cache_bytes(model: Model, load: Load) -> float:
+    """The KV cache of all sequences on one GPU; sliding layers keep their window only."""
+    numbers = sum(layer.kv_numbers(load.gpus) * layer.kept(load.context) for layer in model.layers)
+    return load.batch * numbers * KV_BITS[load.kv_dtype] / 8
+
+
+def memory(model: Model, load: Load) -> Memory:
+    """What one GPU must hold.
+
+    Activations are those of a prefill chunk: the residual stream, one layer's MLP and attention
+    inputs, and the logits of each sequence's last token. Frameworks add their own to that.
+    """
+    tokens = min(PREFILL_CHUNK, load.batch * load.context)
+    widest = 2 * model.intermediate_size + 3 * model.num_heads * model.layers[0].head_dim
+    per_token = 2 * model.hidden_size + widest / load.gpus
+    logits = load.batch * model.vocab_size * 4
+    return Memory(
+        model.weight_bytes / load.gpus,
+        kv_cache_bytes(model, load),
+        tokens * per_token * _ACTIVATION_BYTES + logits,
+    )
+
+
+def decode_step(model: Model, load: Load, hardware: Hardware) -> Bound:
+    """One token for every sequence: weights and cache are read once."""
+    read = sum(layer.kv_numbers(load.gpus) * layer.read(load.context) for layer in model.layers)
+    cache = load.batch * read * KV_BITS[load.kv_dtype] / 8
+    weights = model.weight_bytes * _share_met(model, load.batch) / load.gpus
+    flops = load.batch * (2 * model.active_parameters + _attention_flops(model, 1, load.context))
+    return _bound(cache + weights, flops / load.gpus, hardware)
+
+
+def prefill(model: Model, load: Load, hardware: Hardware) -> Bound:
+    """All prompts of ``context`` tokens: causal attention does half of the pairs."""
+    tokens = load.batch * load.context
+    pairs = load.batch * _attention_flops(model, load.context, load.context) / 2
+    flops = 2 * model.active_parameters * tokens + pairs
+    chunks = -(-tokens // PREFILL_CHUNK)
+    read = chunks * model.weight_bytes / load.gpus + kv_cache_bytes(model, load)
+    return _bound(read, flops / load.gpus, hardware)
+
+
+def _share_met(model: Model, tokens: int) -> float:
+    """The share of the weights that a batch reads: experts not chosen by anyone are not read."""
+    active = model.active_parameters / model.parameters
+    return min(1.0, 1 - (1 - active) ** tokens)
+
+
+def _attention_flops(model: Model, tokens: int, context: int) -> float:
+    """q kᵀ and weights times v, all layers, every pair counted; see ``geometry``."""
+    total = 0.0
+    for layer in model.layers:
+        # MLA attends in the latent space: every head's query meets the latent vector twice.
+        dims = 2 * layer.latent if layer.kind == LATENT else layer.head_dim + layer.v_head_dim
+        total += 2.0 * layer.num_heads * tokens * layer.read(context) * dims
+    return total
+
+
+def _bound(bytes_read: float, flops: float, hardware: Hardware) -> Bound:
+    reading = bytes_read / hardware.bandwidth
+    computing = flops / hardware.flops if hardware.flops else 0.0
+    if computing > reading:
+        return Bound(computing, "arithmetic")
+    return Bound(reading, "memory")
+
+
+def largest(fits: Callable[[int], bool], most: int = 1 << 30) -> int:
+    """The largest n for which ``fits(n)`` holds, where it holds up to some n; 0 if none.
+
+    >>> largest(lambda n: n * n <= 50)
+    7
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,74 @@
+"""Reading a model's sizes from a folder or the hub without its weights: configs and headers."""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from kvfold.checkpoint.gguf import is_gguf, summarize
+from kvfold.checkpoint.source import INDEX, SINGLE, peek_config, resolve
+from kvfold.checkpoint.tensors import read_header
+from kvfold.errors import InputError, KVFoldError
+from kvfold.plan.model import Model, read_model
+
+
+def open_model(source: str | Path) -> Model:
+    """The model of a folder (with or without weights), a ``config.json``, or a hub name.
+
+    Of a hub model only the config and the headers of its safetensors files are fetched.
+
+    Raises:
+        InputError: if there is no such thing.
+    """
+    path = Path(source).expanduser()
+    if is_gguf(source):
+        found = summarize(path)
+        raise InputError(
+            f"{path} is a GGUF file of {found.parameters:,} parameters; plan reads configs",
+            "give the original model's folder or its config.json",
+        )
+    if path.is_file() and path.suffix == ".json":
+        return read_model(_json(path), path.parent.name or path.name)
+    config = peek_config(source)
+    if path.is_dir():
+        return read_model(config, path.name, *_weights(resolve(source)))
+    return read_model(config, str(source), *_hub_weights(str(source)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON", "give a model's config.json") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object", "give a model's config.json")
+    return found
+
+
+def _weights(folder: Path) -> tuple[int | None, int | None]:
+    """Count and bytes of the weights in a folder's headers; None where there are none."""
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted(set(_json(index).get("weight_map", {}).values()))
+    else:
+        files = [SINGLE] if (folder / SINGLE).is_file() else []
+    if not files or not all((folder / file).is_file() for file in files):
+        return None, None
+    entries = [entry for file in files for entry in read_header(folder / file).values()]
+    return sum(prod(e.shape) for e in entries), sum(e.nbytes for e in entries)
+
+
+def _hub_weights(name: str) -> tuple[int | None, int | None]:
+    """The same of a hub model, by range requests; None if it has no safetensors."""
+    try:
+        from huggingface_hub import get_safetensors_metadata
+
+        found = get_safetensors_metadata(name)
+    except KVFoldError:
+        raise
+    except Exception:  # offline with only the config cached, pickled weights …: sizes will do
+        return None, None
+    count = sum(found.parameter_count.values())
+    sizes = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+    nbytes = sum(sizes.get(kind, 2) * number for kind, number in found.parameter_count.items())
+    return count, nbytes
