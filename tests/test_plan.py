@@ -262,7 +262,7 @@ def test_the_command_needs_no_weights(kvfold: Kvfold, config_folder: Path) -> No
     assert {o["kv_heads"] for o in as_json["options"]} == {32, 8}
     assert as_json["recommendation"]["reasons"]
     assert "context" in kvfold(*arguments, "--fit").out
-    assert "data sheet" in kvfold("plan", "x", "--gpu", "list").out
+    assert "data sheet" in kvfold("plan", "--gpu", "list").out
     here = kvfold("plan", config_folder, "--gpu", "here")
     assert here.code == 0
     assert "measured just now" in here.out

@@ -7,6 +7,7 @@ import click
 
 from kvfold.bench.parse import parse_list, parse_size, parse_sizes
 from kvfold.cli.output import emit
+from kvfold.errors import InputError
 
 if TYPE_CHECKING:
     from kvfold.plan.hardware import Hardware
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", required=False)
 @click.option("--context", default="8k", show_default=True, help="Tokens of each sequence.")
 @click.option("--batch", default="1", show_default=True, help="Sequences at once.")
 @click.option("--gpu", help="A machine by name (--gpu list shows them), or here.")
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--fit", is_flag=True, help="Show the largest context and batch that fit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
-    source: str,
+    source: str | None,
     context: str,
     batch: str,
     gpu: str | None,
@@ -52,6 +53,8 @@ def command(
     if gpu == "list":
         _print_machines()
         return
+    if source is None:
+        raise InputError("no model given", "kvfold plan SRC --gpu h100, or --gpu list")
     model = open_model(source)
     machine = _machine(gpu, memory, bandwidth, flops)
     load = Load(parse_size(context, "--context"), parse_size(batch, "--batch"), gpus=gpus)
@@ -79,7 +82,7 @@ def _print_machines() -> None:
 
     rows = [
         [h.name, f"{h.memory / GB:,.0f}", f"{h.bandwidth / GB:,.0f}",
-         f"{h.flops / TERA:,.0f}" if h.flops else "-", h.source]
+         f"{h.flops / TERA:,.0f}" if h.flops else "", h.source]
         for h in TABLE.values()
     ]  # fmt: skip
     print_table("Machines", ["name", "GB", "GB/s", "TFLOP/s", "source"], rows)
@@ -105,7 +108,7 @@ def _print(plan: "Plan", fit: bool) -> None:
     ]
     print_table(model.name, ["", ""], facts)
     columns = ["heads", "cache", "KiB per token", "cache GiB", "total GiB", "fits"]
-    columns += ["max context", "max batch"] if fit else ["step ms", "tok/s", "bound", "prefill s"]
+    columns += ["max context", "max batch"] if fit else ["step ms", "tok/s", "bound", "prompt s"]
     chosen = plan.recommendation.option
     rows = [_row(option, fit, option is chosen) for option in plan.options]
     print_table(
