@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -25,7 +26,12 @@ def plot_healing(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    draw_healing(figure.subplots(), rows)
+    figure.savefig(path, dpi=150)
+
+
+def draw_healing(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """The curves of :func:`plot_healing`, on given axes."""
     steps = [row for row in rows if "kl" in row]
     axes.plot(
         [row["tokens"] for row in steps],
@@ -47,7 +53,6 @@ def plot_healing(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -1,0 +1,154 @@
+"""The report's drawings, each a function from numbers to SVG."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from kvfold.report.healing import draw_healing
+from kvfold.report.tables import size
+
+if TYPE_CHECKING:
+    from kvfold.bench.records import Row
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def captured_energy(layers: Sequence[dict[str, Any]]) -> str:
+    """Energy kept of keys and values, layer by layer."""
+    figure, axes = _new()
+    index = [layer["layer"] for layer in layers]
+    for name, label, colour, marker in (
+        ("captured_key", "keys", COLOURS[0], "o"),
+        ("captured_value", "values", COLOURS[1], "s"),
+    ):
+        kept = [100 * layer[name] for layer in layers]
+        axes.plot(index, kept, color=colour, marker=marker, label=label)
+    axes.set_ylim(top=101)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "layer", "energy kept, %")
+    return _svg(figure)
+
+
+def layer_errors(layers: Sequence[dict[str, Any]]) -> str:
+    """The error before fitting and after each stage, layer by layer."""
+    figure, axes = _new()
+    fitted = [layer for layer in layers if layer["stages"]]
+    index = [layer["layer"] for layer in fitted]
+    first = [layer["stages"][0]["error_before"] for layer in fitted]
+    axes.plot(index, first, color="#999999", marker="x", label="folded")
+    for number, stage in enumerate(fitted[0]["stages"]):
+        after = [layer["stages"][number]["error_after"] for layer in fitted]
+        label = stage["stage"].replace("_", " ")
+        axes.plot(index, after, color=COLOURS[number], marker=MARKERS[number], label=label)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "layer", "error, share of what the layer adds")
+    return _svg(figure)
+
+
+def kv_memory(source: int, folded: int) -> str:
+    """Cache size against context for both models; bytes per token in 16 bits."""
+    figure, axes = _new()
+    contexts = [2**power for power in range(10, 18)]
+    for per_token, label, colour, marker in (
+        (source, "source", COLOURS[1], "s"),
+        (folded, "folded", COLOURS[0], "o"),
+    ):
+        held = [per_token * context for context in contexts]
+        axes.plot(contexts, held, color=colour, marker=marker, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    _label(axes, "context, tokens", "KV cache")
+    return _svg(figure)
+
+
+def healing_curve(rows: Sequence[dict[str, Any]]) -> str:
+    """KL from the source on each text, against tokens healed."""
+    figure, axes = _new()
+    draw_healing(axes, rows)
+    return _svg(figure)
+
+
+def decode_times(rows: "Sequence[Row]") -> str:
+    """Step time against context, a panel for each number of KV heads, the floor drawn in."""
+    heads = sorted({row.case["num_kv_heads"] for row in rows}, reverse=True)
+    columns = min(3, len(heads))
+    lines = -(-len(heads) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 3.1 * lines), layout="constrained")
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    names = list(dict.fromkeys(row.implementation for row in rows))
+    for axes, count in zip(panels, heads, strict=False):
+        own = [row for row in rows if row.case["num_kv_heads"] == count]
+        _steps(axes, own, names)
+        axes.set_title(f"{count} KV head{'s' if count > 1 else ''}", fontsize=10)
+    for axes in panels[len(heads) :]:
+        axes.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        points = sorted(
+            (row.case["context"], 1e3 * row.seconds.median)
+            for row in rows
+            if row.implementation == name and row.seconds
+        )
+        if points:
+            style = {"color": COLOURS[number % 7], "marker": MARKERS[number % 7]}
+            axes.plot(*zip(*points, strict=True), label=name, **style)  # type: ignore[arg-type]
+    floor = sorted(
+        {
+            (row.case["context"], 1e3 * row.kv_bytes / row.bandwidth)
+            for row in rows
+            if row.bandwidth and row.implementation in ("kvfold bf16", "sdpa")
+        }
+    )
+    if floor:
+        axes.plot(*zip(*floor, strict=True), "--", color="#666666", label="floor (16 bit)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("step, ms")
+    axes.grid(color="#e3e3e3")
+
+
+def _tokens(value: float, position: int) -> str:
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+
+
+def _new() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots()
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e3e3")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kvfold", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

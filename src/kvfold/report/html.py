@@ -1,0 +1,335 @@
+"""``kvfold report``: everything measured about runs, in one HTML file that needs nothing else.
+
+A run is a folder that ``convert``, ``heal`` or ``demo`` made, or a file that ``bench --save``
+wrote. A section is a heading, facts, tables and plots; how they look is decided here alone.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kvfold
+from kvfold.errors import InputError
+from kvfold.report.figures import (
+    captured_energy,
+    decode_times,
+    healing_curve,
+    kv_memory,
+    layer_errors,
+)
+from kvfold.report.tables import size
+
+RECORD, METRICS, DEMO = "kvfold.json", "healing.jsonl", "demo.json"
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of words; numbers are set to the right."""
+
+    columns: Sequence[str]
+    rows: Rows
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing as SVG, and what it shows."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report."""
+
+    title: str
+    parts: Sequence[Table | Figure | str] = field(default_factory=list)
+
+
+def write_report(runs: Sequence[str | Path], out: Path, *, force: bool = False) -> None:
+    """Write the report of some runs to ``out``.
+
+    Raises:
+        InputError: for something that is no run, or if ``out`` exists and ``force`` is false.
+
+    >>> write_report(["healed", "bench.jsonl"], Path("report.html"))  # doctest: +SKIP
+    """
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already", "choose another file, or --force to replace it")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"{out} cannot be written", "name a file in a folder that exists")
+    sections = [section for run in runs for section in sections_of(Path(run).expanduser())]
+    page = render("kvfold report", sections)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+
+
+def sections_of(run: Path) -> list[Section]:
+    """The sections of one run.
+
+    Raises:
+        InputError: if it left no record.
+    """
+    if (run / RECORD).is_file():
+        return _of_checkpoint(run)
+    if (run / DEMO).is_file():
+        return [_of_demo(run)]
+    if run.is_file():
+        return _of_bench(run)
+    raise InputError(
+        f"{run} holds no record of a run",
+        "give a folder made by kvfold convert, heal or demo, or a file of kvfold bench --save",
+    )
+
+
+# -- checkpoints ----------------------------------------------------------------------------
+
+
+def _of_checkpoint(run: Path) -> list[Section]:
+    record = _json(run / RECORD)
+    sections = []
+    if "geometry" in record:
+        sections.append(_folding(run.name, record))
+    if "heal" in record:
+        sections.append(_healing(run, record["heal"]))
+    return sections
+
+
+def _folding(name: str, record: dict[str, Any]) -> Section:
+    geometry = record["geometry"]
+    heads, cache = geometry["num_kv_heads"], geometry["kv_bytes_per_token_16bit"]
+    calibration = record.get("calibration")
+    text = "none"
+    if calibration:
+        text = f"{calibration['tokens']:,} tokens of {', '.join(calibration['texts'])}"
+    facts = [
+        ("source", record["source"]["name"]),
+        ("query heads", str(geometry["num_heads"])),
+        ("KV heads", f"{heads['source']} → {heads['folded']}"),
+        ("KV cache per token, 16 bit", f"{size(cache['source'])} → {size(cache['folded'])}"),
+        ("method, fit", f"{record['method']}, {record['fit']}"),
+        ("calibration", text),
+        ("time, peak memory", f"{record['run']['seconds']:.0f} s, "
+                              f"{size(record['run']['peak_memory_bytes'])}"),
+    ]  # fmt: skip
+    parts: list[Table | Figure | str] = [Table(["", ""], facts)]
+    parts += [f"Warning: {warning}." for warning in record.get("warnings", [])]
+    layers = [layer for layer in record["layers"] if "captured_value" in layer]
+    if layers:
+        parts.append(Figure(
+            captured_energy(layers),
+            "Energy that the shared heads keep of the source's keys and values, by layer. What is "
+            "missing is what fitting and healing must make good.",
+        ))  # fmt: skip
+    if any(layer["stages"] for layer in layers):
+        parts.append(Figure(
+            layer_errors(layers),
+            "Error of each layer's output as a share of what the layer adds (median over tokens), "
+            "after each stage.",
+        ))  # fmt: skip
+    parts.append(Figure(
+        kv_memory(cache["source"], cache["folded"]),
+        "KV cache of one sequence in 16 bits against its length.",
+    ))  # fmt: skip
+    parts.append(_code(record["command"]))
+    return Section(f"Folding: {name}", parts)
+
+
+def _healing(run: Path, heal: dict[str, Any]) -> Section:
+    request = heal["request"]
+    facts = [
+        ("stages", ", ".join(request["stages"])),
+        ("tokens", f"{request['tokens']:,} in {heal['steps']:,} updates"),
+        ("trained", request["train"] + (", LoRA" if request["lora_rank"] else "")),
+        ("peak learning rate", f"{request['lr']:g} (attention), {request['lr_rest']:g} (rest)"),
+        ("time", f"{heal['run']['seconds']:.0f} s on {heal['run']['device']}, "
+                 f"{heal['run']['processes']} process(es)"),
+    ]  # fmt: skip
+    parts: list[Table | Figure | str] = [Table(["", ""], facts), _quality(heal["quality"])]
+    if (run / METRICS).is_file():
+        rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+        parts.append(Figure(healing_curve(rows), "Divergence from the source while healing."))
+    parts.append(_code(heal["command"]))
+    return Section(f"Healing: {run.name}", parts)
+
+
+def _quality(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = ["text", "model", "perplexity", "nats lost", "KL", "KL p95", "KL p99", "top-1"]
+    return Table(
+        columns,
+        [
+            [
+                row["text"],
+                row["name"],
+                f"{row['perplexity']:.2f} ± {row['perplexity_error']:.2f}",
+                f"{row['nats_lost']:.3f} ± {row['nats_lost_error']:.3f}",
+                f"{row['kl']:.3f} ± {row['kl_error']:.3f}",
+                f"{row['kl_p95']:.2f}",
+                f"{row['kl_p99']:.2f}",
+                f"{row['top1']:.1%}",
+            ]
+            for row in rows
+        ],
+        "± one standard error over windows. Nats lost per token are paired with the source's; "
+        "0.69 doubles the perplexity. KL is from the source; p95, p99: percentiles over tokens.",
+    )
+
+
+# -- demo and benchmarks --------------------------------------------------------------------
+
+
+def _of_demo(run: Path) -> Section:
+    record = _json(run / DEMO)
+    rows = [{**row["quality"], "name": f"{row['method']}, {row['kv_heads']} KV heads"}
+            for row in record["rows"]]  # fmt: skip
+    plot = run / "demo.svg"
+    figure = plot.read_text(encoding="utf-8") if plot.is_file() else ""
+    parts: list[Table | Figure | str] = []
+    if figure:
+        parts.append(Figure(_svg_only(figure), "Perplexity against the size of the KV cache."))
+    parts.append(_quality(rows))
+    parts.append(_code(f"kvfold demo --seed {record['seed']} --out {run.name}"))
+    return Section(f"Demo: {run.name}", parts)
+
+
+def _of_bench(path: Path) -> list[Section]:
+    from kvfold.bench.records import load
+
+    rows = load(path)
+    attention = [row for row in rows if row.benchmark == "attention" and row.seconds]
+    parts: list[Table | Figure | str] = []
+    if attention:
+        parts.append(Figure(
+            decode_times(attention),
+            "One decoding step of one layer against context, with the time that reading the "
+            "16-bit cache once takes at the bandwidth of the same run (dashed).",
+        ))  # fmt: skip
+    cells = []
+    for row in rows:
+        case = _case(row.case)
+        step = row.status
+        if row.seconds:
+            half = (row.seconds.high - row.seconds.low) / 2
+            step = f"{1e3 * row.seconds.median:.3g} ± {1e3 * half:.2g}"
+        floor = f"{row.floor_fraction.median:.0%}" if row.floor_fraction else ""
+        peer = f"{row.vs_best_peer.median:.2f}" if row.vs_best_peer else ""
+        cells.append([case, row.implementation, step, floor, peer])
+    columns = ["case", "implementation", "step, ms", "of floor", "× best peer"]
+    parts.append(Table(columns, cells, "± half the interquartile range."))
+    return [Section(f"Benchmark: {path.name}", parts)]
+
+
+def _case(case: dict[str, Any]) -> str:
+    """A benchmark's case in a few words."""
+    words = {"num_heads": "query heads", "num_kv_heads": "KV heads", "head_dim": "numbers each",
+             "context": "tokens", "batch": "sequences"}  # fmt: skip
+    return ", ".join(
+        f"{value:,} {words.get(name, name)}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in case.items()
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON", "is the run complete?") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a record of kvfold", "is the run complete?")
+    return found
+
+
+# -- how it looks ---------------------------------------------------------------------------
+
+
+def _code(command: str) -> str:
+    return f"$ {command}"
+
+
+def _svg_only(text: str) -> str:
+    """An SVG file without its XML head, as it stands in a page."""
+    return text[text.index("<svg") :]
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --rule: #ccc; --soft: #666; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #16181c; --rule: #3a3d44; --soft: #9aa0a8; } }
+body { font: 17px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem;
+  border-top: 1px solid var(--rule); padding-top: 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; display: block;
+  overflow-x: auto; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--rule);
+  vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+caption, figcaption, .soft { color: var(--soft); font-size: .88rem; text-align: left;
+  caption-side: bottom; padding-top: .4rem; }
+figure { margin: 1.2rem 0; } figure > div { background: #fff; border-radius: 6px;
+  padding: .5rem; } svg { max-width: 100%; height: auto; }
+pre { background: rgba(127, 127, 127, .14); padding: .6rem .8rem; border-radius: 6px;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .86rem; }
+@media print { body { font-size: 11pt; max-width: none; margin: 0; }
+  figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def render(title: str, sections: Sequence[Section]) -> str:
+    """The page, as one string."""
+    body = "\n".join(_section(section) for section in sections)
+    contents = " · ".join(
+        f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in enumerate(sections)
+    )
+    for index in range(len(sections)):
+        body = body.replace("<h2>", f'<h2 id="s{index}">', 1)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
+        f'<p class="soft">Made by kvfold {kvfold.__version__}.</p>\n</body>\n</html>\n'
+    )
+
+
+def _section(section: Section) -> str:
+    parts = [f"<section>\n<h2>{html.escape(section.title)}</h2>"]
+    for part in section.parts:
+        if isinstance(part, Table):
+            parts.append(_table(part))
+        elif isinstance(part, Figure):
+            caption = html.escape(part.caption)
+            parts.append(
+                f"<figure><div>{part.svg}</div><figcaption>{caption}</figcaption></figure>"
+            )
+        elif part.startswith("$ "):
+            parts.append(f"<pre>{html.escape(part)}</pre>")
+        else:
+            parts.append(f"<p>{html.escape(part)}</p>")
+    return "\n".join([*parts, "</section>"])
+
+
+def _table(table: Table) -> str:
+    numeric = [
+        index > 0 and all(row[index][:1].isdigit() or not row[index] for row in table.rows)
+        for index in range(len(table.columns))
+    ]
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} class="number">{html.escape(cell)}</{tag}>'
+            if number and any(table.columns)
+            else f"<{tag}>{html.escape(cell)}</{tag}>"
+            for cell, number in zip(row, numeric, strict=True)
+        )
+
+    head = f"<tr>{cells('th', table.columns)}</tr>" if any(table.columns) else ""
+    rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
+    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
+    return f"<table>{caption}{head}\n{rows}</table>"
