@@ -92,9 +92,9 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-_IMPLEMENTATION = "kvfold_stream"
-AttentionInterface.register(_IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)
+IMPLEMENTATION = "kvfold_stream"
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 class _Recorder(nn.Module):
@@ -131,7 +131,7 @@ class LayerStream:
         hf_config = AutoConfig.for_model(**arguments)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=_IMPLEMENTATION
+                hf_config, attn_implementation=IMPLEMENTATION
             )
         self.model.eval().requires_grad_(False)
         self._base_name, _, rest = layer_path.partition(".")

@@ -1,0 +1,137 @@
+"""``kvfold look``"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvfold.errors import InputError
+
+if TYPE_CHECKING:
+    from kvfold.report.look import Picture
+
+_DEFAULT = "The animal did not cross the street because it was too tired."
+
+
+@click.command("look")
+@click.argument("model", metavar="MODEL")
+@click.argument("text", required=False)
+@click.option("--file", type=click.Path(path_type=Path), help="A UTF-8 text to look at instead.")
+@click.option("--against", metavar="FOLDED", help="A model folded from MODEL, drawn below it.")
+@click.option("--layer", "layers", type=int, multiple=True, help="Repeatable.  [default: middle]")
+@click.option("--max-tokens", default=4096, show_default=True, help="Of a longer text.")
+@click.option("--png", type=click.Path(path_type=Path), help="[default: attention.png]")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="One page with every layer asked for."
+)
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+def command(
+    model: str,
+    text: str | None,
+    file: Path | None,
+    against: str | None,
+    layers: tuple[int, ...],
+    max_tokens: int,
+    png: Path | None,
+    html: Path | None,
+    force: bool,
+) -> None:
+    """Draw which tokens each head of MODEL looks at, word by word.
+
+    Heads that share a KV head have its number in their title. With --against, the folded model's
+    maps stand below, each with its divergence from the source's: KL in nats, mean over queries.
+    Long texts are summed into 128 bins, in bounded memory. PNG files of several layers get the
+    layer's number in their name.
+    """
+    if html is None and png is None:
+        png = Path("attention.png")
+    written = _paths(png, layers) + ([html] if html else [])
+    for path in written:
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already", "choose another name, or add --force")
+    words = _text(text, file)
+    pictures = _pictures([model] + ([against] if against else []), words, layers, max_tokens)
+    if png is not None:
+        for picture in pictures:
+            path = png if len(pictures) == 1 else _numbered(png, picture.layer)
+            path.write_bytes(picture.png)
+            click.echo(f"{path}  {picture.summary}")
+    if html is not None:
+        html.write_text(_page(model, against, pictures), encoding="utf-8")
+        click.echo(str(html))
+
+
+def _text(text: str | None, file: Path | None) -> str:
+    from kvfold.quality.text import read_texts
+
+    if text is not None and file is not None:
+        raise InputError("a text and --file exclude each other", "give one of them")
+    found = read_texts([file], 1) if file is not None else text or _DEFAULT
+    if not found.strip():
+        raise InputError("the text is empty", 'for instance: kvfold look MODEL "I have a dream"')
+    return found
+
+
+def _paths(png: Path | None, layers: tuple[int, ...]) -> list[Path]:
+    if png is None:
+        return []
+    return [_numbered(png, layer) for layer in layers] if len(layers) > 1 else [png]
+
+
+def _numbered(png: Path, layer: int) -> Path:
+    return png.with_name(f"{png.stem}-{layer}{png.suffix}")
+
+
+def _pictures(
+    sources: list[str], text: str, layers: tuple[int, ...], max_tokens: int
+) -> "list[Picture]":
+    from contextlib import ExitStack
+
+    import torch
+
+    from kvfold.quality.run import load_tokenizer, local_folder
+    from kvfold.report.look import draw_layer
+    from kvfold.report.maps import attention_layers, look
+
+    names = [Path(source).name for source in sources]
+    seen: list[dict[int, Any]] = []
+    with ExitStack() as stack:
+        folders = [local_folder(source, stack) for source in sources]
+        tokenizer = load_tokenizer(folders[0])
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens])
+        for folder in folders:
+            model = _load(folder)
+            chosen = layers or (sorted(attention_layers(model))[len(attention_layers(model)) // 2],)
+            seen.append(look(model, ids, chosen))
+    words = [tokenizer.decode([token]).strip() or "·" for token in ids.tolist()]
+    return [draw_layer(layer, names, [each[layer] for each in seen], words) for layer in seen[0]]
+
+
+def _load(folder: Path) -> Any:
+    """Any causal language model that transformers opens, foldable or not."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"transformers cannot open {folder} ({first[:160]})", "give a causal language model"
+        ) from error
+
+
+def _page(model: str, against: str | None, pictures: "list[Picture]") -> str:
+    from kvfold.report.html import Figure, Section, render
+
+    title = f"Attention of {Path(model).name}" + (f" and {Path(against).name}" if against else "")
+    note = (
+        "Rows are queries, columns the tokens they look at; darker is more (square root of the "
+        "weight). Titles: query head, the KV head it reads, and for the folded model its "
+        "divergence from the source's map in nats."
+    )
+    sections = [
+        Section(f"Layer {picture.layer}", [Figure(picture.tag, picture.summary), note])
+        for picture in pictures
+    ]
+    return render(title, sections)
