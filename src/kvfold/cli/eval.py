@@ -1,14 +1,22 @@
 """``kvfold eval``"""
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from kvfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from kvfold.quality.tasks import TaskScore
 
 
 @click.command("eval")
 @click.argument("source", metavar="SRC")
 @click.argument("outs", metavar="[OUT]...", nargs=-1)
-@click.option("--text", "texts", multiple=True, required=True, help="UTF-8 file; repeatable.")
+@click.option("--text", "texts", multiple=True, help="UTF-8 file; repeatable.")
+@click.option("--needle", metavar="N,...", help="Ask for pass keys in texts of N tokens.")
+@click.option("--tasks", metavar="TASK,...", help="Tasks of lm-evaluation-harness.")
+@click.option("--limit", type=int, help="Examples of each task, to try it.")
 @click.option("--context", default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=int, help="At most so many of each text, spread over it.")
 @click.option("--max-kl", type=float, help="Exit with 3 if a model's KL is above this.")
@@ -25,6 +33,9 @@ def command(
     source: str,
     outs: tuple[str, ...],
     texts: tuple[str, ...],
+    needle: str | None,
+    tasks: str | None,
+    limit: int | None,
     context: int,
     max_tokens: int | None,
     max_kl: float | None,
@@ -37,31 +48,66 @@ def command(
 
     Perplexity with its standard error; the perplexity ratio to SRC, paired window by window;
     KL(SRC || OUT) per token; how often both agree on the most likely token. Use text that was
-    not used for calibration, and some of another kind.
+    not used for calibration, and some of another kind. --needle asks for pass keys hidden at five
+    depths of long texts; --tasks runs lm-evaluation-harness on every model.
     """
+    from kvfold.bench.parse import parse_list, parse_sizes
     from kvfold.cli.progress import progress_bar
-    from kvfold.quality.run import check_eval, check_thresholds, evaluate
+    from kvfold.quality.run import check_eval, check_thresholds, evaluate, find_needles
+    from kvfold.quality.tasks import harness
     from kvfold.quality.text import read_texts
 
     sources = (source, *outs)
-    check_eval(sources, texts, context, max_tokens)
+    lengths = parse_sizes(needle, "--needle", 64) if needle is not None else ()
+    names = parse_list(tasks, "--tasks", str) if tasks is not None else ()
+    if texts or not (lengths or names):
+        check_eval(sources, texts, context, max_tokens)
+    if names:
+        harness()
     for text in texts:
         read_texts([text], context)
+    how: dict[str, Any] = {"dtype": dtype, "device": device}
     with progress_bar() as progress:
-        results = evaluate(
-            sources,
-            texts,
-            context=context,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            device=device,
-            progress=progress,
+        results = (
+            evaluate(
+                sources, texts, context=context, max_tokens=max_tokens, progress=progress, **how
+            )
+            if texts
+            else []
         )
+        found = find_needles(sources, lengths, progress=progress, **how) if lengths else []
+    scores = _run_tasks(sources, names, limit, how) if names else []
 
     def show() -> None:
-        from kvfold.report.quality import print_quality
+        from kvfold.report.quality import print_needles, print_quality, print_tasks
 
-        print_quality(results)
+        if results:
+            print_quality(results)
+        if found:
+            print_needles(found)
+        if scores:
+            print_tasks(scores)
 
-    emit(as_json, [result.as_dict() for result in results], show)
+    # One document: a list of text scores, as ever, unless more was asked for.
+    document: Any = [result.as_dict() for result in results]
+    if lengths or names:
+        document = {
+            "texts": document,
+            "needles": [each.as_dict() for each in found],
+            "tasks": [score.as_dict() for score in scores],
+        }
+    emit(as_json, document, show)
     check_thresholds(results, max_kl, max_ppl_ratio)
+
+
+def _run_tasks(
+    sources: tuple[str, ...], names: tuple[str, ...], limit: int | None, how: dict[str, Any]
+) -> "list[TaskScore]":
+    from contextlib import ExitStack
+
+    from kvfold.quality.run import local_folder
+    from kvfold.quality.tasks import run_tasks
+
+    with ExitStack() as stack:
+        folders = [(source, local_folder(source, stack)) for source in sources]
+        return run_tasks(folders, names, limit=limit, **how)

@@ -10,6 +10,7 @@ from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
+from kvfold.quality.needle import Retrieval, retrieve
 from kvfold.quality.scores import Progress, Quality, compare, no_progress
 from kvfold.quality.text import read_texts, token_windows
 
@@ -57,6 +58,28 @@ def evaluate(
         for path, rows in zip(texts, windows, strict=True):
             results += compare(models, rows, Path(path).name, progress)
         return results
+
+
+def find_needles(
+    sources: Sequence[str | Path],
+    lengths: Sequence[int],
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: Progress = no_progress,
+) -> list[Retrieval]:
+    """Pass-key retrieval of checkpoints at several depths; see ``quality.needle``.
+
+    >>> find_needles(["source", "folded"], [512, 2048])  # doctest: +SKIP
+    """
+    with ExitStack() as stack:
+        folders = [local_folder(source, stack) for source in sources]
+        tokenizer = load_tokenizer(folders[0])
+        models = [
+            (str(source), load_model(folder, dtype, device))
+            for source, folder in zip(sources, folders, strict=True)
+        ]
+        return retrieve(models, tokenizer, lengths, progress=progress)
 
 
 def check_eval(

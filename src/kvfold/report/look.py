@@ -60,8 +60,8 @@ def draw_layer(
     for number, (band, name, each, heads_maps) in enumerate(
         zip(bands, names, seen, maps, strict=True)
     ):
-        band.suptitle(f"{name}: layer {layer}, {len(each.key)} KV heads", fontsize=11, x=0.01,
-                      ha="left")  # fmt: skip
+        count = f"{len(each.key)} KV head{'s' if len(each.key) > 1 else ''}"
+        band.suptitle(f"{name}: layer {layer}, {count}", fontsize=11, x=0.01, ha="left")
         panels = band.subplots(lines, columns, squeeze=False).flatten()
         for head, axes in enumerate(panels):
             if head >= heads:
@@ -69,7 +69,7 @@ def draw_layer(
                 continue
             title = f"{head} · KV {head // each.group_size}"
             if number and apart is not None:
-                title += f" · {float(apart[head]):.2f}"
+                title += f" · KL {float(apart[head]):.2f}"
             _draw(axes, heads_maps[head], title, words if labelled else [])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

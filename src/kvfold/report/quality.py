@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from kvfold.quality.needle import Retrieval
 from kvfold.quality.scores import Quality
+from kvfold.quality.tasks import TaskScore
 from kvfold.report.tables import print_table, size
 
 
@@ -31,3 +33,34 @@ def _row(result: Quality, reference: bool) -> list[str]:
         f"{result.kl_p99:.2f}",
         f"{result.top1:.1%}",
     ]
+
+
+def print_needles(results: Sequence[Retrieval]) -> None:
+    """Keys found, and nats of the right answer, by depth; a table for each length."""
+    for tokens in dict.fromkeys(result.tokens for result in results):
+        own = [result for result in results if result.tokens == tokens]
+        depths = list(dict.fromkeys(result.depth for result in own))
+        rows = []
+        for name in dict.fromkeys(result.name for result in own):
+            cells = {r.depth: f"{r.found:.0%}, {r.nats:.2f}" for r in own if r.name == name}
+            rows.append([name, *(cells[depth] for depth in depths)])
+        print_table(
+            f"Pass keys in {tokens:,} tokens: found, nats per token of the key",
+            ["model", *(f"at {depth:.0%}" for depth in depths)],
+            rows,
+        )
+
+
+def print_tasks(scores: Sequence[TaskScore]) -> None:
+    """One row per task and metric, a column per model."""
+    names = list(dict.fromkeys(score.name for score in scores))
+    found = {(s.task, s.metric, s.name): s for s in scores}
+    rows = []
+    for task, metric in dict.fromkeys((s.task, s.metric) for s in scores):
+        row = [task, metric]
+        for name in names:
+            score = found.get((task, metric, name))
+            error = "" if score is None or score.error is None else f" ± {score.error:.3f}"
+            row.append("" if score is None else f"{score.value:.3f}{error}")
+        rows.append(row)
+    print_table("Tasks (lm-evaluation-harness)", ["task", "metric", *names], rows)

@@ -1,0 +1,136 @@
+"""Pass-key retrieval: can a model still find one sentence in a long text? Needs no download.
+
+A five-digit key stands somewhere in filler text, and the model is asked for it at the end
+(arXiv 2305.16300). Answered means that every token of the key is the model's most likely one; the
+nats of the key tell apart what yes and no do not. What a source can do, its folds should do.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import InputError
+from kvfold.quality.scores import Progress, no_progress
+from kvfold.quality.text import Tokenizer, opening_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+KEYS = 4  # different keys for each length and depth
+_FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
+_QUESTION = "What is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """One model at one length and depth.
+
+    Attributes:
+        depth: of the key, 0 at the beginning. found: fraction of keys answered.
+        nats: of the right answer, mean per token.
+    """
+
+    name: str
+    tokens: int
+    depth: float
+    found: float
+    nats: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def retrieve(
+    models: "Sequence[tuple[str, PreTrainedModel]]",
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> list[Retrieval]:
+    """Ask every model for the same keys.
+
+    Args:
+        lengths: of the prompts, in tokens.
+
+    Raises:
+        InputError: for lengths that hold no filler, or beyond a model's positions.
+
+    >>> retrieve([("source", model)], tokenizer, [512, 2048])  # doctest: +SKIP
+    """
+    import torch
+
+    for name, model in models:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest and max(lengths) > longest:
+            raise InputError(
+                f"--needle {max(lengths)} is longer than the {longest} positions of {name}",
+                f"use at most {longest}",
+            )
+    results = []
+    total = len(lengths) * len(DEPTHS) * len(models)
+    for length in lengths:
+        for depth in DEPTHS:
+            prompts = [prompt(tokenizer, length, depth, key) for key in _keys(seed, length, depth)]
+            for name, model in models:
+                with torch.inference_mode():
+                    scores = [_score(model, *each) for each in prompts]
+                found = sum(score[0] for score in scores) / len(scores)
+                nats = sum(score[1] for score in scores) / len(scores)
+                results.append(Retrieval(name, length, depth, found, nats))
+                progress("looking for pass keys", len(results), total)
+    return results
+
+
+def _keys(seed: int, length: int, depth: float) -> list[str]:
+    draw = random.Random(f"{seed}/{length}/{depth}")
+    return [str(draw.randrange(10_000, 100_000)) for _ in range(KEYS)]
+
+
+def prompt(
+    tokenizer: Tokenizer, length: int, depth: float, key: str
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Ids of a prompt of ``length`` tokens and of its answer, ``[T]`` and ``[A]``.
+
+    Raises:
+        InputError: if needle and question alone are longer.
+    """
+    import torch
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    opening = opening_tokens(tokenizer)
+    needle, question = ids(_NEEDLE.format(key=key)), ids(_QUESTION)
+    room = length - len(opening) - len(needle) - len(question)
+    if room < 0:
+        raise InputError(
+            f"--needle {length}: expected at least {length - room} tokens", "512 and 2k are usual"
+        )
+    one = ids(_FILLER)
+    filler = (one * (room // len(one) + 1))[:room]
+    # Between sentences of the filler, not within one.
+    at = min(round(depth * room / len(one)) * len(one), room)
+    whole = [*opening, *filler[:at], *needle, *filler[at:], *question]
+    answer = ids(f" {key}")
+    return torch.tensor(whole), torch.tensor(answer)
+
+
+def _score(
+    model: "PreTrainedModel", asked: "torch.Tensor", answer: "torch.Tensor"
+) -> tuple[bool, float]:
+    """Whether greedy decoding would give the answer, and its nats per token."""
+    import torch
+
+    ids = torch.cat([asked, answer])[None].to(model.device)
+    logits = model(ids, use_cache=False).logits[0, len(asked) - 1 : -1].float()
+    target = answer.to(model.device)
+    nats = torch.nn.functional.cross_entropy(logits, target)
+    return bool((logits.argmax(-1) == target).all()), float(nats)
