@@ -251,7 +251,7 @@ def rate_factor(step: int, steps: int, warm_up: float) -> float:
     """The learning rate of a step as a fraction of its peak: up in a line, down in a cosine.
 
     >>> [round(rate_factor(s, 10, 0.2), 2) for s in (0, 1, 2, 9)]
-    [0.5, 1.0, 0.96, 0.04]
+    [0.5, 1.0, 0.97, 0.03]
     """
     rising = max(1, round(warm_up * steps))
     if step < rising:

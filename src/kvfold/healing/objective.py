@@ -41,7 +41,7 @@ def distillation(
 
     >>> s = torch.zeros(1, 4, requires_grad=True)
     >>> loss, kl = distillation(s, torch.zeros(1, 4), torch.tensor([0]), Objective())
-    >>> float(loss), float(kl)
+    >>> loss.item(), kl.item()
     (0.0, 0.0)
     """
     loss, kl = _Distillation.apply(  # type: ignore[no-untyped-call]
