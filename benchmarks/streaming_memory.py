@@ -103,6 +103,7 @@ def measure(source: Path, out: Path, *options: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path)
+    parser.add_argument("--only", help="one case")
     arguments = parser.parse_args()
     largest = make_source(arguments.work / "large")
     limit = 2 * largest + 500 * 10**6
@@ -116,6 +117,8 @@ def main() -> None:
     }
     with RESULTS.open("a", encoding="utf-8") as file:
         for name, options in cases.items():
+            if arguments.only not in (None, name):
+                continue
             run = measure(arguments.work / "large", arguments.work / "out", *options)["run"]
             assert isinstance(run, dict)
             line = {

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import click
@@ -64,3 +65,9 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             for word in words:
                 if word.startswith("--") and "…" not in word:
                     assert word.split("=")[0] in known | {"--json", "--help", "--debug"}, line
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 3
