@@ -129,7 +129,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
               title="before and after healing")  # fmt: skip
     right.set_xticks(KV_HEADS, [str(heads) for heads in KV_HEADS])
     for axes in (left, right):
-        ticks = [1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3]
+        ticks = [1, 1.1, 1.2, 1.5, 2, 3]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.axhline(1, color="#666666", linewidth=1)
