@@ -432,3 +432,16 @@ def test_convert_can_heal_in_one_go(
     refused = kvfold("convert", source, tmp_path / "no", "--kv-heads", 2, "--heal", "1k")
     assert refused.code == 2
     assert "needs text" in refused.err
+
+
+def test_metrics_go_to_tensorboard_and_the_curve_is_drawn(
+    kvfold: Kvfold, source: Path, folded: Path, text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "out"
+    arguments = [folded, out, "--teacher", source, "--text", text, "--stages", "kl"]
+    arguments += ["--tokens", 512, "--batch-tokens", 256, "--context", 64, "--eval-text", text]
+    run = kvfold("heal", *arguments, "--held-out-tokens", 0, "--tensorboard", tmp_path / "board")
+    assert run.code == 0, run.err
+    assert list((tmp_path / "board").glob("events.*"))
+    assert (out / "healing.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.errors import InputError
+from kvfold.errors import InputError, RunError
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
 from kvfold.healing.sources import TextSource, fingerprint, open_corpus, parse_source, pieces
 from tests import tiny
@@ -194,3 +194,25 @@ def test_parquet_and_saved_datasets_are_streamed(tmp_path: Path) -> None:
         shuffled = list(corpus.documents(1))
         assert sorted(shuffled) == sorted(DOCUMENTS)
         assert list(corpus.documents(1, start=11)) == shuffled[11:]
+
+
+def test_a_dataset_of_the_hub_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((*arguments, options["split"], options["streaming"]))
+        return datasets.Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("org/name", "org/name:en"):
+        corpus = open_corpus(TextSource(name), seed=0)
+        assert list(corpus.documents(0)) == DOCUMENTS
+    assert asked == [("org/name", None, "train", True), ("org/name", "en", "train", True)]
+
+    def offline(*arguments: Any, **options: Any) -> Any:
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(RunError, match=r"org/name cannot be opened \(no network\)"):
+        open_corpus(TextSource("org/name"), seed=0)

@@ -365,6 +365,28 @@ def test_a_full_fixed_cache_drops_tokens_and_says_so() -> None:
     assert cache.lengths.tolist() == [0]
 
 
+def test_a_step_compiles_as_one_graph() -> None:
+    """``torch.compile`` sees operators and nothing that breaks the graph."""
+    cache = FixedKVCache(2, 32, max_length=16, batch=2, dtype="int8", device=DEVICE)
+    plain = FixedKVCache(2, 32, max_length=16, batch=2, dtype="int8", device=DEVICE)
+    rotary = Rotary(32)
+    k, v = noise(2, 2, 1, 32).to(DEVICE), noise(2, 2, 1, 32, seed=1).to(DEVICE)
+    plain.append(k, v, rotary=rotary)  # makes the table of turns, as a first step does
+    cache.append(k, v, rotary=rotary)
+
+    def step(k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        cache.append(k, v, rotary=rotary)
+        out: torch.Tensor = cache.attend(q)
+        return out
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        q, k, v = (noise(2, heads, 1, 32, seed=9 * i + heads).to(DEVICE) for heads in (4, 2, 2))
+        plain.append(k, v, rotary=rotary)
+        torch.testing.assert_close(compiled(k, v, q), plain.attend(q))
+    assert cache.lengths.tolist() == [4, 4]
+
+
 @pytest.mark.gpu
 def test_a_step_is_captured_and_replayed_as_the_cache_grows() -> None:
     cache = FixedKVCache(2, 64, max_length=64, batch=2, dtype="int8", device="cuda")

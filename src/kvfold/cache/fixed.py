@@ -18,7 +18,7 @@ class FixedKVCache:
     """Keys and values in memory that never moves; appending and attending never ask the host.
 
     Every step launches the same kernels on the same addresses, whatever the lengths, so it can be
-    captured in a CUDA graph and replayed. ``KVCache`` grows, pages, shares and keeps INT4's ends
+    captured in a CUDA graph and replayed, or compiled by ``torch.compile`` as one graph. ``KVCache`` grows, pages, shares and keeps INT4's ends
     exact; this one does not.
 
     Args:
@@ -98,26 +98,30 @@ class FixedKVCache:
         Raises:
             InputError: for shapes or dtypes that do not fit.
         """
-        from kvfold.kernels.triton.launch import Angles, append
+        from kvfold.kernels.triton.ops import gpu_append
 
         check_rows("k", k, self.batch, self.num_kv_heads, self.head_dim, self.device)
         check_rows("v", v, self.batch, self.num_kv_heads, self.v_head_dim, self.device)
         if k.shape[2] != v.shape[2]:
             raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
         tokens = k.shape[2]
-        angles = None
+        cos = sin = None
         if rotary is not None:
-            cos, sin = self._turns(rotary)
+            cosines, sines = self._turns(rotary)
             positions = self.lengths[:, None] + torch.arange(tokens, device=self.device)
             at = positions.clamp(max=self.max_length - 1)
-            angles = Angles(cos[at], sin[at], rotary.interleaved)
+            cos, sin = cosines[at], sines[at]
+        interleaved = rotary is not None and rotary.interleaved
         keys, values = self._sides
-        where = self._table, self.max_length, self.lengths
-        rotated = self._store.keys.rotation > 0
-        append(k.detach(), keys, *where, rotated=rotated, rotary=angles)
-        append(v.detach(), values, *where)
+        where = self._table, self.lengths
+        gpu_append(
+            k.detach(), keys.data, keys.scales, *where, cos, sin, keys.fmt.name,
+            self._store.keys.rotation > 0, interleaved,
+        )  # fmt: skip
+        fmt = values.fmt.name
+        gpu_append(v.detach(), values.data, values.scales, *where, None, None, fmt, False, False)
         self._offered += tokens
-        torch.clamp(self._offered, max=self.max_length, out=self.lengths)
+        self.lengths.copy_(self._offered.clamp(max=self.max_length))
 
     def _turns(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of all positions, made once: a graph cannot make them."""
@@ -126,12 +130,22 @@ class FixedKVCache:
             self._rotary, self._cos_sin = rotary, rotary.cos_sin(everywhere)
         return self._cos_sin
 
-    def attend(self, q: torch.Tensor, *, return_lse: bool = False, **options: Any) -> Any:
+    def attend(
+        self,
+        q: torch.Tensor,
+        *,
+        causal: bool = True,
+        start: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+    ) -> Any:
         """Attention of the last T tokens over everything in the cache, themselves included.
 
         Args:
             q: ``[B, Hq, T, D]``, T at most 16.
-            options: ``causal``, ``start``, ``mask``, ``scale``, ``softcap``, as in
+            start: int32 ``[B]`` on the device. causal, mask, scale, softcap: see
                 ``kvfold.attention``.
 
         Returns:
@@ -140,7 +154,7 @@ class FixedKVCache:
         Raises:
             InputError: for shapes that do not fit.
         """
-        from kvfold.kernels.triton.launch import GpuPart, Options, attend
+        from kvfold.kernels.triton.ops import gpu_attend
 
         check_rows("q", q, self.batch, None, self.head_dim, self.device)
         if q.shape[1] % self.num_kv_heads:
@@ -148,11 +162,11 @@ class FixedKVCache:
                 f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
             )
         keys, values = self._sides
-        part = GpuPart(
-            keys, values, self._table, self.max_length, None, self.lengths, self.max_length
-        )
-        asked = Options(window=self.window, sinks=self.sinks, splits=self.splits, **options)
-        found = attend(q.detach(), [part], self.lengths, asked)
+        found = gpu_attend(
+            q.detach(), keys.data, keys.scales, values.data, values.scales, self._table,
+            self.lengths, start, mask, keys.fmt.name, values.fmt.name, self.v_head_dim, causal,
+            self.window, self.sinks, scale, softcap, self.splits,
+        )  # fmt: skip
         return found if return_lse else found[0]
 
     def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,72 @@
+"""The GPU kernels as PyTorch operators, which ``torch.compile`` takes as they are."""
+
+import torch
+
+from kvfold.kernels.triton.launch import Angles, GpuPart, Options, Rows, append, attend
+from kvfold.ops.quantize import FORMATS
+
+_DEVICES = ("cuda", "cpu")  # a CPU for Triton's interpreter
+
+
+@torch.library.custom_op(
+    "kvfold::gpu_append", mutates_args=("data", "scales"), device_types=_DEVICES
+)
+def gpu_append(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    first: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    fmt: str,
+    rotated: bool,
+    interleaved: bool,
+) -> None:
+    """``launch.append`` to rows ``data`` ``[P, Hkv, page_size, row]`` and their scales."""
+    rows = Rows(FORMATS[fmt], data, scales, x.shape[3])
+    angles = None if cos is None or sin is None else Angles(cos, sin, interleaved)
+    append(x, rows, table, data.shape[2], first, rotated=rotated, rotary=angles)
+
+
+@torch.library.custom_op("kvfold::gpu_attend", mutates_args=(), device_types=_DEVICES)
+def gpu_attend(
+    q: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scales: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    start: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    k_format: str,
+    v_format: str,
+    v_head_dim: int,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    scale: float | None,
+    softcap: float | None,
+    splits: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``launch.attend`` over one part; output and log-sum-exp (float32)."""
+    page_size = k_data.shape[2]
+    part = GpuPart(
+        Rows(FORMATS[k_format], k_data, k_scales, q.shape[3]),
+        Rows(FORMATS[v_format], v_data, v_scales, v_head_dim),
+        table, page_size, None, lengths, table.shape[1] * page_size,
+    )  # fmt: skip
+    options = Options(
+        causal=causal, window=window, sinks=sinks, start=start, scale=scale, softcap=softcap,
+        mask=mask, splits=splits,
+    )  # fmt: skip
+    return attend(q, [part], lengths, options)
+
+
+@gpu_attend.register_fake
+def _(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+    v_head_dim = others[10]
+    assert isinstance(v_head_dim, int)
+    out = q.new_empty(*q.shape[:3], v_head_dim)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
