@@ -18,8 +18,8 @@ class FixedKVCache:
     """Keys and values in memory that never moves; appending and attending never ask the host.
 
     Every step launches the same kernels on the same addresses, whatever the lengths, so it can be
-    captured in a CUDA graph and replayed, or compiled by ``torch.compile`` as one graph. ``KVCache`` grows, pages, shares and keeps INT4's ends
-    exact; this one does not.
+    captured in a CUDA graph and replayed, or compiled by ``torch.compile`` as one graph.
+    ``KVCache`` grows, pages, shares and keeps INT4's ends exact; this one does not.
 
     Args:
         max_length: tokens of each sequence; further ones are dropped (ask ``overfull``).
