@@ -223,7 +223,7 @@ def test_interrupt_and_resume_is_byte_identical(
     with pytest.raises(InputError, match="interrupted") as error:
         convert(sharded_folder, out, 2, **arguments)
     assert "--resume" in error.value.hint
-    with pytest.raises(InputError, match="another conversion"):
+    with pytest.raises(InputError, match="belongs to another run"):
         convert(sharded_folder, out, 3, resume=True, **arguments)
     convert(sharded_folder, out, 2, resume=True, **arguments)
     assert digests(out) == digests(tmp_path / "whole")
