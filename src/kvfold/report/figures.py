@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kvfold.report.healing import draw_healing
 from kvfold.report.tables import size
@@ -80,23 +80,34 @@ def healing_curve(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def decode_times(rows: "Sequence[Row]") -> str:
-    """Step time against context, a panel for each number of KV heads, the floor drawn in."""
-    heads = sorted({row.case["num_kv_heads"] for row in rows}, reverse=True)
-    columns = min(3, len(heads))
-    lines = -(-len(heads) // columns)
+    """Step time against context, a panel for each shape, the floor drawn in."""
+    shapes = list(dict.fromkeys(_shape(row) for row in rows))
+    columns = min(3, len(shapes))
+    lines = -(-len(shapes) // columns)
     figure = Figure(figsize=(3.4 * columns + 0.6, 3.1 * lines), layout="constrained")
     FigureCanvasSVG(figure)
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(row.implementation for row in rows))
-    for axes, count in zip(panels, heads, strict=False):
-        own = [row for row in rows if row.case["num_kv_heads"] == count]
-        _steps(axes, own, names)
-        axes.set_title(f"{count} KV head{'s' if count > 1 else ''}", fontsize=10)
-    for axes in panels[len(heads) :]:
+    for axes, shape in zip(panels, shapes, strict=False):
+        _steps(axes, [row for row in rows if _shape(row) == shape], names)
+        heads, dim, batch = shape
+        many = f", batch {batch}" if batch > 1 else ""
+        title = f"{heads} KV head{'s' if heads > 1 else ''} of {dim}{many}"
+        axes.set_title(title, fontsize=10)
+    for axes in panels[len(shapes) :]:
         axes.set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    found = [axes.get_legend_handles_labels() for axes in panels]
+    every = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    figure.legend(
+        every.values(), every.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     return _svg(figure)
+
+
+def _shape(row: "Row") -> tuple[int, int, int]:
+    """What distinguishes cases besides their context."""
+    case = row.case
+    return case["num_kv_heads"], case["head_dim"], case["batch"]
 
 
 def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
@@ -117,11 +128,13 @@ def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
         }
     )
     if floor:
-        axes.plot(*zip(*floor, strict=True), "--", color="#666666", label="floor (16 bit)")
+        axes.plot(*zip(*floor, strict=True), "_--", color="#666666", label="floor (16 bit)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("step, ms")
     axes.grid(color="#e3e3e3")
