@@ -9,6 +9,7 @@ import pytest
 
 from kvfold import convert, heal
 from kvfold.report.html import Section, Table, render
+from kvfold.report.tables import print_table
 from tests import tiny
 from tests.conftest import Kvfold
 
@@ -104,3 +105,8 @@ def test_a_demo_is_reported(kvfold: Kvfold, healed: Path, tmp_path: Path) -> Non
     assert "kvfold demo --seed 3" in text
     assert "source, 8 KV heads" in text
     assert "<?xml" not in text
+
+
+def test_words_in_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title", ["what", "how"], [["datasets", "pip install 'kvfold[heal]'"]])
+    assert "kvfold[heal]" in capsys.readouterr().out
