@@ -429,6 +429,13 @@ def test_convert_can_heal_in_one_go(
     assert record["geometry"]["num_kv_heads"]["folded"] == 2
     assert record["heal"]["steps"] >= 1
     assert (tmp_path / "out.folded" / "config.json").is_file()
+    arguments = [source, out, "--kv-heads", 3, "--heal", 1024, "--calibration", text]
+    dry = kvfold("convert", source, tmp_path / "dry", *arguments[2:], "--dry-run")
+    assert dry.code == 0, dry.err
+    assert not list(tmp_path.glob("dry*"))
+    other = kvfold("convert", *arguments, "--resume", "--force")
+    assert other.code == 2
+    assert "was made by another command" in other.err
     refused = kvfold("convert", source, tmp_path / "no", "--kv-heads", 2, "--heal", "1k")
     assert refused.code == 2
     assert "needs text" in refused.err

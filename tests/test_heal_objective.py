@@ -97,7 +97,6 @@ def test_balancing_changes_no_bit_of_the_output(case: str) -> None:
     """Powers of two only change exponents."""
     model = tiny.make(case)
     ids = tiny.tokens()
-    before = tiny.logits(model, ids)
     state = model.state_dict()
     for name in state:  # unequal as folding leaves them
         if name.endswith("k_proj.weight"):
@@ -108,7 +107,6 @@ def test_balancing_changes_no_bit_of_the_output(case: str) -> None:
     unbalanced = tiny.logits(model, ids)
     model.load_state_dict(balanced_tensors(tiny.checkpoint_of(model)), strict=False)
     assert torch.equal(tiny.logits(model, ids), unbalanced)
-    assert before.shape == unbalanced.shape
 
 
 def test_balanced_projections_are_of_one_size() -> None:

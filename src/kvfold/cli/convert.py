@@ -80,7 +80,7 @@ def command(
         context=context,
         seed=seed,
     )
-    if heal_tokens is not None:
+    if heal_tokens is not None and not dry_run:
         convert_and_heal(request, out, heal_tokens, resume, force, as_json)
         return
     found = preview(request, out, force=force)
@@ -122,13 +122,31 @@ def convert_and_heal(
         seed=request.seed,
     )
     check_out(out, Path(request.source).expanduser(), force)
-    if not (resume and folded.exists()):
+    if resume and folded.exists():
+        _check_same_fold(request, folded)
+    else:
         preview(request, folded, force=force)
         again = resume and partial_folder(folded).exists()
         with progress_bar() as progress:
             run_request(request, folded, resume=again, force=force, progress=progress)
     again = resume and partial_folder(out).exists()
     heal_and_show(healing, out, resume=again, force=force, as_json=as_json)
+
+
+def _check_same_fold(request: "Request", folded: Path) -> None:
+    """Refuse to heal what another request has folded."""
+    import json
+
+    from kvfold.errors import InputError
+    from kvfold.fold.request import command_line
+
+    record = folded / "kvfold.json"
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if found.get("command") != command_line(request):
+        raise InputError(
+            f"{folded} was made by another command ({found.get('command', 'unknown')})",
+            "repeat the first command's arguments, or --force without --resume to start over",
+        )
 
 
 def _print_preview(preview: dict[str, Any]) -> None:

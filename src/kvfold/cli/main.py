@@ -90,11 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = hint or f"`{name or 'kvfold'} --help` shows what can be given"
         return _complain(message, hint, 2, debug)
     except (KeyboardInterrupt, click.exceptions.Abort):  # click turns the first into the second
-        hint = (
-            "the same command with --resume goes on"
-            if arguments[:1] in (["convert"], ["heal"])
-            else ""
-        )
+        resumable = {"convert", "heal"} & set(arguments)
+        hint = "the same command with --resume goes on" if resumable else ""
         return _complain("interrupted; nothing was overwritten", hint, INTERRUPTED, debug)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

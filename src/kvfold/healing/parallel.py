@@ -72,7 +72,7 @@ def world(kind: str | None, device: str | None, sequences: int) -> Iterator[Worl
     cuda = torch.cuda.is_available() and device in (None, "cuda")
     where = torch.device(f"cuda:{local}" if cuda else device or "cpu")
     if size == 1:
-        yield World(0, 1, where, kind if kind == "fsdp" else None)
+        yield World(0, 1, where, None)
         return
     if sequences % size:
         raise InputError(

@@ -1,5 +1,7 @@
 """The kernels over plain tensors, as a PyTorch operator that ``torch.compile`` understands."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from kvfold.kernels.backend import backend_of
@@ -7,6 +9,9 @@ from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_range
 from kvfold.kernels.library import Part, library, rows_side
 from kvfold.ops.quantize import format_of
+
+if TYPE_CHECKING:
+    from kvfold.kernels.triton.launch import Options
 
 
 @torch.library.custom_op("kvfold::attend_rows", mutates_args=(), device_types=("cpu", "cuda"))
@@ -26,9 +31,14 @@ def attend_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kvfold.attention`` for few queries; output and log-sum-exp (float32)."""
     if backend_of(q.device) == "triton":
-        return _on_gpu(
-            q, k, v, start, lengths, mask, alibi_slopes, causal, window, sinks, scale, softcap
-        )
+        from kvfold.kernels.triton.launch import Options
+
+        options = Options(
+            causal=causal, window=window or None, sinks=sinks, start=_ints(start), scale=scale,
+            softcap=softcap or None, mask=_whole_keys(mask, k.shape[2]),
+            slopes=None if alibi_slopes is None else alibi_slopes.detach().float().contiguous(),
+        )  # fmt: skip
+        return _on_gpu(q, k, v, _ints(lengths), options)
     lib = library()
     assert lib is not None
     batch, keys = k.shape[0], k.shape[2]
@@ -54,42 +64,24 @@ def _on_gpu(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    start: torch.Tensor | None,
     lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    causal: bool,
-    window: int,
-    sinks: int,
-    scale: float,
-    softcap: float,
+    options: "Options",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A plain tensor is one page per sequence."""
-    from kvfold.kernels.triton.launch import GpuPart, Options, Rows, attend
+    from kvfold.kernels.triton.launch import GpuPart, Rows, attend
 
     batch, keys = k.shape[0], k.shape[2]
-    k, v = readable(k), readable(v)
-    if lengths is None:
-        end = torch.full((batch,), keys, dtype=torch.int32, device=q.device)
-    else:
-        end = lengths.to(torch.int32).contiguous()
-    sides = [
-        Rows(format_of(x.dtype), x, x.new_empty(1, 1, 1, 0, dtype=torch.bfloat16), x.shape[3])
-        for x in (k, v)
-    ]
+    whole = torch.full((batch,), keys, dtype=torch.int32, device=q.device)
+    end = whole if lengths is None else lengths
+    none = q.new_empty(1, 1, 1, 0, dtype=torch.bfloat16)  # plain numbers have no scales
+    sides = [Rows(format_of(x.dtype), readable(x), none, x.shape[3]) for x in (k, v)]
     table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
     part = GpuPart(sides[0], sides[1], table, max(keys, 1), None, end, keys)
-    options = Options(
-        causal=causal,
-        window=window or None,
-        sinks=sinks,
-        start=None if start is None else start.to(torch.int32).contiguous(),
-        scale=scale,
-        softcap=softcap or None,
-        mask=_whole_keys(mask, keys),
-        slopes=None if slopes is None else slopes.detach().float().contiguous(),
-    )
     return attend(readable(q), [part], end, options)
+
+
+def _ints(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()
 
 
 def _whole_keys(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

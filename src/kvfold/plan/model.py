@@ -43,12 +43,8 @@ class Layer:
         return -(-self.num_kv_heads // shards) * (self.head_dim + self.v_head_dim)
 
     def kept(self, context: int) -> int:
-        """Tokens in the cache at a context."""
+        """Tokens in the cache at a context, all of which a decoding step attends to."""
         return min(context, self.window) if self.kind == SLIDING and self.window else context
-
-    def read(self, context: int) -> int:
-        """Tokens that a decoding step attends to."""
-        return self.kept(context)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def memory(model: Model, load: Load) -> Memory:
 
 def decode_step(model: Model, load: Load, hardware: Hardware) -> Bound:
     """One token for every sequence: weights and cache are read once."""
-    read = sum(layer.kv_numbers(load.gpus) * layer.read(load.context) for layer in model.layers)
+    read = sum(layer.kv_numbers(load.gpus) * layer.kept(load.context) for layer in model.layers)
     cache = load.batch * read * KV_BITS[load.kv_dtype] / 8
     weights = model.weight_bytes * _share_met(model, load.batch) / load.gpus
     flops = load.batch * (2 * model.active_parameters + _attention_flops(model, 1, load.context))
@@ -114,7 +114,7 @@ def _attention_flops(model: Model, tokens: int, context: int) -> float:
     for layer in model.layers:
         # MLA attends in the latent space: every head's query meets the latent vector twice.
         dims = 2 * layer.latent if layer.kind == LATENT else layer.head_dim + layer.v_head_dim
-        total += 2.0 * layer.num_heads * tokens * layer.read(context) * dims
+        total += 2.0 * layer.num_heads * tokens * layer.kept(context) * dims
     return total
 
 
