@@ -189,6 +189,18 @@ def contents(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([k for k, _ in read]), torch.stack([v for _, v in read])
 
 
+def one_byte_weights(cache: KVCache, v: torch.Tensor) -> float:
+    """Six standard deviations of what weights of one byte do to an output over INT4 values.
+
+    A weight is off by up to half of a step, at most 16 / 255 of the mean weight 1 / S, at random;
+    S of them, times values, add up as random numbers do.
+    """
+    if FOUND is None or not kernels().isa.startswith("avx512_") or cache.formats[1].name != "int4":
+        return 0.0
+    size = float(v.float().square().mean().sqrt()) if v.numel() else 0.0
+    return 6 * 16 / 255 / math.sqrt(12 * max(16, v.shape[-2])) * size
+
+
 def allowed_error(
     cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> float:
@@ -199,8 +211,9 @@ def allowed_error(
     sums of D float32 products. As max|q| <= |q| and sum |k| <= sqrt(D) |k|, whether rotated or not,
     scores are off by at most d. Weights then are off by exp(2 d) - 1 of the largest value in all.
     Weights become integers of 1/65280 of a tile's largest: 64 of them are off by at most half of
-    that each, times a value; bfloat16 instructions round them by 2^-9. Four more 2^-20 are for exp,
-    sums and scales in float32.
+    that each, times a value; bfloat16 instructions round them by 2^-9. INT4 values have weights of
+    one byte where none is above 16 times the mean: off by at most 16 / 510 of the mean each. Four
+    more 2^-20 are for exp, sums and scales in float32.
     """
     names = [fmt.name for fmt in cache.formats]
     if len(stores(cache)) > 1:
@@ -216,4 +229,6 @@ def allowed_error(
     unit = dim * 2**-24 + (dim**0.5 / 65024 if integers else 0) + (2**-9 if brains else 0)
     shift = math.expm1(2 * unit * size)
     weights = (64 / 130560 if integers else 0) + (2**-9 if brains else 0) + 4 * 2**-20
+    if best and cache.formats[1].name == "int4":
+        weights += 16 / 510
     return (shift + weights) * float(v.abs().max())

@@ -14,6 +14,7 @@ from tests.attention_cases import (
     filled,
     needs_kernels,
     noise,
+    one_byte_weights,
     skip_without_kernels,
     stores,
     without_kernels,
@@ -69,7 +70,8 @@ def check_holds(cache: KVCache, k: torch.Tensor, v: torch.Tensor, b: int = 0) ->
 def check_attends(cache: KVCache, seed: int = 50, tokens: int = 1, **options: Any) -> None:
     """Attention is that over what ``read`` gives, each sequence at its own length.
 
-    Held to bfloat16's error, to which kernels round weights; queries are bfloat16 numbers.
+    Held to bfloat16's error, to which kernels round weights, INT4's to one byte; queries are
+    bfloat16 numbers.
     """
     q = noise(cache.batch, 6, tokens, cache.head_dim, dtype=torch.bfloat16, seed=seed).float()
     out, lse = cache.attend(q, return_lse=True, **options)
@@ -79,6 +81,7 @@ def check_attends(cache: KVCache, seed: int = 50, tokens: int = 1, **options: An
         k, v = (x[None] for x in cache.read(b))
         assert k.shape[2] == v.shape[2] == cache.lengths[b]
         given = {name: x[b : b + 1] if name == "start" else x for name, x in options.items()}
+        given["slack"] = one_byte_weights(cache, v)
         check_as_good_as_pytorch(
             out[b : b + 1], q[b : b + 1], k, v, torch.bfloat16, lse[b : b + 1], **given
         )

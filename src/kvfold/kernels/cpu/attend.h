@@ -159,7 +159,7 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
       for (int t = 0; t < call.tokens; ++t) {
         float* x = &a.x[(size_t)(r * call.tokens + t) * q.dim];
         const void* row = row_of(call.q, unit.b, unit.head * group_size + r, t);
-        for (int d = 0; d < keys.dim; ++d) x[d] = element(call.q, row, d);
+        load_row(call.q, row, keys.dim, x);
         if (keys.rotation) hadamard(x, q.dim, keys.rotation);
       }
   }
@@ -226,7 +226,7 @@ static void soften(int rows, int count, float* s, float* m, float* l, float* dec
       store(x + j, p);
       sum = sum + p;
     }
-    decay[row] = before == -INFINITY ? 0 : exp2f(before - now);
+    decay[row] = before == now ? 1 : before == -INFINITY ? 0 : exp2f(before - now);
     l[row] = l[row] * decay[row] + reduce_add(sum);
     m[row] = now;
   }
@@ -236,13 +236,9 @@ static void write(const Plan& plan, int b, int kv_head, int row, const float* o,
   const KvfAttend& call = *plan.call;
   const int group_size = call.num_heads / call.num_kv_heads;
   const int head = kv_head * group_size + row / call.tokens, t = row % call.tokens;
-  const float scale = l == 0 ? 0 : 1 / l;
   void* out = (void*)row_of(call.out, b, head, t);
-  for (int d = 0; d < call.v_head_dim; ++d) {
-    const float x = l == 0 ? 0 : o[d] * scale;
-    if (call.out.format == KVF_F32) ((float*)out)[d] = x;
-    else ((uint16_t*)out)[d] = call.out.format == KVF_F16 ? to_f16(x) : to_bf16(x);
-  }
+  if (l == 0) memset(out, 0, (call.out.format == KVF_F32 ? 4 : 2) * (size_t)call.v_head_dim);
+  else store_row(call.out, o, call.v_head_dim, 1 / l, out);
   if (call.lse)
     call.lse[((int64_t)b * call.num_heads + head) * call.tokens + t] =
         l == 0 ? -INFINITY : (m + std::log2(l)) * 0.693147181f;
@@ -286,13 +282,11 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
     const int left = (unit.high - first + BLOCK - 1) / BLOCK;
     keys.blocks = values.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
     gather(part, true, unit, first, a.spare, keys);
-    set_next(part, true, unit, first + TILE, keys);
     KEYS[part.k.format].score(q, keys, a.s.data());
     const int count = keys.blocks * BLOCK;
     finish_scores(plan, unit, first, count, a.s.data());
     soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
     gather(part, false, unit, first, a.spare, values);
-    set_next(part, false, unit, first + TILE, values);
     VALUES[part.v.format].add(rows, a.s.data(), a.decay.data(), values, a.o.data());
   }
   HeadWork& work = plan.heads[(size_t)unit.b * call.num_kv_heads + unit.head];

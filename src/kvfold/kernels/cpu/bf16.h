@@ -12,7 +12,13 @@ static INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
 }
 
 static void prepare_bf16(Queries& q) {
-  for (int64_t i = 0; i < (int64_t)q.rows * q.dim; ++i) q.bf16[i] = to_bf16(q.x[i]);
+  const int64_t count = (int64_t)q.rows * q.dim;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(q.x + i));
+    memcpy(q.bf16 + i, &half, sizeof half);
+  }
+  for (; i < count; ++i) q.bf16[i] = to_bf16(q.x[i]);
 }
 
 template <int ROWS, int BLOCKS>
@@ -41,13 +47,12 @@ static INLINE void score_bf16_rows(const Queries& q, int row, const Tile& tile, 
 
 static void score_bf16(const Queries& q, const Tile& tile, float* s) {
   const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
-  if (tile.blocks == TILE_BLOCKS && q.rows <= 6) {
-    for_rows<6>(q.rows, [&](auto n, int row) {
-      score_bf16_rows<decltype(n)::value, 4>(q, row, tile, 0, fetch && row == 0, s);
-    });
-    return;
-  }
   int block = 0;
+  if (q.rows <= 6)
+    for (; block + 4 <= tile.blocks; block += 4)
+      for_rows<6>(q.rows, [&](auto n, int row) {
+        score_bf16_rows<decltype(n)::value, 4>(q, row, tile, block, fetch && row == 0, s);
+      });
   for (; block + 2 <= tile.blocks; block += 2)
     for_rows<8>(q.rows, [&](auto n, int row) {
       score_bf16_rows<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s);

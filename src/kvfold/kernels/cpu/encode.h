@@ -4,12 +4,24 @@
 
 namespace KVF_NAMESPACE {
 
-static inline float element(const KvfTensor& t, const void* row, int i) {
-  switch (t.format) {
-    case KVF_F32: return ((const float*)row)[i];
-    case KVF_F16: return from_f16(((const uint16_t*)row)[i]);
-    default: return from_bf16(((const uint16_t*)row)[i]);
-  }
+// A row of a tensor as floats.
+static inline void load_row(const KvfTensor& t, const void* row, int count, float* x) {
+  if (t.format == KVF_F32) { memcpy(x, row, 4 * count); return; }
+  const uint16_t* halves = (const uint16_t*)row;
+  const bool f16 = t.format == KVF_F16;
+  int i = 0;
+  for (; i + 16 <= count; i += 16) store(x + i, f16 ? load_f16(halves + i) : load_bf16(halves + i));
+  for (; i < count; ++i) x[i] = f16 ? from_f16(halves[i]) : from_bf16(halves[i]);
+}
+
+// Floats times a factor into a row of a tensor.
+static inline void store_row(const KvfTensor& t, const float* x, int count, float factor, void* row) {
+  if (t.format == KVF_F32)
+    for (int i = 0; i < count; ++i) ((float*)row)[i] = x[i] * factor;
+  else if (t.format == KVF_F16)
+    for (int i = 0; i < count; ++i) ((uint16_t*)row)[i] = to_f16(x[i] * factor);
+  else
+    for (int i = 0; i < count; ++i) ((uint16_t*)row)[i] = to_bf16(x[i] * factor);
 }
 
 static inline const void* row_of(const KvfTensor& t, int b, int h, int i) {
@@ -17,10 +29,31 @@ static inline const void* row_of(const KvfTensor& t, int b, int h, int i) {
   return (const uint8_t*)t.data + at * (t.format == KVF_F32 ? 4 : 2);
 }
 
+#if defined(__AVX512F__)
+// The first four rounds of `hadamard`, over sixteen numbers: partner + self, or partner - self.
+static INLINE __m512 butterfly(__m512 self, __m512 partner, __mmask16 upper) {
+  return _mm512_mask_sub_ps(_mm512_add_ps(partner, self), upper, partner, self);
+}
+
+static INLINE __m512 hadamard16(__m512 x) {
+  x = butterfly(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);        // neighbours
+  x = butterfly(x, _mm512_permute_ps(x, 0x4e), 0xcccc);        // two apart
+  x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);  // four
+  return butterfly(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+}
+#endif
+
 // In place, over consecutive blocks of `size` (a power of two), times 1 / sqrt(size): its own inverse.
 static inline void hadamard(float* x, int count, int size) {
+  int first = 1;
+#if defined(__AVX512F__)
+  if (size >= 16) {
+    for (int i = 0; i + 16 <= count; i += 16) _mm512_storeu_ps(x + i, hadamard16(_mm512_loadu_ps(x + i)));
+    first = 16;
+  }
+#endif
   for (int start = 0; start + size <= count; start += size)
-    for (int half = 1; half < size; half *= 2)
+    for (int half = first; half < size; half *= 2)
       for (int i = start; i < start + size; i += 2 * half)
         for (int j = i; j < i + half; ++j) {
           const float a = x[j], b = x[j + half];
@@ -96,7 +129,7 @@ static inline void append_row(const KvfSide& side, bool key, int64_t page, int h
   uint8_t row[4 * (1024 + 32)];
   uint16_t scales[64];
   const int padded = key ? key_dim(side.format, side.dim) : value_dim(side.format, side.dim);
-  for (int i = 0; i < side.dim; ++i) x[i] = element(from, source, i);
+  load_row(from, source, side.dim, x);
   if (side.rotation) hadamard(x, padded, side.rotation);
   // Only INT4's last group looks beyond the head, and zeros change no scale.
   encode_row(side.format, x, padded, row, scales);

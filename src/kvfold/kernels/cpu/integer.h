@@ -2,6 +2,7 @@
 //
 // Queries and weights become 16-bit integers, split into two planes of bytes (256 high + low), so
 // that what rounding them adds, 2^-16 of the largest, is nothing beside what the cache has lost.
+// Weights of INT4 values need one plane where none of them stands out.
 // Keys are unsigned (offset by 128 or 8); the offset's share is taken off in advance.
 #pragma once
 #include "generic.h"
@@ -9,30 +10,41 @@
 #if defined(__AVX512VNNI__)
 namespace KVF_NAMESPACE {
 
+// Call f(i, which lanes) for sixteen numbers at a time.
+template <class Function>
+static INLINE void for_vectors(int first, int end, Function f) {
+  for (int i = first; i < end; i += 16)
+    f(i, end - i < 16 ? (__mmask16)((1u << (end - i)) - 1) : (__mmask16)0xffff);
+}
+
 static void prepare_integers(Queries& q, int group, int offset) {
   const int groups = q.dim / group;
   for (int r = 0; r < q.rows; ++r) {
     const float* x = q.x + (int64_t)r * q.dim;
-    float largest = 0;
-    for (int i = 0; i < q.dim; ++i) largest = std::fmax(largest, std::fabs(x[i]));
-    const float unit = largest / 32512.f;  // 127 * 256, so that the high plane fits
-    q.unit[r] = unit * q.scale;
-    const float inverse = unit > 0 ? 1 / unit : 0;
+    __m512 top = _mm512_setzero_ps();
+    bool finite = true;
+    for_vectors(0, q.dim, [&](int i, __mmask16 some) {
+      const __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(some, x + i));
+      finite = finite && _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ) == 0;
+      top = _mm512_max_ps(top, size);
+    });
+    const float unit = _mm512_reduce_max_ps(top) / 32512.f;  // 127 * 256, so that the high plane fits
+    q.unit[r] = finite ? unit * q.scale : NAN;
+    const __m512 inverse = _mm512_set1_ps(finite && unit > 0 ? 1 / unit : 0);
     for (int g = 0; g < groups; ++g) {
-      int32_t high_sum = 0, low_sum = 0;
-      for (int i = g * group; i < (g + 1) * group; ++i) {
-        const float scaled = x[i] * inverse;
-        const int n = scaled == scaled ? (int)std::nearbyintf(scaled) : 0;
-        const int high = (n + 128) >> 8, low = n - 256 * high;
-        q.high[(int64_t)r * q.dim + i] = (int8_t)high;
-        q.low[(int64_t)r * q.dim + i] = (int8_t)low;
-        high_sum += high;
-        low_sum += low;
-      }
-      q.sums[(r * groups + g) * 2] = -offset * high_sum;
-      q.sums[(r * groups + g) * 2 + 1] = -offset * low_sum;
+      __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
+      for_vectors(g * group, (g + 1) * group, [&](int i, __mmask16 some) {
+        const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), inverse));
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
+        const __m512i low = _mm512_sub_epi32(n, _mm512_slli_epi32(high, 8));
+        _mm512_mask_cvtepi32_storeu_epi8(q.high + (int64_t)r * q.dim + i, some, high);
+        _mm512_mask_cvtepi32_storeu_epi8(q.low + (int64_t)r * q.dim + i, some, low);
+        high_sum = _mm512_add_epi32(high_sum, high);
+        low_sum = _mm512_add_epi32(low_sum, low);
+      });
+      q.sums[(r * groups + g) * 2] = -offset * _mm512_reduce_add_epi32(high_sum);
+      q.sums[(r * groups + g) * 2 + 1] = -offset * _mm512_reduce_add_epi32(low_sum);
     }
-    if (!(largest < INFINITY)) q.unit[r] = NAN;
   }
 }
 
@@ -147,6 +159,14 @@ KVF_SCORE(score_int8, score_int8_rows)
 KVF_SCORE(score_int4, score_int4_rows)
 #undef KVF_SCORE
 
+// The low bytes of 64 numbers below 256. Packing works within lanes of four; the last step mends
+// the order.
+static INLINE __m512i bytes_of_tile(const __m512i* n) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(_mm512_packus_epi32(n[0], n[1]),
+                                                             _mm512_packus_epi32(n[2], n[3])));
+}
+
 // Weights of up to eight rows as two planes of unsigned bytes.
 struct Planes {
   uint8_t high[8][TILE], low[8][TILE];
@@ -191,10 +211,12 @@ static INLINE void split_weights(int rows, const float* p, const float* tops, co
   }
 }
 
-// o = decay o + unit (256 high + low), 16 numbers.
+// o = decay o + unit (256 high + low), 16 numbers; one plane is low alone.
+template <int PLANES>
 static INLINE void add_sums(float* o, float decay, float unit, __m512i high, __m512i low) {
   const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(decay));
-  _mm512_storeu_ps(o, _mm512_fmadd_ps(joined(high, low), _mm512_set1_ps(unit), old));
+  const __m512 sum = PLANES > 1 ? joined(high, low) : _mm512_cvtepi32_ps(low);
+  _mm512_storeu_ps(o, _mm512_fmadd_ps(sum, _mm512_set1_ps(unit), old));
 }
 
 template <int ROWS, int CHUNKS>
@@ -222,8 +244,8 @@ static INLINE void add_int8_rows(int row, const Planes& planes, const float* dec
   }
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < CHUNKS; ++c) {
-      add_sums(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
-               planes.unit[r], high[r][c], low[r][c]);
+      add_sums<2>(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
+                  planes.unit[r], high[r][c], low[r][c]);
     }
 }
 
@@ -243,9 +265,52 @@ static void add_int8(int rows, float* p, const float* decay, const Tile& tile, f
   });
 }
 
+// Weights of one plane need no more than their bytes where no weight stands out: at most FLAT times
+// the mean, they are off by at most FLAT / 510 of it. That is below what four bits did to values.
+constexpr float FLAT = 16;
+
+static INLINE bool is_flat(int rows, const float* p, const float* tops, int blocks) {
+  for (int r = 0; r < rows; ++r) {
+    __m512 sum = _mm512_loadu_ps(p + r * TILE);
+    for (int b = 1; b < blocks; ++b) sum = _mm512_add_ps(sum, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
+    if (!(tops[r] * (blocks * BLOCK) <= FLAT * _mm512_reduce_add_ps(sum))) return false;
+  }
+  return true;
+}
+
+// Weights become shares of 255 of their row's largest.
+static INLINE void normalize_weights(int rows, float* p, const float* tops, int blocks) {
+  for (int r = 0; r < rows; ++r) {
+    const __m512 inverse = _mm512_set1_ps(tops[r] > 0 ? 255.f / tops[r] : 0);
+    for (int b = 0; b < blocks; ++b) {
+      float* x = p + r * TILE + b * BLOCK;
+      _mm512_storeu_ps(x, _mm512_mul_ps(_mm512_loadu_ps(x), inverse));
+    }
+  }
+}
+
+// Normalized weights times scales, in one plane.
+static INLINE void round_weights(int rows, const float* p, const float* tops, const Tile& tile,
+                                 int group, Planes& planes) {
+  const float scale_top = largest_scale(tile, group);
+  const __m512 inverse = _mm512_set1_ps(scale_top > 0 ? 1 / scale_top : 0);
+  __m512 scales[TILE_BLOCKS];
+  for (int b = 0; b < tile.blocks; ++b)
+    scales[b] = _mm512_mul_ps(_mm512_abs_ps(scales16(tile.scales[b] + group * BLOCK)), inverse);
+  for (int r = 0; r < rows; ++r) {
+    planes.unit[r] = tops[r] * scale_top * (1 / 255.f);
+    __m512i n[TILE_BLOCKS];
+    for (int b = 0; b < TILE_BLOCKS; ++b)
+      n[b] = b < tile.blocks
+                 ? _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + r * TILE + b * BLOCK), scales[b]))
+                 : _mm512_setzero_si512();
+    _mm512_storeu_si512(planes.low[r], bytes_of_tile(n));
+  }
+}
+
 // A group of 32 dimensions is two chunks. A scale's sign (the format gives the code -8 to the
 // largest number, whatever its sign) moves to the values: codes of such tokens are negated.
-template <int ROWS, int CHUNKS>
+template <int ROWS, int CHUNKS, int PLANES>
 static INLINE void add_int4_rows(int row, const Planes& planes, const float* decay,
                                  const Tile& tile, int chunk, bool fetch, float* o, int padded) {
   const __m512i nibble = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
@@ -273,20 +338,38 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
           v[c] = _mm512_sub_epi8(_mm512_xor_si512(codes, sign), sign);
         }
         for (int r = 0; r < ROWS; ++r) {
-          const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
           const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
-          for (int c = 0; c < CHUNKS; ++c) {
-            high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
-            low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
+          for (int c = 0; c < CHUNKS; ++c) low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
+          if constexpr (PLANES > 1) {
+            const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
+            for (int c = 0; c < CHUNKS; ++c) high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
           }
         }
       }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < CHUNKS; ++c) {
-      add_sums(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
-               planes.unit[r], high[r][c], low[r][c]);
-    }
+    for (int c = 0; c < CHUNKS; ++c)
+      add_sums<PLANES>(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
+                       planes.unit[r], high[r][c], low[r][c]);
+}
+
+template <int ROWS>
+static INLINE void add_int4_group(int row, const float* p, const float* tops, bool flat, const float* decay,
+                                  const Tile& tile, int group, bool fetch, float* o, int padded) {
+  Planes planes;
+  const int chunk = group * 2;
+  if (flat) {
+    round_weights(ROWS, p, tops, tile, group, planes);
+    add_int4_rows<ROWS, 2, 1>(row, planes, decay, tile, chunk, fetch, o, padded);
+    return;
+  }
+  split_weights(ROWS, p, tops, tile, group, planes);
+  if constexpr (ROWS <= 4) {
+    add_int4_rows<ROWS, 2, 2>(row, planes, decay, tile, chunk, fetch, o, padded);
+  } else {
+    add_int4_rows<ROWS, 1, 2>(row, planes, decay, tile, chunk, fetch, o, padded);
+    add_int4_rows<ROWS, 1, 2>(row, planes, decay, tile, chunk + 1, fetch, o, padded);
+  }
 }
 
 static void add_int4(int rows, float* p, const float* decay, const Tile& tile, float* o) {
@@ -294,18 +377,12 @@ static void add_int4(int rows, float* p, const float* decay, const Tile& tile, f
   for_rows<8>(rows, [&](auto n, int row) {
     constexpr int ROWS = decltype(n)::value;
     float tops[ROWS];
-    largest_weights(ROWS, p + row * TILE, tile.blocks, tops);
-    for (int group = 0; group * GROUP < padded; ++group) {
-      Planes planes;
-      split_weights(ROWS, p + row * TILE, tops, tile, group, planes);
-      const bool fetch = tile.next[0] && row == 0;
-      if constexpr (ROWS <= 4) {
-        add_int4_rows<ROWS, 2>(row, planes, decay, tile, group * 2, fetch, o, padded);
-      } else {
-        add_int4_rows<ROWS, 1>(row, planes, decay, tile, group * 2, fetch, o, padded);
-        add_int4_rows<ROWS, 1>(row, planes, decay, tile, group * 2 + 1, fetch, o, padded);
-      }
-    }
+    float* weights = p + row * TILE;
+    largest_weights(ROWS, weights, tile.blocks, tops);
+    const bool flat = is_flat(ROWS, weights, tops, tile.blocks);
+    if (flat) normalize_weights(ROWS, weights, tops, tile.blocks);
+    for (int group = 0; group * GROUP < padded; ++group)
+      add_int4_group<ROWS>(row, weights, tops, flat, decay, tile, group, tile.next[0] && row == 0, o, padded);
   });
 }
 

@@ -65,6 +65,33 @@ static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int po
                         : place_value(side.format, side.dim, rows[slot], to, slot);
 }
 
+// Goes through the packed blocks of a sequence; dividing once, as it costs more than reading.
+struct Walk {
+  const int32_t* page;
+  int block, blocks;  // in the page
+
+  Walk(const KvfPart& part, const Unit& unit, int position)
+      : page(part.table + unit.b * part.table_stride + position / part.page_size),
+        block(position % part.page_size / BLOCK), blocks(part.page_size / BLOCK) {}
+
+  void step() {
+    if (++block == blocks) {
+      block = 0;
+      ++page;
+    }
+  }
+};
+
+// What follows the tile, so that it can be fetched ahead of use; its scales are, here.
+static void set_next(const KvfSide& side, const Unit& unit, int64_t bytes, int groups, Walk at, Tile& tile) {
+  for (int i = 0; i < TILE_BLOCKS; ++i, at.step()) {
+    const int32_t page = *at.page < 0 ? 0 : *at.page;
+    tile.next[i] = page_of(side, page, unit.head) + at.block * bytes;
+    const uint16_t* scales = scales_of(side, page, unit.head) + (int64_t)at.block * groups * BLOCK;
+    for (int g = 0; g < groups; g += 2) prefetch(scales + g * BLOCK);  // 64 bytes
+  }
+}
+
 // One side's blocks of a tile. Whole packed blocks are used where they lie; others (at the ends,
 // unpacked, or missing) are put together in scratch, with zeros for tokens outside the unit, whose
 // memory may hold anything.
@@ -72,46 +99,29 @@ static void gather(const KvfPart& part, bool key, const Unit& unit, int first, S
   const KvfSide& side = key ? part.k : part.v;
   const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
   const int groups = scale_groups(side.format, side.dim);
-  const int32_t* table = part.table + unit.b * part.table_stride;
   const size_t half = spare.blocks.size() / 2, scale_half = spare.scales.size() / 2;
   tile.dim = side.dim;
-  for (int i = 0; i < tile.blocks; ++i) {
+  Walk at(part, unit, first);
+  for (int i = 0; i < tile.blocks; ++i, at.step()) {
     const int position = first + i * BLOCK;
     const bool whole = position >= unit.low && position + BLOCK <= unit.high;
-    if (side.packed) {
-      const int32_t page = table[position / part.page_size];
-      const int block = position % part.page_size / BLOCK;
-      if (page >= 0) {
-        tile.block[i] = page_of(side, page, unit.head) + block * bytes;
-        if (groups) tile.scales[i] = scales_of(side, page, unit.head) + (int64_t)block * groups * BLOCK;
-        if (whole || key) continue;  // scores of keys outside are thrown away
-      }
+    const bool here = side.packed && *at.page >= 0;
+    if (here) {
+      tile.block[i] = page_of(side, *at.page, unit.head) + at.block * bytes;
+      if (groups) tile.scales[i] = scales_of(side, *at.page, unit.head) + (int64_t)at.block * groups * BLOCK;
+      if (whole || key) continue;  // scores of keys outside are thrown away
     }
     uint8_t* to = spare.blocks.data() + (key ? 0 : half) + i * bytes;
     uint16_t* scales = spare.scales.data() + (key ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
-    if (side.packed && table[position / part.page_size] >= 0)
-      copy_inside(side, unit, position, tile, i, to, scales);
-    else if (!side.packed)
-      collect_rows(part, key, unit, position, to, scales);
-    else
-      clear_block(side, key, to, scales);
+    if (here) copy_inside(side, unit, position, tile, i, to, scales);
+    else if (!side.packed) collect_rows(part, key, unit, position, to, scales);
+    else clear_block(side, key, to, scales);
     tile.block[i] = to;
     tile.scales[i] = scales;
   }
-}
-
-static void set_next(const KvfPart& part, bool key, const Unit& unit, int first, Tile& tile) {
-  const KvfSide& side = key ? part.k : part.v;
   tile.next[0] = nullptr;
-  if (!side.packed || tile.blocks < TILE_BLOCKS || first + TILE > unit.high) return;
-  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
-  const int32_t* table = part.table + unit.b * part.table_stride;
-  for (int i = 0; i < TILE_BLOCKS; ++i) {
-    const int position = first + i * BLOCK;
-    const int32_t page = table[position / part.page_size];
-    const int block = position % part.page_size / BLOCK;
-    tile.next[i] = page_of(side, page < 0 ? 0 : page, unit.head) + block * bytes;
-  }
+  if (side.packed && tile.blocks == TILE_BLOCKS && first + 2 * TILE <= unit.high)
+    set_next(side, unit, bytes, groups, at, tile);
 }
 
 }  // namespace
