@@ -188,8 +188,11 @@ class KVCache:
                 self._storage.release(b, self.sinks, old - self.window + 1)
                 self._freed[b] = max(self._freed[b], old - self.window + 1, skipped)
         for low, high in kept:
-            cut = slice(low - old, high - old)
-            self._storage.append(k[:, :, cut], v[:, :, cut], rows, low, high, old)
+            if high - low < tokens:
+                cut = slice(low - old, high - old)
+                self._storage.append(k[:, :, cut], v[:, :, cut], rows, low, high, old)
+            else:
+                self._storage.append(k, v, rows, low, high, old)
         for b in rows:
             self.lengths[b] = new
 

@@ -183,5 +183,7 @@ def write(
         return
     for b in rows:
         store.reserve(b, low, high)
-    cut = slice(low - base, high - base)
-    store.write(k[:, :, cut], v[:, :, cut], [low] * len(rows), rows)
+    if high - low < k.shape[2]:
+        cut = slice(low - base, high - base)
+        k, v = k[:, :, cut], v[:, :, cut]
+    store.write(k, v, low, rows)

@@ -191,7 +191,7 @@ class Store:
             wider = torch.full((self.table.shape[0], width), -1, dtype=torch.int32)
             wider[:, : self.table.shape[1]] = self.table
             self.table = wider
-        row = self.table[sequence]
+        row = self.table.numpy()[sequence]  # the same memory; reading one number is much faster
         for index in range(first, last + 1):
             page = int(row[index])
             if page < 0:
@@ -238,31 +238,31 @@ class Store:
             self._drop_page(page)
         self.table = table.contiguous()
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, first: list[int], rows: list[int]) -> None:
-        """Write tokens ``[B, Hkv, T, D]`` of sequences ``rows`` at positions ``first`` on.
+    def write(self, k: torch.Tensor, v: torch.Tensor, first: int, rows: list[int]) -> None:
+        """Write tokens ``[B, Hkv, T, D]`` of sequences ``rows`` from position ``first`` on.
 
         Positions without a page are skipped.
         """
         table = self.rows(rows)
+        starts = torch.full((len(rows),), first, dtype=torch.int32)
         if self.backend == "triton":
-            self._write_on_gpu(k, v, first, table)
+            self._write_on_gpu(k, v, starts, table)
             return
         lib = library() if self.backend == "cpu" else None
         if lib is None:
             self._write_plainly(k, v, first, table)
             return
-        starts = torch.tensor(first, dtype=torch.int32)
         call = Append(len(rows), self.shape.num_kv_heads, k.shape[2], Tensor.of(k), Tensor.of(v))
         call.first = starts.data_ptr()
         call.part = self.part(table, None, starts)
         lib.append(call)
 
     def _write_on_gpu(
-        self, k: torch.Tensor, v: torch.Tensor, first: list[int], table: torch.Tensor
+        self, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, table: torch.Tensor
     ) -> None:
         from kvfold.kernels.triton.launch import append
 
-        pages, starts = self.sent(table), self.sent(torch.tensor(first, dtype=torch.int32))
+        pages, starts = self.sent(table), self.sent(starts)
         for x, half in ((k, self.keys), (v, self.values)):
             rotated = half.rotation > 0
             append(x, half.gpu_rows(), pages, self.page_size, starts, rotated=rotated)
@@ -274,10 +274,10 @@ class Store:
         return x.contiguous().pin_memory().to(self.shape.device, non_blocking=True)
 
     def _write_plainly(
-        self, k: torch.Tensor, v: torch.Tensor, first: list[int], table: torch.Tensor
+        self, k: torch.Tensor, v: torch.Tensor, first: int, table: torch.Tensor
     ) -> None:
-        for row, start in enumerate(first):
-            positions = torch.arange(start, start + k.shape[2])
+        positions = torch.arange(first, first + k.shape[2])
+        for row in range(len(table)):
             pages = table[row].long()[positions // self.page_size]
             held = pages >= 0
             slots = (positions % self.page_size)[held].to(self.shape.device)
