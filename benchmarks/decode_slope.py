@@ -74,9 +74,10 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--weights", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = load_model(source_folder(options.work), "bfloat16")
+    model = load_model(source_folder(options.work), options.weights)
     samples: dict[tuple[str, int], list[float]] = {}
     bandwidths = []
     steps = {}
@@ -98,6 +99,7 @@ def main() -> None:
         times = {context: median(samples[way, context]) for context in CONTEXTS}
         row = {
             "way": way,
+            "weights": options.weights,
             "milliseconds": {c: round(t * 1e3, 2) for c, t in times.items()},
             "microseconds_per_token_of_context": slope(times) * 1e6,
             "bf16_floor": per_token / bandwidth * 1e6,
