@@ -1,6 +1,7 @@
 """The report: everything of a run is in it, and it needs nothing else."""
 
 import json
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import pytest
 
 from kvfold import convert, heal
-from kvfold.report.html import Section, Table, render
+from kvfold.bench.records import Row
+from kvfold.bench.timing import Spread, Timing
+from kvfold.report.figures import decode_times
+from kvfold.report.page import Section, Table, render
 from kvfold.report.tables import print_table
 from tests import tiny
 from tests.conftest import Kvfold
@@ -56,12 +60,45 @@ def test_everything_of_a_run_is_in_one_file(kvfold: Kvfold, healed: Path, tmp_pa
     page = Page(text)
     assert page.fetched == []
     assert page.tags["h2"] == 4  # folding and healing; folding; benchmark
-    assert page.tags["svg"] == 2 * 3 + 1 + 1
+    assert page.tags["svg"] == 2 * 4 + 1 + 1
     assert "script" not in page.tags
-    for words in ("6 → 2", "nats lost", "kvfold heal", "kvfold convert", "layer", "of floor"):
+    for words in ("6 → 2", "nats lost", "kvfold heal", "kvfold convert", "Drift", "of floor"):
         assert words in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
+
+
+def test_a_model_benchmark_is_drawn_with_its_floor(kvfold: Kvfold, tmp_path: Path) -> None:
+    """Reading 3 MB at 1 GB/s takes 3 ms; steps take 6."""
+    step = Timing.of([6e-3])
+    rows = [
+        Row(
+            "model",
+            {"model": "tiny<b>", "num_heads": 8, "num_kv_heads": 2, "context": c, "batch": 1},
+            name,
+            kv_bytes=2_000_000,
+            bytes=3_000_000,
+            bandwidth=1e9,
+            seconds=step,
+            floor_fraction=Spread.of([0.5]),
+            vs_first=Spread.of([1.25]),
+            first_token=Timing.of([0.75]),
+        )
+        for c in (512, 8192)
+        for name in ("sdpa", "kvfold bf16")
+    ]
+    path = tmp_path / "model.jsonl"
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    run = kvfold("report", path, "-o", tmp_path / "r.html")
+    assert run.code == 0, run.err
+    text = (tmp_path / "r.html").read_text()
+    page = Page(text)
+    assert (page.tags["svg"], page.tags["table"]) == (1, 1)
+    assert "b" not in page.tags
+    for words in ("whole model", "floor (16 bit)", "first token, s", "50%", "1.25", "0.75"):
+        assert words in text
+    floor = decode_times([Row(**{**vars(rows[0]), "bytes": 6_000_000}), *rows[1:]])
+    assert floor != decode_times(rows)
 
 
 def test_the_same_runs_give_the_same_file(kvfold: Kvfold, healed: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _load(folder: Path) -> Any:
 
 
 def _page(model: str, against: str | None, pictures: "list[Picture]") -> str:
-    from kvfold.report.html import Figure, Section, render
+    from kvfold.report.page import Figure, Section, render
 
     title = f"Attention of {Path(model).name}" + (f" and {Path(against).name}" if against else "")
     note = (

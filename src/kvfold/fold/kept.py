@@ -25,7 +25,7 @@ def keep_layer(folder: Path, layer: FoldedLayer) -> None:
     write_tensors(folder / f"{layer.index}.safetensors", specs, iter(layer.tensors.values()))
     temporary = folder / f"{layer.index}.json.tmp"
     report = None if layer.report is None else layer.report.as_dict()
-    write_json(temporary, {"report": report, "stages": layer.stages})
+    write_json(temporary, {"report": report, "stages": layer.stages, "drift": layer.drift})
     temporary.replace(folder / f"{layer.index}.json")
 
 
@@ -40,6 +40,6 @@ def stored_layers(folder: Path) -> Callable[[int], FoldedLayer | None]:
         entries = read_header(folder / f"{index}.safetensors")
         tensors = {name: read_tensor(entry) for name, entry in entries.items()}
         report = None if value["report"] is None else LayerReport(**value["report"])
-        return FoldedLayer(index, tensors, report, value["stages"])
+        return FoldedLayer(index, tensors, report, value["stages"], value["drift"])
 
     return stored

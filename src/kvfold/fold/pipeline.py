@@ -46,12 +46,15 @@ class FoldedLayer:
 
     Attributes:
         report: what folding did; None for a layer that was folded in another run.
+        drift: how far the hidden states after it are from the source's, |x - x_source| /
+            |x_source|, median over tokens; None where the folded model was not run.
     """
 
     index: int
     tensors: Tensors
     report: LayerReport | None
     stages: list[dict[str, Any]] = field(default_factory=list)
+    drift: float | None = None
 
 
 def fold_without_data(checkpoint: Checkpoint, plan: FoldPlan, layer: int) -> FoldedLayer:
@@ -215,6 +218,16 @@ class CalibratedFolder:
         with self._folded.layer(folded.index, self._folded_tensors(folded)) as live:
             for rows in batches(self._folded_inputs):
                 self._folded_inputs[rows] = live(self._folded_inputs[rows])
+        folded.drift = self._drift()
+
+    def _drift(self) -> float:
+        """Of the hidden states after a layer; see ``FoldedLayer``."""
+        ratios = []
+        for rows in batches(self._outputs):
+            wanted = self._outputs[rows]
+            distance = (self._folded_inputs[rows] - wanted).norm(dim=-1)
+            ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
+        return float(torch.cat(ratios).median())
 
     def _advance(self) -> None:
         self._inputs, self._outputs = self._outputs, self._inputs
@@ -230,7 +243,7 @@ def _samples(windows: torch.Tensor) -> list[bool]:
 def layer_report(folded: FoldedLayer) -> dict[str, Any]:
     """What was done to a layer, for the record."""
     report = {"layer": folded.index} if folded.report is None else folded.report.as_dict()
-    return {**report, "stages": folded.stages}
+    return {**report, "stages": folded.stages, "drift": folded.drift}
 
 
 def fold_all(

@@ -54,6 +54,18 @@ def layer_errors(layers: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def drift(layers: Sequence[dict[str, Any]]) -> str:
+    """How far the hidden states have come from the source's, layer by layer."""
+    figure, axes = _new()
+    index = [layer["layer"] for layer in layers]
+    far = [100 * layer["drift"] for layer in layers]
+    axes.plot(index, far, color=COLOURS[0], marker="o", label="after fitting")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "layer", "distance from the source's, %")
+    return _svg(figure)
+
+
 def kv_memory(source: int, folded: int) -> str:
     """Cache size against context for both models; bytes per token in 16 bits."""
     figure, axes = _new()
@@ -80,21 +92,18 @@ def healing_curve(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def decode_times(rows: "Sequence[Row]") -> str:
-    """Step time against context, a panel for each shape, the floor drawn in."""
-    shapes = list(dict.fromkeys(_shape(row) for row in rows))
-    columns = min(3, len(shapes))
-    lines = -(-len(shapes) // columns)
+    """Step time against context, a panel for each shape or model, the floor drawn in."""
+    titles = list(dict.fromkeys(_title(row) for row in rows))
+    columns = min(3, len(titles))
+    lines = -(-len(titles) // columns)
     figure = Figure(figsize=(3.4 * columns + 0.6, 3.1 * lines), layout="constrained")
     FigureCanvasSVG(figure)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(row.implementation for row in rows))
-    for axes, shape in zip(panels, shapes, strict=False):
-        _steps(axes, [row for row in rows if _shape(row) == shape], names)
-        heads, dim, batch = shape
-        many = f", batch {batch}" if batch > 1 else ""
-        title = f"{heads} KV head{'s' if heads > 1 else ''} of {dim}{many}"
+    for axes, title in zip(panels, titles, strict=False):
+        _steps(axes, [row for row in rows if _title(row) == title], names)
         axes.set_title(title, fontsize=10)
-    for axes in panels[len(shapes) :]:
+    for axes in panels[len(titles) :]:
         axes.set_visible(False)
     found = [axes.get_legend_handles_labels() for axes in panels]
     every = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
@@ -104,10 +113,12 @@ def decode_times(rows: "Sequence[Row]") -> str:
     return _svg(figure)
 
 
-def _shape(row: "Row") -> tuple[int, int, int]:
+def _title(row: "Row") -> str:
     """What distinguishes cases besides their context."""
     case = row.case
-    return case["num_kv_heads"], case["head_dim"], case["batch"]
+    heads = f"{case['num_kv_heads']} KV head{'s' if case['num_kv_heads'] > 1 else ''}"
+    what = f"{case['model']}, {heads}" if "model" in case else f"{heads} of {case['head_dim']}"
+    return what + (f", batch {case['batch']}" if case["batch"] > 1 else "")
 
 
 def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
@@ -122,7 +133,7 @@ def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
             axes.plot(*zip(*points, strict=True), label=name, **style)  # type: ignore[arg-type]
     floor = sorted(
         {
-            (row.case["context"], 1e3 * row.kv_bytes / row.bandwidth)
+            (row.case["context"], 1e3 * row.bytes / row.bandwidth)
             for row in rows
             if row.bandwidth and row.implementation in ("kvfold bf16", "sdpa")
         }

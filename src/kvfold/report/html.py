@@ -4,51 +4,28 @@ A run is a folder that ``convert``, ``heal`` or ``demo`` made, or a file that ``
 wrote. A section is a heading, facts, tables and plots; how they look is decided here alone.
 """
 
-import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import kvfold
 from kvfold.errors import InputError
 from kvfold.report.figures import (
     captured_energy,
     decode_times,
+    drift,
     healing_curve,
     kv_memory,
     layer_errors,
 )
+from kvfold.report.page import Figure, Section, Table, render
 from kvfold.report.tables import size
 
+if TYPE_CHECKING:
+    from kvfold.bench.records import Row
+    from kvfold.bench.timing import Spread
+
 RECORD, METRICS, DEMO = "kvfold.json", "healing.jsonl", "demo.json"
-Rows = Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of words; numbers are set to the right."""
-
-    columns: Sequence[str]
-    rows: Rows
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawing as SVG, and what it shows."""
-
-    svg: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report."""
-
-    title: str
-    parts: Sequence[Table | Figure | str] = field(default_factory=list)
 
 
 def write_report(runs: Sequence[str | Path], out: Path, *, force: bool = False) -> None:
@@ -133,6 +110,13 @@ def _folding(name: str, record: dict[str, Any]) -> Section:
             "Error of each layer's output as a share of what the layer adds (median over tokens), "
             "after each stage.",
         ))  # fmt: skip
+    drifted = [layer for layer in record["layers"] if layer.get("drift") is not None]
+    if drifted:
+        parts.append(Figure(
+            drift(drifted),
+            "Drift: how far the hidden states after each layer are from the source's, as a share "
+            "of their length (median over tokens).",
+        ))  # fmt: skip
     parts.append(Figure(
         kv_memory(cache["source"], cache["folded"]),
         "KV cache of one sequence in 16 bits against its length.",
@@ -202,27 +186,48 @@ def _of_bench(path: Path) -> list[Section]:
     from kvfold.bench.records import load
 
     rows = load(path)
-    attention = [row for row in rows if row.benchmark == "attention" and row.seconds]
     parts: list[Table | Figure | str] = []
-    if attention:
-        parts.append(Figure(
-            decode_times(attention),
-            "One decoding step of one layer against context, with the time that reading the "
-            "16-bit cache once takes at the bandwidth of the same run (dashed).",
-        ))  # fmt: skip
+    for benchmark, caption in _STEPS.items():
+        measured = [row for row in rows if row.benchmark == benchmark and row.seconds]
+        if measured:
+            parts.append(Figure(decode_times(measured), caption))
+    for benchmark in _STEPS:
+        measured = [row for row in rows if row.benchmark == benchmark]
+        if measured:
+            parts.append(_measured(measured))
+    return [Section(f"Benchmark: {path.name}", parts)]
+
+
+def _measured(rows: "Sequence[Row]") -> Table:
+    models = rows[0].benchmark == "model"
+    columns = ["case", "implementation", "step, ms", "of floor"]
+    columns += ["× first row", "first token, s", "KV, MiB"] if models else ["× best peer"]
     cells = []
     for row in rows:
-        case = _case(row.case)
         step = row.status
         if row.seconds:
             half = (row.seconds.high - row.seconds.low) / 2
             step = f"{1e3 * row.seconds.median:.3g} ± {1e3 * half:.2g}"
-        floor = f"{row.floor_fraction.median:.0%}" if row.floor_fraction else ""
-        peer = f"{row.vs_best_peer.median:.2f}" if row.vs_best_peer else ""
-        cells.append([case, row.implementation, step, floor, peer])
-    columns = ["case", "implementation", "step, ms", "of floor", "× best peer"]
-    parts.append(Table(columns, cells, "± half the interquartile range."))
-    return [Section(f"Benchmark: {path.name}", parts)]
+        own = [_case(row.case), row.implementation, step, _median(row.floor_fraction, ".0%")]
+        if models:
+            own += [_median(row.vs_first, ".2f"), _median(row.first_token, ".2f")]
+            own += [f"{row.kv_bytes / (1 << 20):.4g}" if row.kv_bytes else ""]
+        else:
+            own += [_median(row.vs_best_peer, ".2f")]
+        cells.append(own)
+    return Table(columns, cells, "± half the interquartile range.")
+
+
+def _median(spread: "Spread | None", form: str) -> str:
+    return format(spread.median, form) if spread else ""
+
+
+_STEPS = {
+    "attention": "One decoding step of one layer against context, with the time that reading the "
+    "16-bit cache once takes at the bandwidth of the same run (dashed).",
+    "model": "One decoding step of a whole model against context, with the time that reading its "
+    "weights and its 16-bit cache once takes at the bandwidth of the same run (dashed).",
+}
 
 
 def _case(case: dict[str, Any]) -> str:
@@ -245,9 +250,6 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-# -- how it looks ---------------------------------------------------------------------------
-
-
 def _code(command: str) -> str:
     return f"$ {command}"
 
@@ -255,81 +257,3 @@ def _code(command: str) -> str:
 def _svg_only(text: str) -> str:
     """An SVG file without its XML head, as it stands in a page."""
     return text[text.index("<svg") :]
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --rule: #ccc; --soft: #666; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #16181c; --rule: #3a3d44; --soft: #9aa0a8; } }
-body { font: 17px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem;
-  border-top: 1px solid var(--rule); padding-top: 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; display: block;
-  overflow-x: auto; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--rule);
-  vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-caption, figcaption, .soft { color: var(--soft); font-size: .88rem; text-align: left;
-  caption-side: bottom; padding-top: .4rem; }
-figure { margin: 1.2rem 0; } figure > div { background: #fff; border-radius: 6px;
-  padding: .5rem; } svg { max-width: 100%; height: auto; }
-pre { background: rgba(127, 127, 127, .14); padding: .6rem .8rem; border-radius: 6px;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .86rem; }
-@media print { body { font-size: 11pt; max-width: none; margin: 0; }
-  figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
-
-
-def render(title: str, sections: Sequence[Section]) -> str:
-    """The page, as one string."""
-    body = "\n".join(_section(section) for section in sections)
-    contents = " · ".join(
-        f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in enumerate(sections)
-    )
-    for index in range(len(sections)):
-        body = body.replace("<h2>", f'<h2 id="s{index}">', 1)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
-        f'<p class="soft">Made by kvfold {kvfold.__version__}.</p>\n</body>\n</html>\n'
-    )
-
-
-def _section(section: Section) -> str:
-    parts = [f"<section>\n<h2>{html.escape(section.title)}</h2>"]
-    for part in section.parts:
-        if isinstance(part, Table):
-            parts.append(_table(part))
-        elif isinstance(part, Figure):
-            caption = html.escape(part.caption)
-            parts.append(
-                f"<figure><div>{part.svg}</div><figcaption>{caption}</figcaption></figure>"
-            )
-        elif part.startswith("$ "):
-            parts.append(f"<pre>{html.escape(part)}</pre>")
-        else:
-            parts.append(f"<p>{html.escape(part)}</p>")
-    return "\n".join([*parts, "</section>"])
-
-
-def _table(table: Table) -> str:
-    numeric = [
-        index > 0 and all(row[index][:1].isdigit() or not row[index] for row in table.rows)
-        for index in range(len(table.columns))
-    ]
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="number">{html.escape(cell)}</{tag}>'
-            if number and any(table.columns)
-            else f"<{tag}>{html.escape(cell)}</{tag}>"
-            for cell, number in zip(row, numeric, strict=True)
-        )
-
-    head = f"<tr>{cells('th', table.columns)}</tr>" if any(table.columns) else ""
-    rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
-    return f"<table>{caption}{head}\n{rows}</table>"
