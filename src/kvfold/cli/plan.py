@@ -10,8 +10,12 @@ from kvfold.cli.output import emit
 from kvfold.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvfold.plan.hardware import Hardware
+    from kvfold.plan.model import Model
     from kvfold.plan.plan import Option, Plan
+    from kvfold.plan.roofline import Load
 
 
 @click.command("plan")
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--context", default="8k", show_default=True, help="Tokens of each sequence.")
 @click.option("--batch", default="1", show_default=True, help="Sequences at once.")
 @click.option("--gpu", help="A machine by name (--gpu list shows them), or here.")
+@click.option("--probe", is_flag=True, help="Also time a few made-up layers on this machine.")
 @click.option("--gpus", default=1, show_default=True, help="That share each layer.")
 @click.option("--memory", type=float, help="GB, of a machine that is not listed.")
 @click.option("--bandwidth", type=float, help="GB/s, of such a machine.")
@@ -32,6 +37,7 @@ def command(
     context: str,
     batch: str,
     gpu: str | None,
+    probe: bool,
     gpus: int,
     memory: float | None,
     bandwidth: float | None,
@@ -44,7 +50,8 @@ def command(
     """Predict memory and speed of SRC on a machine, by KV heads and cache format.
 
     SRC is a folder (config.json is enough), a config.json, or a hub name; no weights are read.
-    Times are bounds: no step is faster than its bytes and its FLOPs allow.
+    Times are bounds: no step is faster than its bytes and its FLOPs allow. With --gpu here, --probe
+    adds what a step is expected to take.
     """
     from kvfold.plan.plan import make_plan
     from kvfold.plan.roofline import Load
@@ -55,13 +62,23 @@ def command(
         return
     if source is None:
         raise InputError("no model given", "kvfold plan SRC --gpu h100, or --gpu list")
+    if probe and gpu != "here":
+        raise InputError("--probe times layers on this machine", "use it with --gpu here")
     model = open_model(source)
+    expect = _prober(source, model) if probe else None
     machine = _machine(gpu, memory, bandwidth, flops)
     load = Load(parse_size(context, "--context"), parse_size(batch, "--batch"), gpus=gpus)
     heads = None if kv_heads is None else parse_sizes(kv_heads, "--kv-heads")
     dtypes = parse_list(kv_dtype, "--kv-dtype", str)
-    plan = make_plan(model, load, machine, heads, dtypes)
+    plan = make_plan(model, load, machine, heads, dtypes, expect)
     emit(as_json, plan.as_dict(), lambda: _print(plan, fit))
+
+
+def _prober(source: str, model: "Model") -> "Callable[[int, Load], float]":
+    from kvfold.bench.probe import Prober
+    from kvfold.plan.source import read_config
+
+    return Prober(read_config(source), model).step
 
 
 def _machine(
@@ -107,38 +124,50 @@ def _print(plan: "Plan", fit: bool) -> None:
         ("numbers from", machine.source),
     ]
     print_table(model.name, ["", ""], facts)
-    columns = ["heads", "cache", "KiB per token", "cache GiB", "total GiB", "fits"]
-    columns += ["max context", "max batch"] if fit else ["step ms", "tok/s", "bound", "prompt s"]
+    columns = ["heads", "format", "KiB per token", "cache GiB", "total GiB", "fits"]
+    probed = any(option.expected for option in plan.options)
+    columns += _columns(fit, probed)
     chosen = plan.recommendation.option
-    rows = [_row(option, fit, option is chosen) for option in plan.options]
+    rows = [_row(option, fit, probed, option is chosen) for option in plan.options]
     print_table(
         f"{load.batch:,} x {load.context:,} tokens" + (", each GPU" if load.gpus > 1 else ""),
         columns,
         rows,
         caption="> recommended. Times are the least possible, bound by bytes read or FLOPs.\n"
-        "10% of the memory is left to the runtime.",
+        + ("Here: expected of transformers with kvfold, by timing a few layers.\n" * probed)
+        + "10% of the memory is left to the runtime.",
     )
-    click.echo(f"{chosen.kv_heads} KV heads, {chosen.kv_dtype} cache:")
+    plural = "s" if chosen.kv_heads > 1 else ""
+    click.echo(f"{chosen.kv_heads} KV head{plural}, {chosen.kv_dtype} cache:")
     for reason in plan.recommendation.reasons:
         click.echo(fill(reason, 78, initial_indent="- ", subsequent_indent="  "))
 
 
-def _row(option: "Option", fit: bool, chosen: bool) -> list[str]:
-    gib = 1 << 30
+def _columns(fit: bool, probed: bool) -> list[str]:
+    if fit:
+        return ["max context", "max batch"]
+    return ["step ms", "here ms", "prompt s"] if probed else ["tok/s", "bound", "prompt s"]
+
+
+def _row(option: "Option", fit: bool, probed: bool, chosen: bool) -> list[str]:
     row = [
         f"{'> ' if chosen else ''}{option.kv_heads}",
         option.kv_dtype,
-        f"{option.kv_bytes_per_token / 1024:.4g}",
-        f"{option.memory.kv_cache / gib:.3g}",
-        f"{option.memory.total / gib:.3g}",
+        f"{option.kv_bytes_per_token / 1024:.3g}",
+        _gib(option.memory.kv_cache),
+        _gib(option.memory.total),
         "yes" if option.fits else "no",
     ]
     if fit:
         return [*row, f"{option.largest_context:,}", f"{option.largest_batch:,}"]
-    return [
-        *row,
-        f"{1e3 * option.decode.seconds:.3g}",
-        f"{option.tokens_per_second:,.0f}",
-        "FLOPs" if option.decode.binds == "arithmetic" else "bytes",
-        f"{option.prefill.seconds:.3g}",
-    ]
+    prompt = f"{option.prefill.seconds:.3g}"
+    if probed:
+        expected = f"{1e3 * option.expected:.3g}" if option.expected else ""
+        return [*row, f"{1e3 * option.decode.seconds:.3g}", expected, prompt]
+    binds = "FLOPs" if option.decode.binds == "arithmetic" else "bytes"
+    return [*row, f"{option.tokens_per_second:,.0f}", binds, prompt]
+
+
+def _gib(number: float) -> str:
+    gib = number / (1 << 30)
+    return f"{gib:.3g}" if gib >= 0.1 else f"{gib:.3f}"

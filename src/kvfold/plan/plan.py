@@ -1,6 +1,6 @@
 """``kvfold plan``: options side by side, and which one to take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class Option:
     Attributes:
         tokens_per_second: of the whole batch, at most. largest_context: at the asked batch;
             largest_batch: at the asked context; 0 where not even one fits.
+        expected: seconds of a decoding step by measuring some of it, where that was asked for.
     """
 
     kv_heads: int
@@ -43,6 +44,7 @@ class Option:
     tokens_per_second: float
     largest_context: int
     largest_batch: int
+    expected: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
@@ -87,11 +89,14 @@ def make_plan(
     hardware: Hardware,
     kv_heads: Sequence[int] | None = None,
     kv_dtypes: Sequence[str] = ("bf16", "int8", "int4"),
+    expect: Callable[[int, Load], float] | None = None,
 ) -> Plan:
     """Work out every option.
 
     Args:
         kv_heads: to compare; by default the model's own and up to three it can be folded to.
+        expect: gives seconds of a decoding step with so many KV heads, as
+            ``kvfold.bench.probe.Prober.step`` does; asked for options that fit.
 
     Raises:
         InputError: for numbers of heads the model cannot have, or unknown formats.
@@ -112,6 +117,8 @@ def make_plan(
         for count in heads
         for kv_dtype in kv_dtypes
     )
+    if expect is not None:
+        options = tuple(_expected(option, load, expect) for option in options)
     return Plan(model, load, hardware, options, recommend(model, load, options))
 
 
@@ -160,6 +167,14 @@ def _option(model: Model, load: Load, hardware: Hardware) -> Option:
         tokens_per_second=load.batch / step.seconds,
         largest_context=largest(context_fits),
         largest_batch=largest(batch_fits),
+    )
+
+
+def _expected(option: Option, load: Load, expect: Callable[[int, Load], float]) -> Option:
+    if not option.fits:
+        return option
+    return replace(
+        option, expected=expect(option.kv_heads, replace(load, kv_dtype=option.kv_dtype))
     )
 
 

@@ -27,12 +27,22 @@ def open_model(source: str | Path) -> Model:
             f"{path} is a GGUF file of {found.parameters:,} parameters; plan reads configs",
             "give the original model's folder or its config.json",
         )
-    if path.is_file() and path.suffix == ".json":
-        return read_model(_json(path), path.parent.name or path.name)
-    config = peek_config(source)
+    config = read_config(source)
+    if path.is_file():
+        return read_model(config, path.parent.name or path.name)
     if path.is_dir():
         return read_model(config, path.name, *_weights(resolve(source)))
     return read_model(config, str(source), *_hub_weights(str(source)))
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of what ``open_model`` opens.
+
+    Raises:
+        InputError: if there is no such thing.
+    """
+    path = Path(source).expanduser()
+    return _json(path) if path.is_file() and path.suffix == ".json" else peek_config(source)
 
 
 def _json(path: Path) -> dict[str, Any]:
