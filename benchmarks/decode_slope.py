@@ -86,9 +86,11 @@ def main() -> None:
             steps[way, context] = filled(model, way, context)
             steps[way, context]()
         print(f"filled caches of {context} tokens", flush=True)
-    for _ in range(options.rounds):
+    order = list(steps)
+    for turn in range(options.rounds):
         bandwidths.append(read_bandwidth())
-        for case, step in steps.items():
+        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+        for case, step in ((case, steps[case]) for case in order):
             start = perf_counter()
             step()
             samples.setdefault(case, []).append(perf_counter() - start)

@@ -100,3 +100,18 @@ def test_fitting_does_not_spoil_an_exact_fold(fit: str) -> None:
     ids = tiny.tokens()
     loss = (tiny.logits(folded, ids) - tiny.logits(model, ids)).abs().max()
     assert loss < (TOLERANCE if fit == "refit" else 0.05)
+
+
+def test_drift_is_how_far_hidden_states_have_come() -> None:
+    model = tiny.hidden_mha(tiny.make("llama"))
+    windows = tiny.tokens(16, 64, seed=5)
+    found = fold_model(model, 1, "mean", "refit", windows)
+    with torch.no_grad():
+        before, after = (
+            net(windows, output_hidden_states=True).hidden_states[1] for net in (model, found.model)
+        )
+    expected = ((after - before).norm(dim=-1) / before.norm(dim=-1)).median()
+    drifts = [layer["drift"] for layer in found.record]
+    assert drifts[0] == pytest.approx(float(expected), rel=1e-4)
+    assert drifts[0] > 0.01
+    assert fold_model(model, 1, "mean", "none").record[0]["drift"] is None

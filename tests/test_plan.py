@@ -61,6 +61,14 @@ GEMMA2_9B = {
     "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
     "sliding_window": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
+LLAMA4: dict[str, Any] = {
+    "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 202048, "num_experts_per_tok": 1,
+    "attention_chunk_size": 8192,
+}  # fmt: skip
+SCOUT = {"text_config": LLAMA4 | {"num_local_experts": 16, "interleave_moe_layer_step": 1}}
+MAVERICK = {"text_config": LLAMA4 | {"num_local_experts": 128, "interleave_moe_layer_step": 2}}
 H100 = hardware_of("h100")
 
 
@@ -73,8 +81,10 @@ H100 = hardware_of("h100")
         (DEEPSEEK_V3, 671, 37),
         (NEOX_20B, 20.6, 20.6),
         (GEMMA2_9B, 9.24, 9.24),
+        (SCOUT, 107.8, 17.2),  # 109 with the vision part, which is not counted
+        (MAVERICK, 400.7, 17.2),
     ],
-    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
+    ids=lambda value: value.get("model_type", "llama4") if isinstance(value, dict) else None,
 )
 def test_parameters_are_those_that_the_makers_state(
     config: dict[str, Any], billions: float, active: float
@@ -108,6 +118,9 @@ def test_sliding_layers_keep_their_window() -> None:
     per_layer = 2 * 8 * 256 * 2
     assert kv_cache_bytes(model, Load(32_768, 2)) == 2 * 21 * per_layer * (32_768 + 4096)
     assert kv_cache_bytes(model, Load(1000, 1)) == 42 * per_layer * 1000
+    assert read_model(SCOUT, "x").kinds == {"sliding": 36, "full": 12}
+    listed = {**SCOUT["text_config"], "no_rope_layers": [1, 0] * 24}
+    assert read_model(listed, "x").kinds == {"sliding": 24, "full": 24}
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3", "phi3", "mistral", "gemma3_text"])

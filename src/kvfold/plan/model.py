@@ -180,6 +180,10 @@ def _windows(config: Config, count: int) -> list[int | None]:
         return [None if (index + 1) % pattern == 0 else window for index in range(count)]
     if config.get("model_type") == "gemma2":
         return [window if index % 2 == 0 else None for index in range(count)]
+    if config.get("model_type") in _LLAMA4:  # layers without rotary embeddings see everything
+        step = _optional(config, "no_rope_layer_interval") or 4
+        rotary = config.get("no_rope_layers") or [(i + 1) % step for i in range(count)]
+        return [window if uses else None for uses in rotary]
     uses = config.get("use_sliding_window", True)
     return [window if uses else None] * count
 
@@ -199,6 +203,9 @@ def _parameters(config: Config, model: Model) -> tuple[int, int]:
     first = _optional(config, "first_k_dense_replace") or 0
     count = len(model.layers)
     sparse = count - first if experts else 0
+    if config.get("model_type") in _LLAMA4:
+        sparse, shared = count // (_optional(config, "interleave_moe_layer_step") or 1), 1
+        dense = matrices * model.hidden_size * (_optional(config, "intermediate_size_mlp") or 0)
     tied = bool(config.get("tie_word_embeddings", False))
     words = model.vocab_size * model.hidden_size * (1 if tied else 2)
     every = attention + words + (count - sparse) * dense + sparse * (experts + shared) * one
@@ -218,6 +225,7 @@ def _attention_parameters(config: Config, layer: Layer, hidden: int) -> int:
     return q + out + hidden * layer.latent + compressed * layer.num_heads * expanded
 
 
+_LLAMA4 = ("llama4", "llama4_text")
 _TWO_MATRICES = (
     "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "phi",
     "starcoder2", "gpt_neo",
