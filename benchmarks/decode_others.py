@@ -4,9 +4,9 @@
     python benchmarks/texts.py debian texts
     python benchmarks/decode_others.py texts work            # about 5 minutes on 2 cores
 
-The same model and contexts, up to 4,096, as in ``decode_slope.py``. mistral.rs tells the time of its
-completions itself; a prompt is that many tokens of the handbook, a completion 32 tokens, greedy.
-Its threads are as many as the machine has cores. Appends to ``decode_slope.jsonl``.
+The same model and contexts, up to 4,096, as in ``decode_slope.py``. mistral.rs tells the time of
+its completions itself; a prompt is that many tokens of the handbook, a completion 32 tokens,
+greedy. Its threads are as many as the machine has cores. Appends to ``decode_slope.jsonl``.
 """
 
 import argparse
@@ -52,12 +52,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dtype", choices=("BF16", "F32"), default="BF16")
     options = parser.parse_args()
-    from mistralrs import CompletionRequest, ModelDType, Runner, Which
+    from mistralrs import (  # type: ignore[import-not-found, unused-ignore]
+        CompletionRequest,
+        ModelDType,
+        Runner,
+        Which,
+    )
 
     folder = source_folder(options.work)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer((options.texts / "handbook.txt").read_text())["input_ids"]
-    which = Which.Plain(model_id=str(readable(folder, options.work)), dtype=getattr(ModelDType, options.dtype))
+    which = Which.Plain(
+        model_id=str(readable(folder, options.work)), dtype=getattr(ModelDType, options.dtype)
+    )
     runner = Runner(which=which, prefix_cache_n=0)
     found: dict[int, list[float]] = {context: [] for context in CONTEXTS}
     for turn in range(options.rounds):
