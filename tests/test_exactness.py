@@ -102,6 +102,17 @@ def test_fitting_does_not_spoil_an_exact_fold(fit: str) -> None:
     assert loss < (TOLERANCE if fit == "refit" else 0.05)
 
 
+@pytest.mark.parametrize("fit", ["none", "refit", "local"])
+@pytest.mark.parametrize("case", ["llama", "phi3", "gemma2", "starcoder2"])
+def test_the_source_stays_as_it_was(case: str, fit: str) -> None:
+    """Fitting works in place on copies, not on the model's own tensors."""
+    model = tiny.make(case)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fold_model(model, 1, "mean", fit, None if fit == "none" else tiny.tokens(16, 64, seed=5))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_drift_is_how_far_hidden_states_have_come() -> None:
     model = tiny.hidden_mha(tiny.make("llama"))
     windows = tiny.tokens(16, 64, seed=5)

@@ -137,7 +137,9 @@ class CalibratedFolder:
     def _finish(self, folded: FoldedLayer, progress: Progress) -> None:
         """Fit a folded layer if that is wanted, and go on to the next one."""
         if self._folded is not None:
-            with self._folded.layer(folded.index, self._folded_tensors(folded)) as live:
+            # Copies: fitting changes them in place, and some may be a model's own.
+            tensors = {n: t.clone() for n, t in self._folded_tensors(folded).items()}
+            with self._folded.layer(folded.index, tensors) as live:
                 self._fit(live, folded, progress)
             self._run_folded(folded)
         self._advance()
