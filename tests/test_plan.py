@@ -240,15 +240,15 @@ def test_evidence_is_what_the_benchmarks_say() -> None:
     for row in evidence.FOLDED:
         assert f"{row.similar:.2f}" in text
         assert f"{row.other:.2f}" in text
-    measured = {
-        row["cache"].removeprefix("kvfold "): row
-        for row in map(
-            json.loads, (ROOT / "benchmarks" / "cache_quality.jsonl").read_text().splitlines()
-        )
-    }
+    lines = (ROOT / "benchmarks" / "cache_quality.jsonl").read_text().splitlines()
+    rows: list[Any] = [json.loads(line) for line in lines]
+    latest = {(row["text"], row["cache"]): row for row in rows}
     for name, words in evidence.CACHES.items():
-        row = measured[name]
-        assert f"{row['kl']:.4f}" in words or f"{row['perplexity_ratio']:.3f}" in words, name
+        worst = max(
+            (row for (_, cache), row in latest.items() if cache == f"kvfold {name}"),
+            key=lambda row: row["kl"],
+        )
+        assert f"{worst['kl']:.4f}" in words or f"{worst['perplexity_ratio']:.3f}" in words, name
 
 
 def test_every_machine_says_where_its_numbers_are_from() -> None:

@@ -234,10 +234,14 @@ def _case(case: dict[str, Any]) -> str:
     """A benchmark's case in a few words."""
     words = {"num_heads": "query heads", "num_kv_heads": "KV heads", "head_dim": "numbers each",
              "context": "tokens", "batch": "sequences"}  # fmt: skip
-    return ", ".join(
-        f"{value:,} {words.get(name, name)}" if isinstance(value, int) else f"{name} {value}"
-        for name, value in case.items()
-    )
+
+    def phrase(name: str, value: Any) -> str:
+        if not isinstance(value, int):
+            return str(value)
+        word = words.get(name, name)
+        return f"{value:,} {word.removesuffix('s') if value == 1 else word}"
+
+    return ", ".join(phrase(name, value) for name, value in case.items())
 
 
 def _json(path: Path) -> dict[str, Any]:
