@@ -8,7 +8,7 @@ import pytest
 
 from kvfold.bench import probe
 from kvfold.bench.probe import Counts, Prober
-from kvfold.errors import UnsupportedError
+from kvfold.errors import InputError, UnsupportedError
 from kvfold.plan.hardware import hardware_of
 from kvfold.plan.model import read_model
 from kvfold.plan.plan import USABLE, make_plan
@@ -64,6 +64,9 @@ def test_what_cannot_be_timed_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="nothing-like-it"):
         Prober(unknown, read_model(unknown, "unknown"))
     gpt2 = tiny.build("gpt2", tiny.GPT2).config.to_dict()
+    with pytest.raises(InputError, match="has 128 positions"):
+        Prober(gpt2, read_model(gpt2, "gpt2")).step(6, Load(120, 1))
+    assert Prober(gpt2, read_model(gpt2, "gpt2")).step(6, Load(113, 1)) > 0
     with pytest.raises(UnsupportedError, match="fewer KV heads"):
         Prober(gpt2, read_model(gpt2, "gpt2")).step(1, Load(40, 1))
 

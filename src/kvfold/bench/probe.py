@@ -18,12 +18,13 @@ import torch
 from kvfold.bench.cases import check_memory
 from kvfold.bench.records import last_level_cache
 from kvfold.bench.timing import measure
-from kvfold.errors import UnsupportedError
+from kvfold.errors import InputError, UnsupportedError
 from kvfold.plan.model import FULL, LATENT, SLIDING, Model
 from kvfold.plan.roofline import Load, kv_cache_bytes
 
 _FEW, _FEWER = 3, 1
 _ROUNDS, _STEPS = 7, 2  # samples of each small model, and steps per sample
+_TOKENS = _ROUNDS * _STEPS + 1  # decoded by each
 _TYPES = {FULL: "full_attention", SLIDING: "sliding_attention"}
 
 
@@ -73,9 +74,17 @@ class Prober:
         Weights are float32 where the model's are stored so, else bfloat16.
 
         Raises:
-            InputError: if a few layers and their caches do not fit this machine's memory.
+            InputError: if a few layers and their caches do not fit this machine's memory, or the
+                context not the positions that a model has learned.
             UnsupportedError: if the architecture cannot have that many KV heads.
         """
+        positions = getattr(self._config, "n_positions", None)  # GPT-2's; rotary ones have no end
+        if positions is not None and load.context + _TOKENS > positions:
+            raise InputError(
+                f"{self._model.name} has {positions} positions, too few to time a step after "
+                f"{load.context} tokens",
+                f"--context {positions - _TOKENS} is the most",
+            )
         model = self._model.with_kv_heads(kv_heads)
         seconds = 0.0
         for kind, layers in model.kinds.items():
