@@ -101,3 +101,4 @@ def test_the_command(kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused = kvfold("plan", tmp_path, "--gpu", "h100", "--probe")
     assert refused.code == 2
     assert "--gpu here" in refused.err
+    assert "leave one" in kvfold("plan", tmp_path, "--gpu", "here", "--probe", "--fit").err

@@ -137,7 +137,10 @@ class Prober:
     def _sized(self, kind: str, kv_heads: int, count: int) -> Any:
         config = deepcopy(self._config)
         if kv_heads != self._model.num_kv_heads and not hasattr(config, "num_key_value_heads"):
-            raise UnsupportedError(f"transformers' {config.model_type} cannot have fewer KV heads")
+            raise UnsupportedError(
+                f"transformers' {config.model_type} cannot have fewer KV heads",
+                f"--kv-heads {self._model.num_kv_heads}",
+            )
         config.num_hidden_layers = count
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = kv_heads

@@ -64,6 +64,10 @@ def command(
         raise InputError("no model given", "kvfold plan SRC --gpu h100, or --gpu list")
     if probe and gpu != "here":
         raise InputError("--probe times layers on this machine", "use it with --gpu here")
+    if probe and fit:
+        raise InputError(
+            "--fit shows no times, which --probe would measure", "leave one of them out"
+        )
     model = open_model(source)
     expect = _prober(source, model) if probe else None
     machine = _machine(gpu, memory, bandwidth, flops)
