@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvfold
+from kvfold.kernels.checks import check_options
 from kvfold.kernels.flex import flex
 from kvfold.kernels.rows import attend_rows
 from tests.attention_cases import (
@@ -347,7 +348,7 @@ def test_the_operator_is_well_behaved(dtype: torch.dtype) -> None:
     q, k, v = qkv(2, (4, 2), 2, 20, (16, 24), dtype)
     lengths = torch.tensor([20, 11])
     for padding in (None, lengths):
-        given = (q, k, v, None, padding, None, None, True, 0, 0, 0.25, 0.0)
+        given = (q, k, v, None, padding, None, None, None, 0, 0, 0.25, None)
         torch.library.opcheck(attend_rows, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -394,11 +395,6 @@ def test_flex_attention_is_told_the_same(heads: tuple[int, int], options: dict[s
     if "alibi_slopes" in options:
         options = {"alibi_slopes": torch.arange(1, heads[0] + 1) / 10}
     truth, true_lse = naive(q, k, v, **options)
-    defaults: dict[str, Any] = {
-        "causal": True, "window": None, "sinks": 0, "start": None, "lengths": None,
-        "scale": None, "softcap": None,
-    }  # fmt: skip
-    asked = {**defaults, **options}
-    out, lse = flex(q, k, v, slopes=asked.pop("alibi_slopes", None), **asked)
+    out, lse = flex(q, k, v, check_options((2, heads[0], 20, 20), **options))
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=5e-6)
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from kvfold.cache.kv import KVCache
 from kvfold.cache.store import Half
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall
+from kvfold.ops.options import Options
 from kvfold.ops.quantize import FORMATS, encode, rotate, rotation_size
 from tests.attention_cases import (
     DTYPES,
@@ -208,8 +209,7 @@ def test_chunks_and_threads_change_nothing(isa: str, dtype: str, chunk: int) -> 
     lengths = torch.tensor([1500], dtype=torch.int32)
 
     def attend(chunk: int) -> torch.Tensor:
-        options: dict[str, Any] = {"causal": True, "window": 0, "sinks": 0, "scale": None}
-        call = KernelCall(q, 2, lengths, **options, softcap=0.0)
+        call = KernelCall(q, 2, lengths, Options(right=0), 1500)
         call._call.chunk = chunk
         return call.run(kernels(), cache._storage.parts([0], lengths, call), 64, False)[0]
 

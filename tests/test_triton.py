@@ -13,6 +13,7 @@ from kvfold import KVCache
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.errors import InputError
 from kvfold.kernels.backend import backend_of
+from kvfold.kernels.checks import check_options
 from kvfold.kernels.triton.splits import LEAST_KEYS, MOST_SPLITS, Gpu, choose_splits
 from kvfold.ops.quantize import FORMATS, decode, encode, rotate, rotation_size
 from kvfold.ops.rope import Rotary
@@ -22,7 +23,6 @@ pytest.importorskip("triton")
 from kvfold.kernels.triton.launch import (
     Angles,
     GpuPart,
-    Options,
     Rows,
     append,
     attend,
@@ -87,10 +87,10 @@ def case(
     here: dict[str, Any] = {
         n: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for n, o in options.items()
     }
-    out, lse = attend(q.to(DEVICE), [part], ends.to(DEVICE), Options(**here))
+    splits = here.pop("splits", None)
+    asked = check_options((batch, heads[0], tokens, keys), **here)
+    out, lse = attend(q.to(DEVICE), [part], ends.to(DEVICE), asked, splits)
     options.pop("splits", None)
-    if "slopes" in options:
-        options["alibi_slopes"] = options.pop("slopes")
     truth, true_lse = naive(q, k_back, v_back, lengths=ends, **options)
     return out.cpu(), lse.cpu(), truth, true_lse
 
@@ -130,7 +130,7 @@ def test_lengths_and_pages(lengths: tuple[int, ...], page: int) -> None:
         {"scale": 3.0, "softcap": 30.0},
         {"start": torch.tensor([7, 30], dtype=torch.int32)},
         {"start": torch.tensor([7, 30], dtype=torch.int32), "window": 8, "sinks": 2},
-        {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "tokens": 2},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "tokens": 2},
     ],
     ids=lambda options: "-".join(options),
 )

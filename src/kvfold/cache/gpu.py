@@ -1,6 +1,6 @@
 """Attention over a cache's stores with the Triton kernels."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -8,6 +8,7 @@ from kvfold.cache.storage import Uniform
 from kvfold.kernels.backend import GPU_MAX_DIM
 from kvfold.kernels.call import readable
 from kvfold.kernels.library import MAX_TOKENS
+from kvfold.ops.options import Options
 
 
 def suits_gpu_kernel(storage: Uniform, q: torch.Tensor) -> bool:
@@ -19,21 +20,17 @@ def suits_gpu_kernel(storage: Uniform, q: torch.Tensor) -> bool:
 
 
 def attend_on_gpu(
-    storage: Uniform, q: torch.Tensor, rows: list[int], lengths: torch.Tensor, **options: Any
+    storage: Uniform, q: torch.Tensor, rows: list[int], lengths: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of sequences ``rows``; nothing here waits for the GPU.
 
     Args:
-        lengths: int32 ``[B]`` on the CPU. options: of ``kernels.triton.launch.Options``.
+        lengths: int32 ``[B]`` on the CPU.
     """
-    from kvfold.kernels.triton.launch import Options, attend
+    from kvfold.kernels.triton.launch import attend
 
-    device = storage.main.shape.device
-    for name, dtype in (("start", torch.int32), ("slopes", torch.float32)):
-        if options[name] is not None:
-            options[name] = options[name].to(device, dtype).contiguous()
-    mask = options["mask"]
+    mask = options.mask
     if mask is not None and mask.shape[-1] == 1 and lengths.numel():
-        options["mask"] = mask.expand(*mask.shape[:-1], int(lengths.max()))
+        options = replace(options, mask=mask.expand(*mask.shape[:-1], int(lengths.max())))
     there = storage.main.sent(lengths)
-    return attend(readable(q), storage.gpu_parts(rows, there), there, Options(**options))
+    return attend(readable(q), storage.gpu_parts(rows, there), there, options)

@@ -1,5 +1,7 @@
 """The KV cache: contiguous, paged or sliding, in any format."""
 
+from dataclasses import replace
+
 import torch
 
 from kvfold.cache.checks import check_kind, check_rows, check_sizes
@@ -9,7 +11,7 @@ from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
-from kvfold.kernels.dispatch import attention
+from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.library import MAX_TOKENS, library
 from kvfold.ops.quantize import FORMATS, Format, format_of
 
@@ -247,50 +249,24 @@ class KVCache:
             window, sinks = self.window, self.sinks
         lengths = torch.tensor([self.lengths[b] for b in rows], dtype=torch.int32)
         shape = (len(rows), q.shape[1], q.shape[2], max((self.lengths[b] for b in rows), default=0))
-        check_options(
-            shape, causal, window, sinks or 0, start, None, mask, scale, softcap, alibi_slopes
-        )
+        options = check_options(
+            shape, causal=causal, window=window, sinks=sinks or 0, start=start, mask=mask,
+            scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
         self._check_start(start)
         self._check_window(rows, q.shape[2])
         if suits_gpu_kernel(self._storage, q):
-            found = attend_on_gpu(
-                self._storage, q, rows, lengths, causal=causal, window=window, sinks=sinks or 0,
-                start=start, scale=scale, softcap=softcap, slopes=alibi_slopes, mask=mask,
-            )  # fmt: skip
+            found = attend_on_gpu(self._storage, q, rows, lengths, options)
             return found if return_lse else found[0]
         lib = library() if self._storage.main.backend == "cpu" else None
         if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
-            call = KernelCall(
-                q,
-                self.num_kv_heads,
-                lengths,
-                causal=causal,
-                window=window or 0,
-                sinks=sinks or 0,
-                scale=scale,
-                softcap=softcap or 0.0,
-            )
-            call.hide(start, mask, alibi_slopes, shape[3])
+            call = KernelCall(q, self.num_kv_heads, lengths, options, shape[3])
             parts = self._storage.parts(rows, lengths, call)
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
         k, v = self.tensors(q.dtype, rows)
-        lengths = lengths.to(self.device)
-        return attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            window=window,
-            sinks=sinks or 0,
-            start=start,
-            lengths=lengths,
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            return_lse=return_lse,
-        )
+        options = replace(options, lengths=lengths.to(self.device))
+        return attention_of(q, k, v, options, return_lse)
 
     def _check_window(self, rows: list[int], queries: int) -> None:
         if self.kind != "sliding" or self.window is None:

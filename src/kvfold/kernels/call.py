@@ -3,6 +3,7 @@
 import torch
 
 from kvfold.kernels.library import Attend, Library, Part, Tensor
+from kvfold.ops.options import Options
 
 
 class KernelCall:
@@ -10,7 +11,8 @@ class KernelCall:
 
     Args:
         lengths: int32 ``[B]``; the last query stands at position ``lengths[b] - 1``.
-        window: 0 for none. softcap: 0 for none.
+        options: their own ``lengths`` are not read.
+        keys: the most positions of a sequence, for which ``options.mask`` has entries.
     """
 
     def __init__(
@@ -18,12 +20,8 @@ class KernelCall:
         q: torch.Tensor,
         num_kv_heads: int,
         lengths: torch.Tensor,
-        *,
-        causal: bool,
-        window: int,
-        sinks: int,
-        scale: float | None,
-        softcap: float,
+        options: Options,
+        keys: int,
     ) -> None:
         self._q = readable(q)
         self._kept: list[torch.Tensor] = [lengths]
@@ -32,26 +30,21 @@ class KernelCall:
         call.num_kv_heads = num_kv_heads
         call.q = Tensor.of(self._q)
         call.length = lengths.data_ptr()
-        call.scale = call.head_dim**-0.5 if scale is None else scale
-        call.softcap = softcap
-        call.causal = causal
-        call.window = window
-        call.sinks = sinks
+        call.scale = call.head_dim**-0.5 if options.scale is None else options.scale
+        call.softcap = options.softcap or 0.0
+        call.causal = options.causal
+        call.window = options.window or 0
+        call.sinks = options.sinks
+        self._hide(options, keys)
 
     def kept(self, x: torch.Tensor) -> torch.Tensor:
         """Keep a tensor alive until the call has run."""
         self._kept.append(x)
         return x
 
-    def hide(
-        self,
-        start: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        slopes: torch.Tensor | None,
-        keys: int,
-    ) -> None:
-        """Set what is hidden or biased; ``mask`` broadcasts to ``[B, Hq, T, keys]``."""
-        call = self._call
+    def _hide(self, options: Options, keys: int) -> None:
+        """Set the tensors that hide or bias scores."""
+        call, start, mask, slopes = self._call, options.start, options.mask, options.alibi_slopes
         if start is not None:
             call.start = self.kept(start.to(torch.int32).contiguous()).data_ptr()
         if slopes is not None:

@@ -5,22 +5,24 @@ import math
 import torch
 
 from kvfold.errors import InputError
+from kvfold.ops.options import Options, reach
 
 Shape = tuple[int, int, int, int]  # batch, query heads, queries, keys
 
 
 def check_options(
     shape: Shape,
-    causal: bool,
-    window: int | None,
-    sinks: int,
-    start: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    alibi_slopes: torch.Tensor | None,
-) -> None:
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    start: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+) -> Options:
     """Check the options that ``kvfold.attention`` and caches share.
 
     Raises:
@@ -44,6 +46,8 @@ def check_options(
         raise InputError(f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}]")
     if mask is not None:
         _check_mask(mask, shape)
+    left, right = reach(causal, window)
+    return Options(left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes)
 
 
 def check_range(name: str, given: torch.Tensor | None, batch: int, keys: int) -> None:

@@ -1,6 +1,8 @@
 """``attention``: check the arguments, choose how to compute it, and be able to say why."""
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 
@@ -11,6 +13,7 @@ from kvfold.kernels.flex import flex
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
 from kvfold.ops.mask import alibi, visible
+from kvfold.ops.options import Options
 from kvfold.ops.reference import attend
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -43,15 +46,7 @@ class _Call:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    causal: bool
-    window: int | None
-    sinks: int
-    start: torch.Tensor | None
-    lengths: torch.Tensor | None
-    mask: torch.Tensor | None
-    scale: float | None
-    softcap: float | None
-    alibi_slopes: torch.Tensor | None
+    options: Options
     dropout: float
     return_lse: bool
 
@@ -106,9 +101,20 @@ def attention(
     torch.Size([1, 8, 5, 16])
     """
     call = _checked(
-        q, k, v, causal, window, sinks, start, lengths, mask, scale, softcap, alibi_slopes,
-        dropout, return_lse,
+        q, k, v, dropout, return_lse, causal=causal, window=window, sinks=sinks, start=start,
+        lengths=lengths, mask=mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
+    return _run(call)
+
+
+def attention_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` with options that are checked already."""
+    return _run(_Call(q, k, v, options, 0.0, return_lse))
+
+
+def _run(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     path = _choose(call).name
     if path == "kernel":
         return _kernel(call)
@@ -119,8 +125,17 @@ def attention(
     return _matmul(call)
 
 
+_OPTIONS = frozenset(signature(attention).parameters)
+
+
 def explain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, **options: object
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    **options: Any,
 ) -> Path:
     """Say how ``attention`` would compute this call, and why; takes the same arguments.
 
@@ -128,31 +143,19 @@ def explain(
     >>> print(explain(x, x, x))
     sdpa: gradients are needed, and PyTorch's kernels have them
     """
-    defaults: dict[str, object] = {
-        "window": None, "sinks": 0, "start": None, "lengths": None, "mask": None, "scale": None,
-        "softcap": None, "alibi_slopes": None, "dropout": 0.0, "return_lse": False,
-    }  # fmt: skip
-    unknown = set(options) - set(defaults)
+    unknown = set(options) - _OPTIONS
     if unknown:
         raise InputError(f"attention has no option {sorted(unknown)[0]!r}")
-    return _choose(_checked(q, k, v, causal, **{**defaults, **options}))  # type: ignore[arg-type]
+    return _choose(_checked(q, k, v, dropout, return_lse, **options))
 
 
 def _checked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    causal: bool,
-    window: int | None,
-    sinks: int,
-    start: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    alibi_slopes: torch.Tensor | None,
     dropout: float,
     return_lse: bool,
+    **options: Any,
 ) -> _Call:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -170,16 +173,11 @@ def _checked(
         raise InputError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly: {shapes}"
         )
-    check_options(
-        (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), causal, window, sinks, start, lengths,
-        mask, scale, softcap, alibi_slopes,
-    )  # fmt: skip
+    shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    checked = check_options(shape, **options)
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
-    return _Call(
-        q, k, v, causal, window, sinks, start, lengths, mask, scale, softcap, alibi_slopes,
-        dropout, return_lse,
-    )  # fmt: skip
+    return _Call(q, k, v, checked, dropout, return_lse)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -205,17 +203,18 @@ def _on_gpu(call: _Call) -> Path | None:
 
 def _suits_flex(call: _Call) -> bool:
     """Many queries on a GPU, and scores that PyTorch's fused kernels cannot have."""
-    bent = call.window is not None or call.softcap is not None or call.alibi_slopes is not None
+    o = call.options
+    bent = o.left is not None or o.softcap is not None or o.alibi_slopes is not None
     sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
-    free = call.mask is None and not call.dropout and 0 not in sizes
+    free = o.mask is None and not call.dropout and 0 not in sizes
     return call.q.is_cuda and bent and free and call.q.dtype is not torch.float64
 
 
 def _choose(call: _Call) -> Path:
-    q, k = call.q, call.k
-    tensors = [q, k, call.v] + [x for x in (call.mask, call.alibi_slopes) if x is not None]
+    q, k, o = call.q, call.k, call.options
+    tensors = [q, k, call.v] + [x for x in (o.mask, o.alibi_slopes) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    plain = call.softcap is None and not call.return_lse
+    plain = o.softcap is None and not call.return_lse
     if not gradients and not call.dropout and _backend(q.device) == "triton":
         path = _on_gpu(call)
         if path is not None:
@@ -244,34 +243,26 @@ def _choose(call: _Call) -> Path:
 
 def _seen(call: _Call) -> torch.Tensor | None:
     """What the options leave visible, without the mask; None for everything."""
-    if not call.causal and call.start is None and call.lengths is None:
+    o = call.options
+    if o.left is None and o.right is None and o.start is None and o.lengths is None:
         return None
-    return visible(
-        call.q.shape[2],
-        call.k.shape[2],
-        causal=call.causal,
-        window=call.window,
-        sinks=call.sinks,
-        start=call.start,
-        lengths=call.lengths,
-        device=call.q.device,
-    )
+    return visible(call.q.shape[2], call.k.shape[2], o, call.q.device)
 
 
 def _bias(call: _Call) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Visibility (boolean) and additive bias, from all options."""
-    seen, bias = _seen(call), None
-    if call.mask is not None:
-        if call.mask.dtype == torch.bool:
-            seen = call.mask if seen is None else seen & call.mask
+    seen, bias, o = _seen(call), None, call.options
+    if o.mask is not None:
+        if o.mask.dtype == torch.bool:
+            seen = o.mask if seen is None else seen & o.mask
         else:
-            bias = call.mask
-    if call.alibi_slopes is not None:
+            bias = o.mask
+    if o.alibi_slopes is not None:
         tokens, keys = call.q.shape[2], call.k.shape[2]
-        distance = alibi(call.alibi_slopes, tokens, keys)
-        if call.lengths is not None:  # queries stand further left
-            shift = (keys - call.lengths).view(-1, 1, 1, 1)
-            distance = distance + call.alibi_slopes.view(1, -1, 1, 1) * shift
+        distance = alibi(o.alibi_slopes, tokens, keys)
+        if o.lengths is not None:  # queries stand further left
+            shift = (keys - o.lengths).view(-1, 1, 1, 1)
+            distance = distance + o.alibi_slopes.view(1, -1, 1, 1) * shift
         bias = distance if bias is None else bias + distance
     return seen, bias
 
@@ -284,8 +275,8 @@ def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         call.v,
         seen=seen,
         bias=None if bias is None else bias.to(call.q.dtype),
-        scale=call.scale,
-        softcap=call.softcap,
+        scale=call.options.scale,
+        softcap=call.options.softcap,
         dropout=call.dropout,
     )
     return (found.out, found.lse) if call.return_lse else found.out
@@ -293,11 +284,11 @@ def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
 
 def _sdpa(call: _Call) -> torch.Tensor:
     """PyTorch's kernels; a query that sees nothing gets zeros here too."""
-    q, k, v = call.q, call.k, call.v
-    square = call.causal and q.shape[2] == k.shape[2] and call.window is None
-    if square and call.start is None and call.lengths is None:
+    q, k, v, o = call.q, call.k, call.v, call.options
+    square = o.causal and q.shape[2] == k.shape[2] and o.left is None
+    if square and o.start is None and o.lengths is None:
         seen, bias, is_causal = None, None, True
-        if call.mask is not None or call.alibi_slopes is not None:
+        if o.mask is not None or o.alibi_slopes is not None:
             seen, bias = _bias(call)
             is_causal = False
     else:
@@ -306,7 +297,7 @@ def _sdpa(call: _Call) -> torch.Tensor:
     if bias is not None and seen is not None:
         bias = bias.masked_fill(~seen, -torch.inf)
     mask = seen if bias is None else bias.to(q.dtype)
-    scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
+    scale = q.shape[3] ** -0.5 if o.scale is None else o.scale
     v_head_dim = v.shape[3]
     if q.shape[1] != k.shape[1] and v_head_dim != q.shape[3]:
         # Of uneven heads PyTorch's only kernel repeats keys and values; zeros change nothing.
@@ -329,27 +320,14 @@ def _sdpa(call: _Call) -> torch.Tensor:
 
 
 def _flex(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    found = flex(
-        call.q, call.k, call.v, causal=call.causal, window=call.window, sinks=call.sinks,
-        start=call.start, lengths=call.lengths, scale=call.scale, softcap=call.softcap,
-        slopes=call.alibi_slopes,
-    )  # fmt: skip
+    found = flex(call.q, call.k, call.v, call.options)
     return found if call.return_lse else found[0]
 
 
 def _kernel(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    o = call.options
     out, lse = attend_rows(
-        call.q,
-        call.k,
-        call.v,
-        start=call.start,
-        lengths=call.lengths,
-        mask=call.mask,
-        alibi_slopes=call.alibi_slopes,
-        causal=call.causal,
-        window=call.window or 0,
-        sinks=call.sinks,
-        scale=call.q.shape[-1] ** -0.5 if call.scale is None else call.scale,
-        softcap=call.softcap or 0.0,
-    )
+        call.q, call.k, call.v, o.start, o.lengths, o.mask, o.alibi_slopes, o.left, o.right,
+        o.sinks, o.scale, o.softcap,
+    )  # fmt: skip
     return (out, lse) if call.return_lse else out

@@ -10,20 +10,14 @@ from typing import Any
 
 import torch
 
+from kvfold.ops.options import Options
+
 
 def flex(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    causal: bool,
-    window: int | None,
-    sinks: int,
-    start: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    slopes: torch.Tensor | None,
+    options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kvfold.attention`` through FlexAttention; output and log-sum-exp (float32).
 
@@ -31,6 +25,8 @@ def flex(
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    start, lengths, slopes = options.start, options.lengths, options.alibi_slopes
+    left, right, softcap = options.left, options.right, options.softcap
     batch, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     first = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
     end = torch.full_like(first, keys) if lengths is None else lengths
@@ -38,10 +34,10 @@ def flex(
     def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
         position = end[b] - tokens + i
         seen = (j >= first[b]) & (j < end[b])
-        if causal:
-            seen = seen & (j <= position)
-        if window is not None:
-            seen = seen & ((j > position - window) | (j < first[b] + sinks))
+        if right is not None:
+            seen = seen & (j <= position + right)
+        if left is not None:
+            seen = seen & ((j >= position - left) | (j < first[b] + options.sinks))
         return seen
 
     def bent(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -56,7 +52,7 @@ def flex(
     attend: Any = _compiled() if q.is_cuda else flex_attention
     bends = softcap is not None or slopes is not None
     out, lse = attend(
-        q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=scale,
+        q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=options.scale,
         enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
     )  # fmt: skip
     nothing = lse.isneginf()[..., None]

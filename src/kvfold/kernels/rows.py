@@ -1,6 +1,6 @@
 """The kernels over plain tensors, as a PyTorch operator that ``torch.compile`` understands."""
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 
@@ -8,10 +8,8 @@ from kvfold.kernels.backend import backend_of
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_range
 from kvfold.kernels.library import Part, library, rows_side
+from kvfold.ops.options import Options
 from kvfold.ops.quantize import format_of
-
-if TYPE_CHECKING:
-    from kvfold.kernels.triton.launch import Options
 
 
 @torch.library.custom_op("kvfold::attend_rows", mutates_args=(), device_types=("cpu", "cuda"))
@@ -23,34 +21,25 @@ def attend_rows(
     lengths: torch.Tensor | None,
     mask: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
-    causal: bool,
-    window: int,
+    left: int | None,
+    right: int | None,
     sinks: int,
-    scale: float,
-    softcap: float,
+    scale: float | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kvfold.attention`` for few queries; output and log-sum-exp (float32)."""
+    options = Options(left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes)
     if backend_of(q.device) == "triton":
-        from kvfold.kernels.triton.launch import Options
-
-        options = Options(
-            causal=causal, window=window or None, sinks=sinks, start=_ints(start), scale=scale,
-            softcap=softcap or None, mask=_whole_keys(mask, k.shape[2]),
-            slopes=None if alibi_slopes is None else alibi_slopes.detach().float().contiguous(),
-        )  # fmt: skip
-        return _on_gpu(q, k, v, _ints(lengths), options)
+        return _on_gpu(q, k, v, options)
     lib = library()
     assert lib is not None
     batch, keys = k.shape[0], k.shape[2]
     k, v = readable(k), readable(v)
     end = torch.full((batch,), keys) if lengths is None else lengths
     end = end.to(torch.int32).contiguous()
-    call = KernelCall(
-        q, k.shape[1], end, causal=causal, window=window, sinks=sinks, scale=scale, softcap=softcap
-    )
+    call = KernelCall(q, k.shape[1], end, options, keys)
     check_range("start", start, batch, keys)  # unchecked until now under torch.compile
     check_range("lengths", lengths, batch, keys)
-    call.hide(start, mask, alibi_slopes, keys)
     pages = call.kept(torch.arange(batch, dtype=torch.int32))
     fmt = format_of(k.dtype)
     sides = rows_side(k, fmt), rows_side(v, fmt)
@@ -64,24 +53,20 @@ def _on_gpu(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lengths: torch.Tensor | None,
-    options: "Options",
+    options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A plain tensor is one page per sequence."""
     from kvfold.kernels.triton.launch import GpuPart, Rows, attend
 
     batch, keys = k.shape[0], k.shape[2]
     whole = torch.full((batch,), keys, dtype=torch.int32, device=q.device)
-    end = whole if lengths is None else lengths
+    end = whole if options.lengths is None else options.lengths.to(torch.int32).contiguous()
     none = q.new_empty(1, 1, 1, 0, dtype=torch.bfloat16)  # plain numbers have no scales
     sides = [Rows(format_of(x.dtype), readable(x), none, x.shape[3]) for x in (k, v)]
     table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
     part = GpuPart(sides[0], sides[1], table, max(keys, 1), None, end, keys)
+    options = replace(options, mask=_whole_keys(options.mask, keys))
     return attend(readable(q), [part], end, options)
-
-
-def _ints(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.to(torch.int32).contiguous()
 
 
 def _whole_keys(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

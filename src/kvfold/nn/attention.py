@@ -12,6 +12,7 @@ from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
 from kvfold.kernels.dispatch import attention, explain
 from kvfold.ops.mask import visible
+from kvfold.ops.options import Options, reach
 from kvfold.ops.reference import attend
 from kvfold.ops.rope import Rotary, following
 
@@ -254,9 +255,9 @@ class GroupedQueryAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden
     ) -> torch.Tensor:
         """Attention weights ``[B, Hq, T, S]``, in float32 or better."""
-        shown: dict[str, Any] = {**vars(hidden), **self._sight, "device": q.device}
-        bias = shown.pop("mask")
-        seen = visible(q.shape[2], k.shape[2], **shown)
+        left, right = reach(self.causal, self.window)
+        options = Options(left, right, self.sinks, hidden.start, hidden.lengths)
+        bias, seen = hidden.mask, visible(q.shape[2], k.shape[2], options, q.device)
         if bias is not None and bias.dtype == torch.bool:
             seen, bias = seen & bias, None
         q, k, v = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))

@@ -2,40 +2,36 @@
 
 import torch
 
+from kvfold.ops.options import Options
+
 
 def visible(
     tokens: int,
     keys: int,
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    sinks: int = 0,
-    start: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
+    options: Options,
     device: torch.device | None = None,
 ) -> torch.Tensor:
     """The visibility of keys as a boolean ``[B or 1, 1, tokens, keys]``.
 
     Sequence b holds keys ``start[b] <= j < lengths[b]`` (int ``[B]``; all of them by default).
     Its last query is at its last key (bottom-right alignment), so query t is at position
-    ``p = lengths[b] - tokens + t``. ``causal`` hides keys after p, ``window`` keys at or before
-    ``p - window``, except the first ``sinks`` (arXiv 2309.17453).
+    ``p = lengths[b] - tokens + t``, and sees ``p - left <= j <= p + right``, and of the keys
+    before those also the first ``sinks`` (arXiv 2309.17453). The mask is left out.
 
-    >>> visible(2, 4, causal=True, window=2)[0, 0].int().tolist()
+    >>> visible(2, 4, Options(left=1, right=0))[0, 0].int().tolist()
     [[0, 1, 1, 0], [0, 0, 1, 1]]
     """
     j = torch.arange(keys, device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
-    first = (zero if start is None else start.long())[:, None, None]
+    first = (zero if options.start is None else options.start.long())[:, None, None]
+    lengths = options.lengths
     end = (zero + keys if lengths is None else lengths.long())[:, None, None]
     position = end - tokens + torch.arange(tokens, device=device)[:, None]  # [B, T, 1]
     seen = (j >= first) & (j < end)
-    if causal:
-        seen = seen & (j <= position)
-    if window is not None:
-        seen = seen & ((j > position - window) | (j < first + sinks))
-    else:
-        seen = seen.expand(-1, tokens, -1)
+    if options.right is not None:
+        seen = seen & (j <= position + options.right)
+    if options.left is not None:
+        seen = seen & ((j >= position - options.left) | (j < first + options.sinks))
     return seen[:, None].expand(-1, -1, tokens, -1)
 
 

@@ -1,7 +1,7 @@
 """Calling the decoding kernels: sizes of tiles, splits, scratch memory."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,6 +17,7 @@ from kvfold.kernels.triton.decode import (
     merge_kernel,
 )
 from kvfold.kernels.triton.splits import Gpu, choose_splits
+from kvfold.ops.options import Options
 from kvfold.ops.quantize import GROUP, Format, rotate, rotation_size
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,28 +77,12 @@ class GpuPart:
     keys: int
 
 
-@dataclass(frozen=True)
-class Options:
-    """What hides or bends scores; see ``kvfold.attention``.
-
-    Attributes:
-        mask: boolean or additive, broadcastable to ``[B, Hq, T, S]``. splits: of every part, to
-            override the rule.
-    """
-
-    causal: bool = True
-    window: int | None = None
-    sinks: int = 0
-    start: torch.Tensor | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    slopes: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    splits: int | None = None
-
-
 def attend(
-    q: torch.Tensor, parts: list[GpuPart], lengths: torch.Tensor, options: Options
+    q: torch.Tensor,
+    parts: list[GpuPart],
+    lengths: torch.Tensor,
+    options: Options,
+    splits_each: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of ``q`` ``[B, Hq, T, D]`` over the positions that ``parts`` hold.
 
@@ -107,6 +92,8 @@ def attend(
     Args:
         parts: their INT4 keys are rotated; ``q`` must be given unrotated, and is rotated here.
         lengths: int32 ``[B]``; the last query stands at ``lengths[b] - 1``.
+        options: their own ``lengths`` are not read.
+        splits_each: of every part, to override the rule.
 
     Returns:
         ``[B, Hq, T, Dv]`` in q's dtype and the log-sum-exp ``[B, Hq, T]`` float32.
@@ -122,7 +109,7 @@ def attend(
     tile = min(MOST_ROWS, max(LEAST_ROWS, _power(rows)))
     tiles = -(-rows // tile)
     splits = [
-        options.splits or choose_splits(batch * kv_heads * tiles, part.keys, gpu_of(q.device))
+        splits_each or choose_splits(batch * kv_heads * tiles, part.keys, gpu_of(q.device))
         for part in parts
     ]
     slots = sum(splits)
@@ -130,6 +117,7 @@ def attend(
         batch * heads * tokens, slots, v_head_dim, dtype=torch.float32, device=q.device
     )
     part_lse = torch.empty(scratch.shape[:2], dtype=torch.float32, device=q.device)
+    options = _ready(options, q.device)
     slot = 0
     for part, count in zip(parts, splits, strict=True):
         grid = (count, tiles, batch * kv_heads)
@@ -218,7 +206,7 @@ def _launch(
         part.table, part.table.stride(0), part.page_size,
         none if part.begin is None else part.begin, part.end, lengths,
         none if options.start is None else options.start,
-        none if options.slopes is None else options.slopes,
+        none if options.alibi_slopes is None else options.alibi_slopes,
         none if mask is None else mask, *(mask.stride()[:3] if mask is not None else (0, 0, 0)),
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
@@ -232,9 +220,19 @@ def _launch(
         ONE_PAGE=part.table.shape[1] == 1, CAUSAL=options.causal,
         WINDOW=options.window is not None, SOFTCAP=options.softcap is not None,
         HAS_BEGIN=part.begin is not None, HAS_START=options.start is not None,
-        HAS_SLOPES=options.slopes is not None, MASK_KIND=kind,
+        HAS_SLOPES=options.alibi_slopes is not None, MASK_KIND=kind,
         num_warps=4, num_stages=3,
     )  # fmt: skip
+
+
+def _ready(options: Options, device: torch.device) -> Options:
+    """With tensors of the dtypes that the kernels read, where they run."""
+    start, slopes = options.start, options.alibi_slopes
+    if start is not None:
+        start = start.to(device, torch.int32).contiguous()
+    if slopes is not None:
+        slopes = slopes.detach().to(device, torch.float32).contiguous()
+    return replace(options, start=start, alibi_slopes=slopes)
 
 
 def _mask(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor | None, int]:

@@ -2,7 +2,8 @@
 
 import torch
 
-from kvfold.kernels.triton.launch import Angles, GpuPart, Options, Rows, append, attend
+from kvfold.kernels.triton.launch import Angles, GpuPart, Rows, append, attend
+from kvfold.ops.options import Options, reach
 from kvfold.ops.quantize import FORMATS
 
 _DEVICES = ("cuda", "cpu")  # a CPU for Triton's interpreter
@@ -57,11 +58,9 @@ def gpu_attend(
         Rows(FORMATS[v_format], v_data, v_scales, v_head_dim),
         table, page_size, None, lengths, table.shape[1] * page_size,
     )  # fmt: skip
-    options = Options(
-        causal=causal, window=window, sinks=sinks, start=start, scale=scale, softcap=softcap,
-        mask=mask, splits=splits,
-    )  # fmt: skip
-    return attend(q, [part], lengths, options)
+    left, right = reach(causal, window)
+    options = Options(left, right, sinks, start, None, mask, scale, softcap)
+    return attend(q, [part], lengths, options, splits)
 
 
 @gpu_attend.register_fake
