@@ -13,7 +13,6 @@ from kvfold.bench.attention import run_attention
 from kvfold.bench.buffers import Rotation, Rows, copies, read
 from kvfold.bench.cases import (
     CACHE_DTYPES,
-    MAX_HEAD_DIM,
     AttentionCase,
     AttentionRequest,
     dtype_of,
@@ -21,13 +20,13 @@ from kvfold.bench.cases import (
 )
 from kvfold.bench.compare import change, compare_files
 from kvfold.bench.gate import Truth
-from kvfold.bench.parse import parse_size, parse_sizes
 from kvfold.bench.peers import PEERS, Peer
 from kvfold.bench.records import Results, Row, load, save
 from kvfold.bench.timing import Spread, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.kernels.library import MAX_DIM
+from kvfold.numbers import BYTES, CONTEXT, HEAD_DIM, Wholes
 from kvfold.ops.quantize import FORMATS
 
 TINY = AttentionRequest(
@@ -108,28 +107,28 @@ def test_quartiles_enclose_the_median(samples: list[float]) -> None:
     ("text", "value"), [("1", 1), ("8k", 8192), ("1.5K", 1536), ("1M", 1 << 20), ("2GiB", 2 << 30)]
 )
 def test_sizes(text: str, value: int) -> None:
-    assert parse_size(text, "--context") == value
+    assert BYTES.read(text, "--working-set") == value
 
 
 @pytest.mark.parametrize("text", ["", "k", "-1", "0", "0.3", "8q", "1e3", "nan", "8k8"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="--context"):
-        parse_size(text, "--context")
+        CONTEXT.read(text, "--context")
 
 
 def test_lists() -> None:
-    assert parse_sizes("1k, 8k,1024", "--context") == (1024, 8192)
+    assert Wholes(CONTEXT).read("1k, 8k,1024", "--context") == (1024, 8192)
     assert parse_dtypes("int8/int4,bf16") == ("int8/int4", "bf16")
     assert parse_dtypes("none") == ()
     assert dtype_of("int8/int4") == ("int8", "int4")
     for text in ("", " , "):
         with pytest.raises(InputError, match="empty"):
-            parse_sizes(text, "--context")
+            Wholes(CONTEXT).read(text, "--context")
 
 
 def test_what_is_known_without_torch_is_true() -> None:
     assert tuple(FORMATS) == CACHE_DTYPES
-    assert MAX_HEAD_DIM == MAX_DIM
+    assert HEAD_DIM.most == MAX_DIM
 
 
 @pytest.mark.parametrize("case", [AttentionCase(6, 2, 32, 33, 2), AttentionCase(4, 4, 16, 5, 1)])

@@ -150,7 +150,7 @@ def test_weights_are_read_from_the_name(tmp_path: Path) -> None:
     named.write_text("text")
     assert parse_source(str(named)) == TextSource(str(named))
     for bad in ("a=0", "a=-1", "a=nan", "a=inf"):
-        with pytest.raises(InputError, match="weight above 0"):
+        with pytest.raises(InputError, match=r"weight of --text a: .*above 0"):
             parse_source(bad)
 
 

@@ -1,20 +1,23 @@
 """What to measure, checked before PyTorch is imported."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from kvfold.bench.parse import check_name, parse_list
+from kvfold.arguments import choice, several, text
 from kvfold.bench.peers import PEERS
 from kvfold.bench.timing import DEFAULT_ROUNDS
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
+from kvfold.names import shown
+from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes, parts
 
 # Those of kvfold.ops.quantize, which needs PyTorch; a test compares both.
 CACHE_DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 DEFAULT_WORKING_SET = 1 << 30  # bytes: several times any last-level cache
-MAX_HEAD_DIM = 1024
+MOST_CASES = 1000
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,11 @@ class AttentionRequest:
     working_set: int = DEFAULT_WORKING_SET
 
     def __post_init__(self) -> None:
-        check_at_least("--heads", self.num_heads)
-        for name, values in (
-            ("--kv-heads", self.kv_heads),
-            ("--context", self.contexts),
-            ("--batch", self.batches),
-            ("--head-dim", self.head_dims),
-        ):
-            for value in values:
-                check_at_least(name, value)
+        HEADS.check(self.num_heads, "--heads")
+        Wholes(HEADS).check(self.kv_heads, "--kv-heads")
+        Wholes(CONTEXT).check(self.contexts, "--context")
+        Wholes(BATCH).check(self.batches, "--batch")
+        Wholes(HEAD_DIM).check(self.head_dims, "--head-dim")
         for kv_heads in self.kv_heads:
             if self.num_heads % kv_heads:
                 choices = ", ".join(map(str, divisors(self.num_heads)))
@@ -77,18 +76,13 @@ class AttentionRequest:
                     f"--kv-heads {kv_heads} does not divide --heads {self.num_heads}",
                     f"choose from {choices}",
                 )
-        if max(self.head_dims) > MAX_HEAD_DIM:
-            raise InputError(
-                f"--head-dim {max(self.head_dims)}: expected at most {MAX_HEAD_DIM}",
-                "64 and 128 are usual",
-            )
-        for dtype in self.dtypes:
-            check_dtype(dtype)
-        for peer in self.against:
-            check_name(peer, "--against", PEERS)
+        several(self.dtypes, "--dtype", check_dtype)
+        several(self.against, "--against", check_peer)
         if not self.dtypes and not self.against:
             raise InputError("nothing to measure", "name a --dtype or a peer (--against)")
-        check_run(self.rounds, self.threads)
+        check_run(self.rounds, self.threads, self.working_set)
+        lists = (self.kv_heads, self.contexts, self.batches, self.head_dims)
+        check_cases(prod(len(values) for values in lists))
         self._check_memory()
 
     def cases(self) -> Iterator[AttentionCase]:
@@ -107,27 +101,54 @@ class AttentionRequest:
         check_memory(sets, "a smaller --working-set, --context or --batch needs less")
 
 
-def parse_dtypes(text: str) -> tuple[str, ...]:
+def parse_dtypes(words: str) -> tuple[str, ...]:
     """A comma list of cache dtypes; ``none`` for an empty one.
 
     Raises:
         InputError: for one that does not exist.
     """
-    return () if text.strip() == "none" else parse_list(text, "--dtype", check_dtype)
+    return _unless_none(words, "--dtype", check_dtype)
 
 
-def check_dtype(dtype: str) -> str:
+def parse_peers(words: str) -> tuple[str, ...]:
+    """A comma list of peers; ``none`` for an empty one.
+
+    Raises:
+        InputError: for one that does not exist.
+    """
+    return _unless_none(words, "--against", check_peer)
+
+
+def _unless_none(words: str, name: str, check: Callable[[object, str], str]) -> tuple[str, ...]:
+    if words.strip() == "none":
+        return ()
+    return tuple(check(part, name) for part in parts(words, name))
+
+
+def check_peer(peer: object, name: str = "--against") -> str:
+    """A peer's name.
+
+    Raises:
+        InputError: if there is no such peer.
+    """
+    return choice(peer, name, PEERS)
+
+
+def check_dtype(dtype: object, name: str = "--dtype") -> str:
     """A cache dtype, or one for keys and one for values: ``int8/int4``.
 
     Raises:
         InputError: for anything else.
     """
-    parts = dtype.split("/")
-    if len(parts) > 2:
-        raise InputError(f"--dtype {dtype}: expected one dtype, or keys/values", "e.g. int8/int4")
-    for part in parts:
-        check_name(part, "--dtype", CACHE_DTYPES)
-    return dtype
+    found = text(dtype, name)
+    each = found.split("/")
+    if len(each) > 2:
+        raise InputError(
+            f"{name} {shown(found)}: expected one dtype, or keys/values", "e.g. int8/int4"
+        )
+    for part in each:
+        choice(part, name, CACHE_DTYPES)
+    return found
 
 
 def dtype_of(dtype: str) -> str | tuple[str, str]:
@@ -140,17 +161,25 @@ def dtype_of(dtype: str) -> str | tuple[str, str]:
     return (keys, values) if values else keys
 
 
-def check_at_least(option: str, value: int, least: int = 1) -> None:
-    """Raise if an option's value is less than ``least``."""
-    if value < least:
-        raise InputError(f"{option} {value}: expected at least {least}", "give a larger number")
-
-
-def check_run(rounds: int, threads: int | None) -> None:
+def check_run(rounds: int, threads: int | None, working_set: int) -> None:
     """Check what every benchmark takes."""
-    check_at_least("--rounds", rounds)
+    ROUNDS.check(rounds, "--rounds")
+    BYTES.check(working_set, "--working-set")
     if threads is not None:
-        check_at_least("--threads", threads)
+        THREADS.check(threads, "--threads")
+
+
+def check_cases(count: int) -> None:
+    """Refuse more combinations than anyone waits for.
+
+    Raises:
+        InputError: with their number.
+    """
+    if count > MOST_CASES:
+        raise InputError(
+            f"the lists make {count:,} cases; expected at most {MOST_CASES:,}",
+            "shorten a comma list",
+        )
 
 
 def check_memory(needed: int, hint: str) -> None:

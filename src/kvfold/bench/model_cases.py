@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold.arguments import several, source
 from kvfold.bench.cases import (
     DEFAULT_WORKING_SET,
-    check_at_least,
+    check_cases,
     check_dtype,
     check_memory,
     check_run,
@@ -16,6 +17,7 @@ from kvfold.bench.timing import DEFAULT_ROUNDS
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.source import open_checkpoint, peek_config
 from kvfold.errors import InputError
+from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
 
 GATE_STEPS = 4  # decode steps that are compared before anything is timed
 _LEARNED_POSITIONS = "n_positions"  # GPT-2's name for them: a model cannot go beyond
@@ -46,13 +48,14 @@ class ModelRequest:
     working_set: int = DEFAULT_WORKING_SET
 
     def __post_init__(self) -> None:
-        for dtype in self.dtypes:
-            check_dtype(dtype)
-        for name, values in (("--context", self.contexts), ("--batch", self.batches)):
-            for value in values:
-                check_at_least(name, value)
-        check_at_least("--tokens", self.tokens)
-        check_run(self.rounds, self.threads)
+        several(self.dtypes, "--dtype", check_dtype)
+        if not several(self.paths, "PATH", source):
+            raise InputError("no model given", "name one or more folders")
+        Wholes(CONTEXT).check(self.contexts, "--context")
+        Wholes(BATCH).check(self.batches, "--batch")
+        STEPS.check(self.tokens, "--tokens")
+        check_run(self.rounds, self.threads, self.working_set)
+        check_cases(len(self.contexts) * len(self.batches))
         if self.text is not None:
             from kvfold.quality.text import read_texts
 

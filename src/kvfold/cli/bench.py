@@ -2,27 +2,40 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvfold import numbers
 from kvfold.bench import words
+from kvfold.cli.options import Number
 from kvfold.cli.output import emit
+from kvfold.numbers import Wholes
 
 if TYPE_CHECKING:
     from kvfold.bench.compare import Change
     from kvfold.bench.records import Results, Row
 
 _COMMON: list[Callable[[Any], Any]] = [
-    click.option("--rounds", default=9, show_default=True, help="Samples of each competitor."),
+    click.option(
+        "--rounds",
+        type=Number(numbers.ROUNDS),
+        default=9,
+        show_default=True,
+        help="Samples of each competitor.",
+    ),
     click.option(
         "--working-set",
+        type=Number(numbers.BYTES),
         default="1G",
         show_default=True,
         help="Bytes to rotate over, or to read when measuring bandwidth; several times the "
         "last-level cache.",
     ),
-    click.option("--threads", type=int, help="Of PyTorch.  [default: all cores]"),
+    click.option(
+        "--threads", type=Number(numbers.THREADS), help="Of PyTorch.  [default: all cores]"
+    ),
     click.option(
         "--save", type=click.Path(path_type=Path), help="Add the rows to a file (JSON lines)."
     ),
@@ -47,11 +60,16 @@ def command() -> None:
 
 
 @command.command("attention", short_help="Time one decode step of one layer.")
-@click.option("--heads", default=32, show_default=True, help="Query heads.")
-@click.option("--kv-heads", default="32,8,1", show_default=True, help="Comma list.")
-@click.option("--head-dim", default="128", show_default=True, help="Comma list.")
-@click.option("--context", default="1k,8k", show_default=True, help="Tokens; comma list.")
-@click.option("--batch", default="1", show_default=True, help="Sequences; comma list.")
+@click.option("--heads", type=Number(numbers.HEADS), default=32, show_default=True,
+              help="Query heads.")  # fmt: skip
+@click.option("--kv-heads", type=Number(Wholes(numbers.HEADS)), default="32,8,1", show_default=True,
+              help="Comma list.")  # fmt: skip
+@click.option("--head-dim", type=Number(Wholes(numbers.HEAD_DIM)), default="128", show_default=True,
+              help="Comma list.")  # fmt: skip
+@click.option("--context", type=Number(Wholes(numbers.CONTEXT)), default="1k,8k", show_default=True,
+              help="Tokens; comma list.")  # fmt: skip
+@click.option("--batch", type=Number(Wholes(numbers.BATCH)), default="1", show_default=True,
+              help="Sequences; comma list.")  # fmt: skip
 @click.option(
     "--dtype",
     default="bf16,int8,int4",
@@ -69,36 +87,34 @@ def command() -> None:
 @_common
 def attention(
     heads: int,
-    kv_heads: str,
-    head_dim: str,
-    context: str,
-    batch: str,
+    kv_heads: tuple[int, ...],
+    head_dim: tuple[int, ...],
+    context: tuple[int, ...],
+    batch: tuple[int, ...],
     dtype: str,
     against: str,
     rounds: int,
-    working_set: str,
+    working_set: int,
     threads: int | None,
     save: Path | None,
     markdown: bool,
     as_json: bool,
 ) -> None:
     """Time one decode step of one layer: one query token over a full KV cache."""
-    from kvfold.bench.cases import AttentionRequest, parse_dtypes
-    from kvfold.bench.parse import parse_names, parse_size, parse_sizes
-    from kvfold.bench.peers import PEERS
+    from kvfold.bench.cases import AttentionRequest, parse_dtypes, parse_peers
 
     _check_output(save, markdown, as_json)
     request = AttentionRequest(
         num_heads=heads,
-        kv_heads=parse_sizes(kv_heads, "--kv-heads"),
-        head_dims=parse_sizes(head_dim, "--head-dim"),
-        contexts=parse_sizes(context, "--context"),
-        batches=parse_sizes(batch, "--batch"),
+        kv_heads=kv_heads,
+        head_dims=head_dim,
+        contexts=context,
+        batches=batch,
         dtypes=parse_dtypes(dtype),
-        against=parse_names(against, "--against", PEERS),
+        against=parse_peers(against),
         rounds=rounds,
         threads=threads,
-        working_set=parse_size(working_set, "--working-set"),
+        working_set=working_set,
     )
 
     from kvfold.bench.attention import run_attention
@@ -111,26 +127,29 @@ def attention(
 
 @command.command("model", short_help="Time whole models, side by side.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
-@click.option("--context", default="512", show_default=True, help="Tokens; comma list.")
-@click.option("--batch", default="1", show_default=True, help="Sequences; comma list.")
+@click.option("--context", type=Number(Wholes(numbers.CONTEXT)), default="512", show_default=True,
+              help="Tokens; comma list.")  # fmt: skip
+@click.option("--batch", type=Number(Wholes(numbers.BATCH)), default="1", show_default=True,
+              help="Sequences; comma list.")  # fmt: skip
 @click.option(
     "--dtype",
     default="bf16,int8,int4",
     show_default=True,
     help="Of kvfold's caches, as for `bench attention`; or none.",
 )
-@click.option("--tokens", default=16, show_default=True, help="Decode steps per sample.")
+@click.option("--tokens", type=Number(numbers.STEPS), default=16, show_default=True,
+              help="Decode steps per sample.")  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), help="Prompt.  [default: random tokens]")
 @_common
 def model(
     paths: tuple[str, ...],
-    context: str,
-    batch: str,
+    context: tuple[int, ...],
+    batch: tuple[int, ...],
     dtype: str,
     tokens: int,
     text: Path | None,
     rounds: int,
-    working_set: str,
+    working_set: int,
     threads: int | None,
     save: Path | None,
     markdown: bool,
@@ -143,18 +162,17 @@ def model(
     """
     from kvfold.bench.cases import parse_dtypes
     from kvfold.bench.model_cases import ModelRequest
-    from kvfold.bench.parse import parse_size, parse_sizes
 
     _check_output(save, markdown, as_json)
     request = ModelRequest(
         paths=tuple(dict.fromkeys(paths)),
-        contexts=parse_sizes(context, "--context"),
-        batches=parse_sizes(batch, "--batch"),
+        contexts=context,
+        batches=batch,
         dtypes=parse_dtypes(dtype),
         tokens=tokens,
         text=text,
         rounds=rounds,
-        working_set=parse_size(working_set, "--working-set"),
+        working_set=working_set,
         threads=threads,
     )
 
@@ -204,10 +222,17 @@ def _command_line() -> str:
         if name in ("save", "markdown", "as_json"):
             continue
         if isinstance(parameter, click.Argument):
-            parts += value or ()
+            parts += map(quote, value or ())
         elif context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            parts.append(f"{parameter.opts[0]} {value}")
+            parts.append(f"{parameter.opts[0]} {_words(value)}")
     return " ".join(parts)
+
+
+def _words(value: Any) -> str:
+    """A value as it can be given again."""
+    if isinstance(value, tuple):
+        return ",".join(map(numbers.brief, value))
+    return numbers.brief(value) if isinstance(value, int) else quote(str(value))
 
 
 def _finish(

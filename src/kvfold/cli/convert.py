@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvfold import numbers
+from kvfold.cli.options import Number
 from kvfold.cli.output import emit
 
 if TYPE_CHECKING:
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 @click.command("convert")
 @click.argument("source", metavar="SRC")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--kv-heads", required=True, type=int, help="KV heads to fold to (a divisor).")
+@click.option("--kv-heads", required=True, type=Number(numbers.KV_HEADS), metavar="N",
+              help="KV heads to fold to (a divisor).")  # fmt: skip
 @click.option("--method", default="auto", show_default=True, help="See `kvfold methods`.")
 @click.option(
     "--fit",
@@ -30,16 +33,18 @@ if TYPE_CHECKING:
     "[default: a small built-in text]",
 )
 @click.option("--no-calibration", is_flag=True, help="Look at the weights only.")
-@click.option("--calibration-tokens", default=50_000, show_default=True, help="Use at most.")
-@click.option("--context", default=512, show_default=True, help="Tokens per window.")
+@click.option("--calibration-tokens", type=Number(numbers.CALIBRATION), default=50_000,
+              show_default=True, help="Use at most.")  # fmt: skip
+@click.option("--context", type=Number(numbers.WINDOW), default=512, show_default=True,
+              help="Tokens per window.")  # fmt: skip
 @click.option(
     "--heal",
     "heal_tokens",
-    metavar="N",
+    type=Number(numbers.TOKENS),
     help="Then heal for N tokens on the calibration text; see `kvfold heal`. The folded model "
     "stays beside OUT, as OUT.folded.",
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=Number(numbers.SEED), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Check everything, show sizes, write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -54,7 +59,7 @@ def command(
     no_calibration: bool,
     calibration_tokens: int,
     context: int,
-    heal_tokens: str | None,
+    heal_tokens: int | None,
     seed: int,
     dry_run: bool,
     resume: bool,
@@ -97,10 +102,9 @@ def command(
 
 
 def convert_and_heal(
-    request: "Request", out: Path, tokens: str, resume: bool, force: bool, as_json: bool
+    request: "Request", out: Path, tokens: int, resume: bool, force: bool, as_json: bool
 ) -> None:
     """Fold to OUT.folded (unless that is there from an interrupted run), heal it to OUT."""
-    from kvfold.bench.parse import parse_size
     from kvfold.checkpoint.workspace import check_out, partial_folder
     from kvfold.cli.heal import heal_and_show
     from kvfold.cli.progress import progress_bar
@@ -116,7 +120,7 @@ def convert_and_heal(
         folded,
         request.source,
         request.calibration,
-        tokens=parse_size(tokens, "--heal"),
+        tokens=tokens,
         stages=["kl"] if request.fit == "local" else None,
         context=request.context,
         seed=request.seed,

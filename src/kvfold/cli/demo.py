@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvfold import numbers
+from kvfold.cli.options import Number
+
 if TYPE_CHECKING:
     from kvfold.report.demo import DemoResult
 
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder for the model, the texts, the numbers and the plot.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of training and folding.")
+@click.option("--seed", type=Number(numbers.SEED), default=0, show_default=True,
+              help="Of training and folding.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table.")
 def command(out: Path, seed: int, force: bool, as_json: bool) -> None:

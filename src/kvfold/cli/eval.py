@@ -4,7 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvfold import numbers
+from kvfold.cli.options import Number
 from kvfold.cli.output import emit
+from kvfold.numbers import Wholes, parts
 
 if TYPE_CHECKING:
     from kvfold.quality.tasks import TaskScore
@@ -14,13 +17,18 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="SRC")
 @click.argument("outs", metavar="[OUT]...", nargs=-1)
 @click.option("--text", "texts", multiple=True, help="UTF-8 file; repeatable.")
-@click.option("--needle", metavar="N,...", help="Ask for pass keys in texts of N tokens.")
+@click.option(
+    "--needle", type=Number(Wholes(numbers.NEEDLE)), help="Ask for pass keys in texts of N tokens."
+)
 @click.option("--tasks", metavar="TASK,...", help="Tasks of lm-evaluation-harness.")
-@click.option("--limit", type=int, help="Examples of each task, to try it.")
-@click.option("--context", default=512, show_default=True, help="Tokens per window.")
-@click.option("--max-tokens", type=int, help="At most so many of each text, spread over it.")
-@click.option("--max-kl", type=float, help="Exit with 3 if a model's KL is above this.")
-@click.option("--max-ppl-ratio", type=float, help="Exit with 3 if a perplexity ratio is above.")
+@click.option("--limit", type=Number(numbers.LIMIT), help="Examples of each task, to try it.")
+@click.option("--context", type=Number(numbers.EVAL_WINDOW), default=512, show_default=True,
+              help="Tokens per window.")  # fmt: skip
+@click.option("--max-tokens", type=Number(numbers.TOKENS),
+              help="At most so many of each text, spread over it.")  # fmt: skip
+@click.option("--max-kl", type=Number(numbers.KL), help="Exit with 3 if a model's KL is above.")
+@click.option("--max-ppl-ratio", type=Number(numbers.RATIO),
+              help="Exit with 3 if a perplexity ratio is above.")  # fmt: skip
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -33,7 +41,7 @@ def command(
     source: str,
     outs: tuple[str, ...],
     texts: tuple[str, ...],
-    needle: str | None,
+    needle: tuple[int, ...] | None,
     tasks: str | None,
     limit: int | None,
     context: int,
@@ -51,15 +59,14 @@ def command(
     not used for calibration, and some of another kind. --needle asks for pass keys hidden at five
     depths of long texts; --tasks runs lm-evaluation-harness on every model.
     """
-    from kvfold.bench.parse import parse_list, parse_sizes
     from kvfold.cli.progress import progress_bar
     from kvfold.quality.run import check_eval, check_thresholds, evaluate, find_needles
     from kvfold.quality.tasks import harness
     from kvfold.quality.text import read_texts
 
     sources = (source, *outs)
-    lengths = parse_sizes(needle, "--needle", 64) if needle is not None else ()
-    names = parse_list(tasks, "--tasks", str) if tasks is not None else ()
+    lengths = needle or ()
+    names = parts(tasks, "--tasks") if tasks is not None else ()
     if texts or not (lengths or names):
         check_eval(sources, texts, context, max_tokens)
     if names:

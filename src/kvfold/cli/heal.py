@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvfold.bench.parse import parse_size
+from kvfold import numbers
+from kvfold.cli.options import Number
 from kvfold.cli.output import emit
 
 if TYPE_CHECKING:
     from kvfold.healing.request import HealRequest
     from kvfold.healing.watch import Watch
     from kvfold.quality.scores import Progress
-
-
-def _tokens(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """``200000``, ``200k``, ``10M``."""
-    return None if value is None else parse_size(value, f"--{param.name}".replace("_", "-"), 0)
 
 
 @click.command("heal")
@@ -35,33 +31,82 @@ def _tokens(ctx: click.Context, param: click.Parameter, value: str | None) -> in
     "repeatable, sequences are drawn by weight.",
 )
 @click.option(
-    "--tokens", callback=_tokens, metavar="N", default="10M", show_default=True, help="Of stage kl."
+    "--tokens", type=Number(numbers.TOKENS), default="10M", show_default=True, help="Of stage kl."
 )
 @click.option(
     "--stages", metavar="local,kl", help="[default: kl; local,kl if FOLDED had no local fit]"
 )
-@click.option("--context", type=int, help="Tokens per sequence.  [default: 512]")
+@click.option("--context", type=Number(numbers.WINDOW), help="Tokens per sequence.  [default: 512]")
 @click.option(
     "--batch-tokens",
-    callback=_tokens,
-    metavar="N",
+    type=Number(numbers.TOKENS),
     default="4096",
     show_default=True,
     help="Per update.",
 )
-@click.option("--micro-batch", type=int, help="Sequences at once and process.  [default: 1]")
+@click.option(
+    "--micro-batch",
+    type=Number(numbers.MICRO_BATCH),
+    help="Sequences at once and process.  [default: 1]",
+)
 @click.option("--train", type=click.Choice(["attention", "all"]), default="attention",
               show_default=True)  # fmt: skip
-@click.option("--lr", default=5e-5, show_default=True, help="Peak rate of attention.")
-@click.option("--lr-rest", default=1e-5, show_default=True, help="Of all else, with --train all.")
-@click.option("--warm-up", default=0.05, show_default=True, help="Fraction of the steps.")
-@click.option("--clip", default=1.0, show_default=True, help="Gradient norm; 0 for none.")
-@click.option("--temperature", default=1.0, show_default=True, help="Of the divergence.")
 @click.option(
-    "--cross-entropy", default=0.0, show_default=True, help="Its share of the loss, 0 to 1."
+    "--lr",
+    type=Number(numbers.RATE),
+    default=5e-5,
+    show_default=True,
+    help="Peak rate of attention.",
 )
-@click.option("--hidden", default=0.0, show_default=True, help="Weight of the hidden states.")
-@click.option("--lora-rank", default=0, show_default=True, help="Train LoRA, merged at the end.")
+@click.option(
+    "--lr-rest",
+    type=Number(numbers.RATE),
+    default=1e-5,
+    show_default=True,
+    help="Of all else, with --train all.",
+)
+@click.option(
+    "--warm-up",
+    type=Number(numbers.FRACTION),
+    default=0.05,
+    show_default=True,
+    help="Fraction of the steps.",
+)
+@click.option(
+    "--clip",
+    type=Number(numbers.CLIP),
+    default=1.0,
+    show_default=True,
+    help="Gradient norm; 0 for none.",
+)
+@click.option(
+    "--temperature",
+    type=Number(numbers.TEMPERATURE),
+    default=1.0,
+    show_default=True,
+    help="Of the divergence.",
+)
+@click.option(
+    "--cross-entropy",
+    type=Number(numbers.FRACTION),
+    default=0.0,
+    show_default=True,
+    help="Its share of the loss, 0 to 1.",
+)
+@click.option(
+    "--hidden",
+    type=Number(numbers.WEIGHT),
+    default=0.0,
+    show_default=True,
+    help="Weight of the hidden states.",
+)
+@click.option(
+    "--lora-rank",
+    type=Number(numbers.LORA_RANK),
+    default=0,
+    show_default=True,
+    help="Train LoRA, merged at the end.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third slower.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]),
@@ -70,22 +115,28 @@ def _tokens(ctx: click.Context, param: click.Parameter, value: str | None) -> in
 @click.option("--parallel", type=click.Choice(["ddp", "fsdp"]),
               help="Under torchrun.  [default: fsdp on GPUs, ddp on CPUs]")  # fmt: skip
 @click.option("--device", help="torch device.  [default: a GPU if there is one]")
-@click.option("--local-tokens", callback=_tokens, metavar="N", default="50k", show_default=True,
+@click.option("--local-tokens", type=Number(numbers.CALIBRATION), default="50k", show_default=True,
               help="Of stage local.")  # fmt: skip
-@click.option("--held-out-tokens", callback=_tokens, metavar="N", default="16k", show_default=True,
+@click.option("--held-out-tokens", type=Number(numbers.HELD_OUT), default="16k", show_default=True,
               help="Kept from training, to evaluate on.")  # fmt: skip
 @click.option(
     "--eval-text", "eval_texts", multiple=True, metavar="FILE",
     help="Another kind of text, to evaluate on.  [default: Python's documentation]",
 )  # fmt: skip
 @click.option(
-    "--eval-tokens", callback=_tokens, metavar="N", help="Evaluate every N.  [default: a tenth]"
+    "--eval-tokens", type=Number(numbers.TOKENS), help="Evaluate every N.  [default: a tenth]"
 )
 @click.option(
-    "--save-tokens", callback=_tokens, metavar="N", help="Checkpoint every N.  [default: a tenth]"
+    "--save-tokens", type=Number(numbers.TOKENS), help="Checkpoint every N.  [default: a tenth]"
 )
-@click.option("--keep", default=2, show_default=True, help="Checkpoints kept meanwhile.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--keep",
+    type=Number(numbers.KEEP),
+    default=2,
+    show_default=True,
+    help="Checkpoints kept meanwhile.",
+)
+@click.option("--seed", type=Number(numbers.SEED), default=0, show_default=True)
 @click.option("--tensorboard", metavar="FOLDER", help="Write to TensorBoard too.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvfold import numbers
+from kvfold.cli.options import Number
 from kvfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,8 +20,10 @@ _DEFAULT = "The animal did not cross the street because it was too tired."
 @click.argument("text", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="A UTF-8 text to look at instead.")
 @click.option("--against", metavar="FOLDED", help="A model folded from MODEL, drawn below it.")
-@click.option("--layer", "layers", type=int, multiple=True, help="Repeatable.  [default: middle]")
-@click.option("--max-tokens", default=4096, show_default=True, help="Of a longer text.")
+@click.option("--layer", "layers", type=Number(numbers.LAYER), multiple=True,
+              help="Repeatable.  [default: middle]")  # fmt: skip
+@click.option("--max-tokens", type=Number(numbers.LOOK_TOKENS), default=4096, show_default=True,
+              help="Of a longer text.")  # fmt: skip
 @click.option("--png", type=click.Path(path_type=Path), help="[default: attention.png]")
 @click.option(
     "--html", type=click.Path(path_type=Path), help="One page with every layer asked for."

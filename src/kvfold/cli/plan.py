@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvfold.bench.parse import parse_list, parse_size, parse_sizes
+from kvfold import numbers
+from kvfold.cli.options import Number
 from kvfold.cli.output import emit
 from kvfold.errors import InputError
+from kvfold.numbers import Wholes, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,29 +22,34 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("source", metavar="SRC", required=False)
-@click.option("--context", default="8k", show_default=True, help="Tokens of each sequence.")
-@click.option("--batch", default="1", show_default=True, help="Sequences at once.")
+@click.option("--context", type=Number(numbers.CONTEXT), default="8k", show_default=True,
+              help="Tokens of each sequence.")  # fmt: skip
+@click.option("--batch", type=Number(numbers.BATCH), default="1", show_default=True,
+              help="Sequences at once.")  # fmt: skip
 @click.option("--gpu", help="A machine by name (--gpu list shows them), or here.")
 @click.option("--probe", is_flag=True, help="Also time a few made-up layers on this machine.")
-@click.option("--gpus", default=1, show_default=True, help="That share each layer.")
-@click.option("--memory", type=float, help="GB, of a machine that is not listed.")
-@click.option("--bandwidth", type=float, help="GB/s, of such a machine.")
-@click.option("--flops", type=float, help="TFLOP/s in bfloat16, of such a machine.")
-@click.option("--kv-heads", help="To compare, as 32,8,1.  [default: SRC's and usual ones]")
+@click.option(
+    "--gpus", type=Number(numbers.GPUS), default=1, show_default=True, help="That share each layer."
+)
+@click.option("--memory", type=Number(numbers.GIGABYTES), help="GB, if it is not listed.")
+@click.option("--bandwidth", type=Number(numbers.BANDWIDTH), help="GB/s, of such a machine.")
+@click.option("--flops", type=Number(numbers.FLOPS), help="TFLOP/s in bfloat16, of such.")
+@click.option("--kv-heads", type=Number(Wholes(numbers.HEADS)),
+              help="To compare, as 32,8,1.  [default: SRC's and usual ones]")  # fmt: skip
 @click.option("--kv-dtype", default="bf16,int8,int4", show_default=True)
 @click.option("--fit", is_flag=True, help="Show the largest context and batch that fit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     source: str | None,
-    context: str,
-    batch: str,
+    context: int,
+    batch: int,
     gpu: str | None,
     probe: bool,
     gpus: int,
     memory: float | None,
     bandwidth: float | None,
     flops: float | None,
-    kv_heads: str | None,
+    kv_heads: tuple[int, ...] | None,
     kv_dtype: str,
     fit: bool,
     as_json: bool,
@@ -71,10 +78,9 @@ def command(
     model = open_model(source)
     expect = _prober(source, model) if probe else None
     machine = _machine(gpu, memory, bandwidth, flops)
-    load = Load(parse_size(context, "--context"), parse_size(batch, "--batch"), gpus=gpus)
-    heads = None if kv_heads is None else parse_sizes(kv_heads, "--kv-heads")
-    dtypes = parse_list(kv_dtype, "--kv-dtype", str)
-    plan = make_plan(model, load, machine, heads, dtypes, expect)
+    load = Load(context, batch, gpus=gpus)
+    dtypes = parts(kv_dtype, "--kv-dtype")
+    plan = make_plan(model, load, machine, kv_heads, dtypes, expect)
     emit(as_json, plan.as_dict(), lambda: _print(plan, fit))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
+from kvfold import arguments
+from kvfold.arguments import choice, flag, location, several
 from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config
@@ -25,6 +27,7 @@ from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO, check_method
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
+from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW
 from kvfold.quality.text import builtin_calibration_text, read_texts
 
 FIT_NAMES = ("none", "refit", "local")
@@ -95,25 +98,25 @@ def make_request(
     check_method(method)
     if fit is not None:
         check_fit(fit)
-    if context < 16:
-        raise InputError(f"--context {context}: expected at least 16 tokens", "512 is usual")
-    if calibration_tokens < LEAST_TOKENS:
-        raise InputError(
-            f"--calibration-tokens {calibration_tokens}: expected at least {LEAST_TOKENS}",
-            "50,000 is good; --no-calibration uses none",
-        )
-    if calibration and not calibrate:
+    texts = () if calibration is None else several(calibration, "--calibration", location)
+    if texts and not flag(calibrate, "calibrate"):
         raise InputError("calibration text and --no-calibration exclude each other", "drop one")
-    data_free = method in DATA_FREE and not calibration and fit in (None, "none")
-    wants_data = calibrate and not data_free
+    data_free = method in DATA_FREE and not texts and fit in (None, "none")
+    wants_data = flag(calibrate, "calibrate") and not data_free
     chosen = fit or ("local" if wants_data and method not in DATA_FREE else "none")
     if chosen != "none" and not wants_data:
         raise InputError(f"--fit {chosen} needs calibration text", "drop --no-calibration")
-    texts = tuple(str(path) for path in calibration or ())
     return Request(
-        str(source), num_kv_heads, method, chosen, texts if wants_data else None,
-        calibration_tokens, context, seed, max_shard_bytes,
-    )  # fmt: skip
+        source=arguments.source(source, "SRC"),
+        num_kv_heads=KV_HEADS.check(num_kv_heads, "--kv-heads"),
+        method=method,
+        fit=chosen,
+        calibration=tuple(str(path) for path in texts) if wants_data else None,
+        calibration_tokens=CALIBRATION.check(calibration_tokens, "--calibration-tokens"),
+        context=WINDOW.check(context, "--context"),
+        seed=SEED.check(seed, "--seed"),
+        max_shard_bytes=SHARD_BYTES.check(max_shard_bytes, "max_shard_bytes"),
+    )
 
 
 def check_fit(fit: str) -> None:
@@ -122,11 +125,7 @@ def check_fit(fit: str) -> None:
     Raises:
         InputError: naming those there are.
     """
-    if fit not in FIT_NAMES:
-        raise InputError(
-            f"unknown fit {fit!r}; expected one of {', '.join(FIT_NAMES)}",
-            "`kvfold convert --help` describes them",
-        )
+    choice(fit, "--fit", FIT_NAMES)
 
 
 def preview(request: Request, out: Path, *, force: bool = False) -> Preview:

@@ -7,11 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import kvfold
+from kvfold.arguments import choice, flag, location, several, source
 from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint
 from kvfold.checkpoint.workspace import check_disk, check_out
 from kvfold.errors import InputError
 from kvfold.healing.sources import TextSource, check_source, parse_source
+from kvfold.numbers import (
+    CALIBRATION,
+    CLIP,
+    FRACTION,
+    HELD_OUT,
+    KEEP,
+    LORA_RANK,
+    MICRO_BATCH,
+    RATE,
+    SEED,
+    TEMPERATURE,
+    TOKENS,
+    WEIGHT,
+    WINDOW,
+)
 
 DEFAULT_CONTEXT = 512
 STAGES = ("local", "kl")
@@ -127,39 +143,53 @@ def make_heal_request(
     Raises:
         InputError: naming the option and what it expects.
     """
-    sources = tuple(parse_source(str(text)) for text in texts)
+    folded = source(folded, "FOLDED")
+    tokens = TOKENS.check(tokens, "--tokens")
+    tenth = max(1, tokens // 10)
     request = HealRequest(
-        folded=str(folded),
-        teacher=str(teacher),
-        texts=sources,
-        stages=tuple(_default_stages(folded) if stages is None else stages),
+        folded=folded,
+        teacher=source(teacher, "--teacher"),
+        texts=several(texts, "--text", _text_source),
+        stages=_default_stages(folded) if stages is None else several(stages, "--stages", _stage),
         tokens=tokens,
-        batch_tokens=batch_tokens,
-        context=_default_context(folded) if context is None else context,
-        micro_batch=1 if micro_batch is None else micro_batch,
-        local_tokens=local_tokens,
-        held_out_tokens=held_out_tokens,
-        eval_texts=None if eval_texts is None else tuple(str(text) for text in eval_texts),
-        train=train,
-        lr=lr,
-        lr_rest=lr_rest,
-        warm_up=warm_up,
-        clip=clip,
-        temperature=temperature,
-        cross_entropy=cross_entropy,
-        hidden=hidden,
-        lora_rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        parallel=parallel,
-        device=device,
-        save_tokens=max(1, tokens // 10) if save_tokens is None else save_tokens,
-        eval_tokens=max(1, tokens // 10) if eval_tokens is None else eval_tokens,
-        keep=keep,
-        seed=seed,
+        batch_tokens=TOKENS.check(batch_tokens, "--batch-tokens"),
+        context=_default_context(folded) if context is None else WINDOW.check(context, "--context"),
+        micro_batch=MICRO_BATCH.check(1 if micro_batch is None else micro_batch, "--micro-batch"),
+        local_tokens=CALIBRATION.check(local_tokens, "--local-tokens"),
+        held_out_tokens=HELD_OUT.check(held_out_tokens, "--held-out-tokens"),
+        eval_texts=None if eval_texts is None else several(eval_texts, "--eval-text", _path),
+        train=choice(train, "--train", TRAINED),
+        lr=RATE.check(lr, "--lr"),
+        lr_rest=RATE.check(lr_rest, "--lr-rest"),
+        warm_up=FRACTION.check(warm_up, "--warm-up"),
+        clip=CLIP.check(clip, "--clip"),
+        temperature=TEMPERATURE.check(temperature, "--temperature"),
+        cross_entropy=FRACTION.check(cross_entropy, "--cross-entropy"),
+        hidden=WEIGHT.check(hidden, "--hidden"),
+        lora_rank=LORA_RANK.check(lora_rank, "--lora-rank"),
+        gradient_checkpointing=flag(gradient_checkpointing, "--gradient-checkpointing"),
+        dtype=None if dtype is None else choice(dtype, "--dtype", DTYPES),
+        parallel=None if parallel is None else choice(parallel, "--parallel", PARALLEL),
+        device=None if device is None else str(device),
+        save_tokens=tenth if save_tokens is None else TOKENS.check(save_tokens, "--save-tokens"),
+        eval_tokens=tenth if eval_tokens is None else TOKENS.check(eval_tokens, "--eval-tokens"),
+        keep=KEEP.check(keep, "--keep"),
+        seed=SEED.check(seed, "--seed"),
     )
-    _check_values(request)
-    return replace(request, batch_tokens=max(batch_tokens, request.context))
+    _check_together(request)
+    return replace(request, batch_tokens=max(request.batch_tokens, request.context))
+
+
+def _text_source(value: object, name: str) -> TextSource:
+    return parse_source(source(value, name))
+
+
+def _stage(value: object, name: str) -> str:
+    return choice(value, name, STAGES)
+
+
+def _path(value: object, name: str) -> str:
+    return str(location(value, name))
 
 
 def _default_stages(folded: str | Path) -> tuple[str, ...]:
@@ -169,7 +199,8 @@ def _default_stages(folded: str | Path) -> tuple[str, ...]:
 
 
 def _default_context(folded: str | Path) -> int:
-    return min(DEFAULT_CONTEXT, _json(folded, "config.json").get("max_position_embeddings", 10**9))
+    longest = _json(folded, "config.json").get("max_position_embeddings")
+    return min(DEFAULT_CONTEXT, longest) if isinstance(longest, int) else DEFAULT_CONTEXT
 
 
 def _json(folder: str | Path, name: str) -> dict[str, Any]:
@@ -181,48 +212,16 @@ def _json(folder: str | Path, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_values(request: HealRequest) -> None:
+def _check_together(request: HealRequest) -> None:
     if not request.texts:
         raise InputError("no text to heal on", "name one or more with --text")
-    unknown = [stage for stage in request.stages if stage not in STAGES]
-    if unknown or not request.stages:
+    if not request.stages:
+        raise InputError("--stages is empty", "--stages local,kl does both")
+    if request.tokens < request.context:
         raise InputError(
-            f"--stages {','.join(request.stages)!r}: expected some of {', '.join(STAGES)}",
-            "--stages local,kl does both",
+            f"--tokens {request.tokens}: expected at least {request.context}, one sequence",
+            "more --tokens or a smaller --context",
         )
-    for name, word, allowed in (
-        ("train", request.train, TRAINED),
-        ("dtype", request.dtype, (None, *DTYPES)),
-        ("parallel", request.parallel, (None, *PARALLEL)),
-    ):
-        if word not in allowed:
-            words = ", ".join(each for each in allowed if each)
-            raise InputError(f"--{name} {word}: expected one of {words}", "see --help")
-    for name, number, least in (
-        ("context", request.context, 16),
-        ("tokens", request.tokens, request.context),
-        ("batch-tokens", request.batch_tokens, 1),
-        ("micro-batch", request.micro_batch, 1),
-        ("local-tokens", request.local_tokens, 1024),
-        ("held-out-tokens", request.held_out_tokens, 0),
-        ("save-tokens", request.save_tokens, 1),
-        ("eval-tokens", request.eval_tokens, 1),
-        ("keep", request.keep, 1),
-        ("lora-rank", request.lora_rank, 0),
-    ):
-        if number < least:
-            raise InputError(f"--{name} {number}: expected at least {least}", "see --help")
-    for name, value, low, high in (
-        ("lr", request.lr, 0.0, 1.0),
-        ("lr-rest", request.lr_rest, 0.0, 1.0),
-        ("warm-up", request.warm_up, 0.0, 1.0),
-        ("cross-entropy", request.cross_entropy, 0.0, 1.0),
-        ("clip", request.clip, 0.0, float("inf")),
-        ("temperature", request.temperature, 0.01, 100.0),
-        ("hidden", request.hidden, 0.0, float("inf")),
-    ):
-        if not low <= value <= high:
-            raise InputError(f"--{name} {value:g}: expected {low:g} to {high:g}", "see --help")
     if request.lora_rank and request.train == "all":
         raise InputError("--lora-rank trains attention only", "drop --train all or --lora-rank")
 
@@ -244,8 +243,8 @@ def check_heal(request: HealRequest, out: Path, *, force: bool = False) -> None:
             f"--context {request.context} is longer than the model's {longest} positions",
             f"use at most --context {longest}",
         )
-    for source in request.texts:
-        check_source(source)
+    for text in request.texts:
+        check_source(text)
     checkpoints = (request.keep + 1) * _STATE_BYTES_PER_WEIGHT * folded.parameters
     state = checkpoints if "kl" in request.stages else 0
     assert isinstance(folded.store, TensorFiles)

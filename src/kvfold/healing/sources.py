@@ -10,11 +10,11 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 from kvfold.errors import InputError, RunError
+from kvfold.numbers import SHARE
 
 COLUMN = "text"
 _PIECES = 64  # a long text is cut into about so many, to be shuffled and held out
@@ -43,12 +43,10 @@ def parse_source(words: str) -> TextSource:
     if not found or Path(words).expanduser().exists():
         return TextSource(words)
     try:
-        weight = float(last)
+        float(last)
     except ValueError:
         return TextSource(words)
-    if not (weight > 0 and isfinite(weight)):
-        raise InputError(f"--text {words}: expected a weight above 0", "for instance NAME=2")
-    return TextSource(name, weight)
+    return TextSource(name, SHARE.read(last, f"the weight of --text {name}:"))
 
 
 class Corpus(Protocol):

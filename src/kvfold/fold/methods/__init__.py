@@ -5,7 +5,6 @@ A method is a function ``(HeadGroup, torch.Generator) -> SharedHead`` decorated 
 one head, which are returned bit for bit.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from kvfold.errors import InputError
+from kvfold.arguments import choice
 
 if TYPE_CHECKING:
     from kvfold.fold.heads import FoldGroup
@@ -76,10 +75,4 @@ def check_method(name: str) -> None:
     Raises:
         InputError: if there is no such method.
     """
-    names = [AUTO, *method_names()]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        raise InputError(
-            f"unknown method {name!r}; expected one of {', '.join(names)}",
-            f"did you mean {near[0]}?" if near else "`kvfold methods` describes them",
-        )
+    choice(name, "--method", [AUTO, *method_names()])
