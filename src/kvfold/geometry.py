@@ -1,6 +1,7 @@
 """All arithmetic about heads, bytes, parameters and FLOPs. No torch."""
 
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from kvfold.errors import InputError
 
@@ -11,7 +12,9 @@ def divisors(number: int) -> list[int]:
     >>> divisors(12)
     [1, 2, 3, 4, 6, 12]
     """
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(max(0, number)) + 1) if number % n == 0]
+    large = [number // n for n in reversed(small) if n * n != number]
+    return small + large
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class AttentionGeometry:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+                raise InputError(
+                    f"{name} must be at least 1, got {value}", "check the model's head counts"
+                )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",

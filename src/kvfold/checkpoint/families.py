@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfold.checkpoint.attention import FusedProjections, Projections, SeparateProjections
+from kvfold.checkpoint.schemas import CONFIG
 from kvfold.errors import CheckpointError, UnsupportedError
 from kvfold.geometry import AttentionGeometry
 
@@ -114,12 +115,20 @@ class Family:
             CheckpointError: if a size is missing or not a number.
         """
         keys = self.keys
+        CONFIG.check(dict(config), "config.json")
         heads = _integer(config, keys.num_heads)
         hidden = _integer(config, keys.hidden_size)
         kv_key = keys.num_kv_heads
         kv_heads = _integer(config, kv_key, heads) if kv_key else self._implied_kv_heads(config)
         head_dim = _integer(config, "head_dim", self.default_head_dim or hidden // heads)
         layers = _integer(config, keys.num_layers)
+        rotary = config.get("no_rope_layers")
+        if rotary and len(rotary) != layers:
+            raise CheckpointError(
+                f"config.json: no_rope_layers has {len(rotary)} entries; expected {layers}, one "
+                "per layer",
+                CONFIG.hint,
+            )
         return AttentionGeometry(layers, heads, kv_heads, head_dim, head_dim, hidden)
 
     def _implied_kv_heads(self, config: Config) -> int:
@@ -129,18 +138,15 @@ class Family:
         """The config of the folded model; a copy, everything else untouched."""
         if self.target is not None:
             return self.target(config, num_kv_heads)
-        assert self.keys.num_kv_heads is not None
-        return {**config, self.keys.num_kv_heads: num_kv_heads}
+        kv_heads = {self.keys.num_kv_heads: num_kv_heads} if self.keys.num_kv_heads else {}
+        return {**config, **kv_heads}
 
 
 def _integer(config: Config, key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(
-            f"config.json: {key} is {value!r}, expected a whole number",
-            "is this the config of a language model?",
-        )
+    if not isinstance(value, int):  # missing: what is there has been checked
+        raise CheckpointError(f"config.json has no {key}", CONFIG.hint)
     return value
 
 

@@ -4,7 +4,6 @@ Everything that ``config.json`` and the safetensors headers can tell is checked 
 before anything heavy starts.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.checkpoint.attention import AttentionWeights, Shapes
 from kvfold.checkpoint.families import Family, family_of
+from kvfold.checkpoint.schemas import CONFIG, INDEX_FILE
 from kvfold.checkpoint.tensors import (
     FLOATING,
     TensorEntry,
@@ -22,6 +22,7 @@ from kvfold.checkpoint.tensors import (
     read_header,
     read_tensor,
 )
+from kvfold.documents import file_within, shortened
 from kvfold.errors import CheckpointError, InputError, UnsupportedError
 from kvfold.geometry import AttentionGeometry
 
@@ -211,24 +212,18 @@ def _download(name: str, patterns: list[str]) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read ``config.json``."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return config
+    return dict(CONFIG.read(path))
 
 
 def _entries(folder: Path) -> dict[str, TensorEntry]:
     index_path = folder / INDEX
-    if index_path.is_file():
+    if index_path.exists():
         return _indexed_entries(folder, index_path)
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     if any(folder.glob("*.bin")):
         raise CheckpointError(
@@ -241,18 +236,27 @@ def _entries(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _indexed_entries(folder: Path, index_path: Path) -> dict[str, TensorEntry]:
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_path} is not a valid safetensors index") from error
-    headers = {shard: read_header(folder / shard) for shard in shards}
+    weight_map = INDEX_FILE.read(index_path)["weight_map"]
+    headers = {
+        shard: read_header(file_within(folder, shard, str(index_path)))
+        for shard in sorted(set(weight_map.values()))
+    }
+    again = "the index and the shards belong to different checkpoints; download both again"
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise CheckpointError(
-                f"{INDEX} names {name} in {shard}, which does not hold it",
-                "the index and the shards belong to different checkpoints; download both again",
+                f"{INDEX} names {shortened(name)} in {shard}, which does not hold it", again
             )
+        others = [other for other in headers if other != shard and name in headers[other]]
+        if others:  # transformers takes whichever it reads last
+            raise CheckpointError(
+                f"{shortened(name)} lies both in {shard} and in {others[0]}", again
+            )
+    if SINGLE not in headers and (folder / SINGLE).exists():
+        raise CheckpointError(
+            f"{folder} holds both {SINGLE} and {INDEX}, which does not name it",
+            "remove the one that is not meant: other programs may read either",
+        )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 

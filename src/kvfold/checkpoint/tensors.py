@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from kvfold.checkpoint.schemas import ENTRIES, HEADER, HeaderEntry
+from kvfold.documents import open_regular, shortened
 from kvfold.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ DTYPE_BYTES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+# What the format knows besides, and kvfold only counts; None where values share bytes.
+_OTHER_BYTES: dict[str, int | None] = {
+    "U64": 8, "U32": 4, "U16": 2, "C64": 8, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "F4": None, "F6_E2M3": None, "F6_E3M2": None,
+}  # fmt: skip
 TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -50,7 +57,6 @@ TORCH_NAMES = {
     "F8_E5M2": "float8_e5m2",
 }
 FLOATING = ("F64", "F32", "F16", "BF16")
-_LARGEST_HEADER = 100_000_000  # the limit of the safetensors package
 
 
 @dataclass(frozen=True)
@@ -87,51 +93,77 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: naming the file, if it is missing, truncated or not safetensors.
     """
-    again = "download or copy that file again"
-    if not path.is_file():
-        raise CheckpointError(f"shard {path.name} is missing from {path.parent}", again)
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    if not path.exists():
+        raise CheckpointError(f"shard {path.name} is missing from {path.parent}", HEADER.hint)
+    with open_regular(path, HEADER.hint) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_LARGEST_HEADER, max(size - 8, 0)):
-            raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes)", again)
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path} has a corrupt safetensors header", again) from error
-    entries = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        entries[name] = _entry(name, info, path, 8 + length)
-    end = max((entry.stop for entry in entries.values()), default=8 + length)
-    if end != size:
-        state = "truncated" if size < end else "too long"
-        raise CheckpointError(f"{path} is {state}: {size} bytes, its header needs {end}", again)
+        if not 2 <= length <= min(HEADER.largest, max(size - 8, 0)):
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({size} bytes)", HEADER.hint
+            )
+        text = file.read(length)
+    what = f"the header of {path}"
+    header = HEADER.parse(text, what)
+    header.pop("__metadata__", None)
+    found = ENTRIES.check(header, what)
+    entries = {name: _entry(name, info, path, 8 + length) for name, info in found.items()}
+    _check_layout(entries, path, 8 + length, size)
     return entries
 
 
-def _entry(name: str, info: dict[str, Any], path: Path, data_start: int) -> TensorEntry:
-    try:
-        dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
-        entry = TensorEntry(
-            name, str(dtype), tuple(shape), path, data_start + start, data_start + stop
+def _entry(name: str, info: HeaderEntry, path: Path, data_start: int) -> TensorEntry:
+    dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
+    if dtype not in DTYPE_BYTES and dtype not in _OTHER_BYTES:
+        raise CheckpointError(
+            f"{path}: {name} has the unknown dtype {shortened(dtype)}; expected one of "
+            f"{', '.join(DTYPE_BYTES)}",
+            HEADER.hint,
         )
-        expected = DTYPE_BYTES.get(entry.dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of {name} is corrupt") from error
-    if expected is not None and entry.nbytes != expected * prod(entry.shape):
-        raise CheckpointError(f"{path}: {name} has {entry.nbytes} bytes, not those of its shape")
+    entry = TensorEntry(name, dtype, tuple(shape), path, data_start + start, data_start + stop)
+    each = DTYPE_BYTES.get(dtype) or _OTHER_BYTES[dtype]
+    if each is not None and entry.nbytes != each * prod(entry.shape):
+        raise CheckpointError(
+            f"{path}: {name} has {entry.nbytes} bytes; its shape {shape} in {dtype} needs "
+            f"{each * prod(shape)}",
+            HEADER.hint,
+        )
     return entry
 
 
+def _check_layout(entries: dict[str, TensorEntry], path: Path, data_start: int, size: int) -> None:
+    """Tensors fill the rest of the file, each beginning where another ends."""
+    end = data_start
+    for entry in sorted(entries.values(), key=lambda each: (each.start, each.stop)):
+        if entry.start != end or entry.stop < entry.start:
+            raise CheckpointError(
+                f"{path}: {entry.name} lies at bytes {entry.start} to {entry.stop}; expected it "
+                f"to begin at {end}, where the tensor before it ends",
+                HEADER.hint,
+            )
+        end = entry.stop
+    if end != size:
+        state = "truncated" if size < end else "too long"
+        raise CheckpointError(
+            f"{path} is {state}: {size} bytes, its header needs {end}", HEADER.hint
+        )
+
+
 def torch_dtype(name: str) -> "torch.dtype":
-    """The torch dtype of a safetensors dtype name; KeyError-free by header checks."""
+    """The torch dtype of a safetensors dtype name.
+
+    Raises:
+        CheckpointError: for a dtype that kvfold only counts.
+    """
     import torch
 
-    dtype = getattr(torch, TORCH_NAMES[name])
-    assert isinstance(dtype, torch.dtype)
+    if name not in TORCH_NAMES:
+        raise CheckpointError(
+            f"the dtype {shortened(name)} cannot be read; expected one of {', '.join(TORCH_NAMES)}",
+            "save the checkpoint again from transformers, in one of these",
+        )
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
     return dtype
 
 
@@ -145,18 +177,17 @@ def read_tensor(entry: TensorEntry) -> "torch.Tensor":
     """Read one tensor into memory of its own (no mapping of the file is kept)."""
     import torch
 
-    if entry.dtype not in TORCH_NAMES:
-        raise CheckpointError(f"{entry.name} has the unknown dtype {entry.dtype}")
+    dtype = torch_dtype(entry.dtype)
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    with entry.file.open("rb", buffering=0) as file:
+    with open_regular(entry.file, HEADER.hint) as file:
         file.seek(entry.start)
         view, done = raw.numpy().data, 0
         while done < entry.nbytes:
             count = file.readinto(view[done:])
             if not count:
-                raise CheckpointError(f"{entry.file} ended inside {entry.name}")
+                raise CheckpointError(f"{entry.file} ended inside {entry.name}", HEADER.hint)
             done += count
-    return raw.view(torch_dtype(entry.dtype)).reshape(entry.shape)
+    return raw.view(dtype).reshape(entry.shape)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ Reads every architecture kvfold folds and, with the same few names, common ones 
 reads: mixtures of experts, multi-head latent attention (DeepSeek), models without KV-head fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvfold.checkpoint.schemas import CONFIG
 from kvfold.errors import CheckpointError
 
 Config = Mapping[str, Any]
@@ -117,11 +118,14 @@ def read_model(
     Raises:
         CheckpointError: if the config lacks a size that everything depends on.
     """
+    CONFIG.check(dict(config), "config.json")
     text = config.get("text_config") or config
     heads = _number(text, "num_attention_heads", "n_head", "n_heads", "num_heads")
     hidden = _number(text, "hidden_size", "n_embd", "d_model")
     layers = _layers(text, heads, hidden)
-    inner = _optional(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    inner = _mean(text, "intermediate_size") or _optional(
+        text, "n_inner", "ffn_dim", "ffn_hidden_size"
+    )
     model = Model(
         name=name,
         model_type=str(text.get("model_type", config.get("model_type", "unknown"))),
@@ -132,14 +136,18 @@ def read_model(
         parameters=0,
         active_parameters=0,
         weight_bytes=0,
-        estimated=parameters is None,
+        estimated=False,
         max_context=_optional(text, "max_position_embeddings", "n_positions", "max_seq_len"),
     )
     every, active = _parameters(text, model)
+    keys_and_values = hidden * sum(layer.kv_numbers() for layer in layers)
+    if parameters is not None and parameters <= keys_and_values:  # packed, or not its weights
+        parameters, weight_bytes = None, None
     total = every if parameters is None else parameters
     return replace(
         model,
         parameters=total,
+        estimated=parameters is None,
         active_parameters=round(total * active / every),
         weight_bytes=2 * total if weight_bytes is None else weight_bytes,
     )
@@ -148,6 +156,11 @@ def read_model(
 def _layers(config: Config, heads: int, hidden: int) -> tuple[Layer, ...]:
     count = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     head_dim = _optional(config, "head_dim", "kv_channels") or hidden // heads
+    if head_dim < 1:
+        raise CheckpointError(
+            f"config.json has {heads} heads and a hidden size of {hidden}; expected at least that",
+            CONFIG.hint,
+        )
     if config.get("kv_lora_rank"):
         rope = _number(config, "qk_rope_head_dim")
         size = _number(config, "qk_nope_head_dim") + rope
@@ -166,6 +179,11 @@ def _kv_heads(config: Config, heads: int) -> int:
     found = _optional(config, "num_key_value_heads", "num_kv_heads", "multi_query_group_num")
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
+    if found and heads % found:
+        raise CheckpointError(
+            f"config.json has {found} KV heads for {heads} query heads; expected a divisor",
+            CONFIG.hint,
+        )
     return found or heads
 
 
@@ -174,6 +192,7 @@ def _windows(config: Config, count: int) -> list[int | None]:
     window = _optional(config, "sliding_window", "attention_chunk_size")
     kinds = config.get("layer_types")
     if kinds:
+        _check_length("layer_types", kinds, count)
         return [window if kind != "full_attention" else None for kind in kinds[:count]]
     pattern = _optional(config, "sliding_window_pattern")
     if window and pattern:  # every pattern-th layer is full
@@ -183,9 +202,18 @@ def _windows(config: Config, count: int) -> list[int | None]:
     if config.get("model_type") in _LLAMA4:  # layers without rotary embeddings see everything
         step = _optional(config, "no_rope_layer_interval") or 4
         rotary = config.get("no_rope_layers") or [(i + 1) % step for i in range(count)]
-        return [window if uses else None for uses in rotary]
+        _check_length("no_rope_layers", rotary, count)
+        return [window if uses else None for uses in rotary[:count]]
     uses = config.get("use_sliding_window", True)
     return [window if uses else None] * count
+
+
+def _check_length(key: str, values: Sequence[Any], count: int) -> None:
+    if len(values) < count:
+        raise CheckpointError(
+            f"config.json: {key} has {len(values)} entries; expected {count}, one per layer",
+            CONFIG.hint,
+        )
 
 
 def _parameters(config: Config, model: Model) -> tuple[int, int]:
@@ -200,8 +228,8 @@ def _parameters(config: Config, model: Model) -> tuple[int, int]:
     one = matrices * model.hidden_size * size
     chosen = _optional(config, "num_experts_per_tok", "top_k") or 1
     shared = _optional(config, "n_shared_experts", "num_shared_experts") or 0
-    first = _optional(config, "first_k_dense_replace") or 0
     count = len(model.layers)
+    first = min(_optional(config, "first_k_dense_replace") or 0, count)
     sparse = count - first if experts else 0
     if config.get("model_type") in _LLAMA4:
         sparse, shared = count // (_optional(config, "interleave_moe_layer_step") or 1), 1
@@ -238,6 +266,12 @@ def _optional(config: Config, *names: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _mean(config: Config, name: str) -> int | None:
+    """A size that some architectures give layer by layer."""
+    value = config.get(name)
+    return round(sum(value) / len(value)) if isinstance(value, list) else _optional(config, name)
 
 
 def _number(config: Config, *names: str) -> int:

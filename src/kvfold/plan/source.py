@@ -1,13 +1,14 @@
 """Reading a model's sizes from a folder or the hub without its weights: configs and headers."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from kvfold.checkpoint.gguf import is_gguf, summarize
+from kvfold.checkpoint.schemas import CONFIG, INDEX_FILE
 from kvfold.checkpoint.source import INDEX, SINGLE, peek_config, resolve
 from kvfold.checkpoint.tensors import read_header
+from kvfold.documents import file_within
 from kvfold.errors import InputError, KVFoldError
 from kvfold.plan.model import Model, read_model
 
@@ -42,29 +43,22 @@ def read_config(source: str | Path) -> dict[str, Any]:
         InputError: if there is no such thing.
     """
     path = Path(source).expanduser()
-    return _json(path) if path.is_file() and path.suffix == ".json" else peek_config(source)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON", "give a model's config.json") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is not a JSON object", "give a model's config.json")
-    return found
+    if path.is_file() and path.suffix == ".json":
+        return dict(CONFIG.read(path))
+    return peek_config(source)
 
 
 def _weights(folder: Path) -> tuple[int | None, int | None]:
     """Count and bytes of the weights in a folder's headers; None where there are none."""
     index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(_json(index).get("weight_map", {}).values()))
+    if index.exists():
+        names = sorted(set(INDEX_FILE.read(index)["weight_map"].values()))
+        files = [file_within(folder, name, str(index)) for name in names]
     else:
-        files = [SINGLE] if (folder / SINGLE).is_file() else []
-    if not files or not all((folder / file).is_file() for file in files):
+        files = [folder / SINGLE]
+    if not all(file.is_file() for file in files):
         return None, None
-    entries = [entry for file in files for entry in read_header(folder / file).values()]
+    entries = [entry for file in files for entry in read_header(file).values()]
     return sum(prod(e.shape) for e in entries), sum(e.nbytes for e in entries)
 
 
