@@ -11,6 +11,7 @@ import torch
 from kvfold.cache.kv import KVCache
 from kvfold.cache.store import Store
 from kvfold.kernels.library import Library, library
+from kvfold.ops.options import Window
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -78,7 +79,7 @@ def hidden_keys(
     tokens: int,
     keys: int,
     causal: bool = True,
-    window: int | None = None,
+    window: Window | None = None,
     sinks: int = 0,
     start: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
@@ -93,7 +94,13 @@ def hidden_keys(
         hidden = (j < first) | (j >= end)
         if causal:
             hidden |= j > position
-        if window is not None:
+        if isinstance(window, tuple):
+            before, after = window
+            if before not in (None, -1):
+                hidden |= (j < position - before) & (j >= first + sinks)
+            if after not in (None, -1):
+                hidden |= j > position + after
+        elif window is not None:
             hidden |= (j <= position - window) & (j >= first + sinks)
         rows.append(hidden)
     return torch.stack(rows) if rows else torch.zeros(0, keys, dtype=torch.bool)
@@ -109,6 +116,7 @@ def naive(
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     **seen: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp, computed in ``dtype`` throughout; no visible key: 0 and -inf."""
@@ -132,6 +140,9 @@ def naive(
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         scores = scores + mask.detach().to(dtype)
+    if sink_logits is not None:  # a last key without value
+        logits = sink_logits.detach().to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores, v = torch.cat([scores, logits], -1), torch.nn.functional.pad(v, (0, 0, 0, 1))
     lse = torch.logsumexp(scores, -1)
     weights = torch.softmax(scores, -1).masked_fill(lse.isneginf()[..., None], 0)
     return weights @ v, lse

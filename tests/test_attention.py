@@ -116,12 +116,31 @@ def options_of(tokens: int, keys: int) -> dict[str, dict[str, Any]]:
         "softcap": {"softcap": 0.7},
         "alibi": {"alibi_slopes": slopes(4)},
         "alibi, padded": {"alibi_slopes": slopes(4), "lengths": torch.tensor([50, keys])},
+        "window to both sides": {"window": (5, 3), "causal": False},
+        "window to the left": {"window": (5, -1), "causal": False, "sinks": 2},
+        "window to the right": {"window": (None, 3), "causal": False},
+        "own key only": {"window": (0, 0), "causal": False},
+        "pair, causal": {"window": (7, 0), "sinks": 1},
+        "both sides, padded": {
+            "window": (9, 2), "causal": False, "sinks": 3, "start": torch.tensor([3, 20]),
+            "lengths": torch.tensor([50, keys]),
+        },
+        "sink logits": {"sink_logits": noise(4, seed=11) * 2},
+        "sink logits, nothing to see": {
+            "sink_logits": noise(4, seed=11), "start": torch.tensor([0, keys]),
+        },
+        "no sink": {"sink_logits": torch.full((4,), -torch.inf)},
+        "sink logits and a mask": {"sink_logits": noise(4, seed=11), "mask": bools},
+        "sink logits and a bias": {
+            "sink_logits": noise(4, seed=11), "mask": biased, "window": (9, 2), "causal": False,
+        },
+        "sink logits, cross": {"sink_logits": noise(4, seed=11), "causal": False},
         "scale": {"scale": 0.5},
         "scale 0": {"scale": 0.0},
         "everything": {
             "window": 9, "sinks": 2, "start": torch.tensor([1, 5]), "mask": biased,
             "lengths": torch.tensor([50, keys]), "softcap": 2.0, "alibi_slopes": slopes(4),
-            "scale": 0.3,
+            "scale": 0.3, "sink_logits": noise(4, seed=11),
         },
     }  # fmt: skip
 
@@ -286,6 +305,7 @@ def test_decoding_does_not_repeat_keys_and_values(
     [
         {}, {"causal": False}, {"window": 3, "sinks": 1}, {"softcap": 2.0}, {"return_lse": True},
         {"start": torch.tensor([2, 5]), "lengths": torch.tensor([6, 5])},
+        {"window": (1, 1), "causal": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -300,6 +320,46 @@ def test_gradients(options: dict[str, Any], tokens: int) -> None:
         return found[0], found[1].nan_to_num(neginf=0)
 
     assert torch.autograd.gradcheck(call, (q, k, v))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"causal": False}, {"window": 2}, {"softcap": 2.0}, {"return_lse": True},
+        {"start": torch.tensor([2, 6])}, {"start": torch.tensor([2, 6]), "return_lse": True},
+        {"scale": 1e-4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gradients_reach_sink_logits(options: dict[str, Any], tokens: int) -> None:
+    """Those of q, k, v and the logits, also where a query sees nothing but the sink."""
+    q, k, v = (x.double().requires_grad_() for x in qkv(2, (4, 2), tokens, 6, (3, 2)))
+    logits = noise(4, seed=7).double().requires_grad_()
+
+    def call(*given: torch.Tensor) -> Any:
+        return kvfold.attention(*given[:3], sink_logits=given[3], **options)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, logits))
+    frozen = [x.detach() for x in (q, k, v)]
+    out = call(*frozen, logits)
+    assert (out[0] if isinstance(out, tuple) else out).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sink_logits_given_to_one_of_the_merged_parts(path: str, dtype: torch.dtype) -> None:
+    """The log-sum-exp counts the sink, so the split-KV identity holds."""
+    tokens, keys, _ = PATHS[path]
+    q, k, v = qkv(2, (6, 2), tokens, keys, dtype=dtype)
+    sink: dict[str, Any] = {"sink_logits": noise(6, seed=4)}
+    parts = []
+    for low, high, options in ((0, 20, sink), (20, keys, {})):
+        cut = k[:, :, low:high], v[:, :, low:high]
+        found = kvfold.attention(q, *cut, causal=False, return_lse=True, **options)
+        assert isinstance(found, tuple)
+        parts.append(found)
+    out, lse = kvfold.merge(parts)
+    check_as_good_as_pytorch(out, q, k, v, lse=lse, causal=False, **sink)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +408,7 @@ def test_the_operator_is_well_behaved(dtype: torch.dtype) -> None:
     q, k, v = qkv(2, (4, 2), 2, 20, (16, 24), dtype)
     lengths = torch.tensor([20, 11])
     for padding in (None, lengths):
-        given = (q, k, v, None, padding, None, None, None, 0, 0, 0.25, None)
+        given = (q, k, v, None, padding, None, None, None, None, 0, 0, 0.25, None)
         torch.library.opcheck(attend_rows, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -384,6 +444,9 @@ def test_compiled_decoding(dynamic: bool) -> None:
         {"window": 7, "sinks": 2},
         {"softcap": 2.0, "scale": 0.7},
         {"alibi_slopes": "yes"},
+        {"window": (4, 2), "causal": False},
+        {"window": (4, -1), "causal": False, "sinks": 1},
+        {"sink_logits": noise(6, seed=3), "start": torch.tensor([20, 0])},
         {"start": torch.tensor([3, 0]), "lengths": torch.tensor([20, 9])},
         {"start": torch.tensor([20, 0]), "window": 4},
     ],
@@ -392,6 +455,8 @@ def test_compiled_decoding(dynamic: bool) -> None:
 def test_flex_attention_is_told_the_same(heads: tuple[int, int], options: dict[str, Any]) -> None:
     """The path that GPUs take for windows and softcaps, unfused on the CPU."""
     q, k, v = qkv(heads=heads, tokens=20, keys=20)
+    if "sink_logits" in options:
+        options = {**options, "sink_logits": options["sink_logits"][: heads[0]]}
     if "alibi_slopes" in options:
         options = {"alibi_slopes": torch.arange(1, heads[0] + 1) / 10}
     truth, true_lse = naive(q, k, v, **options)

@@ -110,6 +110,25 @@ def test_pages(page_size: int, dtype: Any) -> None:
     check_attends(cache, window=100, sinks=3, start=torch.tensor([2]))
 
 
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (20, 1), "causal": False},
+        {"window": (20, None), "causal": False, "sinks": 2},
+        {"window": (20, 0), "sinks": 3},
+        {"sink_logits": noise(6, seed=8)},
+        {"sink_logits": noise(6, seed=8), "window": 20, "start": torch.tensor([3, 100])},
+    ],
+    ids=str,
+)
+def test_windows_to_both_sides_and_sink_logits(dtype: str, options: dict[str, Any]) -> None:
+    cache = filled(make(dtype, batch=2), 100)
+    for count in (1, 4):
+        check_attends(cache, tokens=count, **options)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])

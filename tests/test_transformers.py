@@ -57,6 +57,24 @@ def test_gpt_oss_sinks() -> None:
         assert torch.equal(generate(model, prompt(), "kvfold", **cache), expected)
 
 
+@pytest.mark.parametrize("tokens", [3, 40], ids=["kernel", "sdpa"])
+def test_gpt_oss_is_as_exact_as_eager_and_trains_its_sinks(tokens: int) -> None:
+    """Logits and the gradients of the sinks; sums of a few dozen float32 numbers of size one."""
+    model = build("gpt_oss", GPT_OSS)
+    ids, found = prompt(2, tokens), {}
+    for name in ("eager", "kvfold"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits = model(ids).logits
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        grads = [layer.self_attn.sinks.grad.clone() for layer in model.model.layers]
+        found[name] = [logits, *grads]
+    for ours, theirs in zip(found["kvfold"], found["eager"], strict=True):
+        assert float(theirs.abs().max()) > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_our_cache_serves_other_implementations(case: str, implementation: str) -> None:

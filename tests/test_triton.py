@@ -32,6 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS: list[tuple[str, str]] = [(name, name) for name in FORMATS] + [("int8", "int4")]
 # Products of float32 numbers summed in float32, of outputs and scores of size one.
 CLOSE = 5e-6
+SINK_LOGITS = torch.tensor([0.5, -torch.inf, 3.0, -1.0])
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +132,13 @@ def test_lengths_and_pages(lengths: tuple[int, ...], page: int) -> None:
         {"start": torch.tensor([7, 30], dtype=torch.int32)},
         {"start": torch.tensor([7, 30], dtype=torch.int32), "window": 8, "sinks": 2},
         {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "tokens": 2},
+        {"window": (9, 1), "causal": False, "tokens": 4},
+        {"window": (9, -1), "causal": False, "sinks": 2, "tokens": 4},
+        {"window": (-1, 0), "causal": False, "tokens": 4},
+        {"window": 1 << 40},
+        {"sink_logits": SINK_LOGITS, "tokens": 3},
+        {"sink_logits": SINK_LOGITS, "start": torch.tensor([7, 33], dtype=torch.int32)},
+        {"sink_logits": SINK_LOGITS, "window": 20, "splits": 3},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -357,9 +365,9 @@ def test_a_full_fixed_cache_drops_tokens_and_says_so() -> None:
     cache.append(k[:, :, 3:].to(DEVICE), v[:, :, 3:].to(DEVICE))
     assert cache.overfull()
     assert cache.lengths.tolist() == [4]
-    q = noise(1, 2, 1, 16)
-    out = cache.attend(q.to(DEVICE)).cpu()
-    truth, _ = naive(q, k[:, :, :4], v[:, :, :4])
+    q, sink_logits = noise(1, 2, 1, 16), noise(2, seed=5)
+    out = cache.attend(q.to(DEVICE), sink_logits=sink_logits.to(DEVICE)).cpu()
+    truth, _ = naive(q, k[:, :, :4], v[:, :, :4], sink_logits=sink_logits)
     torch.testing.assert_close(out.double(), truth.double(), rtol=0, atol=CLOSE)
     cache.reset()
     assert cache.lengths.tolist() == [0]

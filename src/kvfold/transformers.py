@@ -215,9 +215,7 @@ def attend(
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError("kvfold's attention has no position bias", "use 'eager' or 'sdpa'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "return_lse": True}
-    if s_aux is None:
-        options["return_lse"] = False
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
     options |= {"mask": attention_mask, "causal": causal and attention_mask is None}
     if isinstance(key, Stored) and isinstance(value, Stored):
         found = _attend_stored(query, key, value, options)
@@ -228,10 +226,6 @@ def attend(
             # The first prompt in a static cache: what lies behind it is not filled yet.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         found = attention(query, key, value, dropout=dropout, **options)
-    if s_aux is not None:
-        out, lse = found
-        share = torch.sigmoid(lse - s_aux.view(1, -1, 1).float())  # of e^lse in e^lse + e^s
-        found = out * share[..., None].to(out.dtype)
     assert isinstance(found, torch.Tensor)
     return found.transpose(1, 2).contiguous(), None
 

@@ -8,6 +8,7 @@ from kvfold.cache.checks import check_rows, check_sizes
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM
+from kvfold.kernels.checks import check_options
 from kvfold.ops.quantize import format_of
 from kvfold.ops.rope import Rotary
 
@@ -139,13 +140,14 @@ class FixedKVCache:
         mask: torch.Tensor | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
         """Attention of the last T tokens over everything in the cache, themselves included.
 
         Args:
             q: ``[B, Hq, T, D]``, T at most 16.
-            start: int32 ``[B]`` on the device. causal, mask, scale, softcap: see
+            start: int32 ``[B]`` on the device. causal, mask, scale, softcap, sink_logits: see
                 ``kvfold.attention``.
 
         Returns:
@@ -161,11 +163,16 @@ class FixedKVCache:
             raise InputError(
                 f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
             )
+        shape = self.batch, q.shape[1], q.shape[2], self.max_length
+        o = check_options(
+            shape, causal=causal, window=self.window, sinks=self.sinks, start=start, scale=scale,
+            softcap=softcap, sink_logits=sink_logits,
+        )  # fmt: skip
         keys, values = self._sides
         found = gpu_attend(
             q.detach(), keys.data, keys.scales, values.data, values.scales, self._table,
-            self.lengths, start, mask, keys.fmt.name, values.fmt.name, self.v_head_dim, causal,
-            self.window, self.sinks, scale, softcap, self.splits,
+            self.lengths, start, mask, keys.fmt.name, values.fmt.name, self.v_head_dim,
+            sink_logits, o.left, o.right, o.sinks, scale, softcap, self.splits,
         )  # fmt: skip
         return found if return_lse else found[0]
 

@@ -1,7 +1,5 @@
 """Attention over a cache's stores with the Triton kernels."""
 
-from dataclasses import replace
-
 import torch
 
 from kvfold.cache.storage import Uniform
@@ -29,8 +27,5 @@ def attend_on_gpu(
     """
     from kvfold.kernels.triton.launch import attend
 
-    mask = options.mask
-    if mask is not None and mask.shape[-1] == 1 and lengths.numel():
-        options = replace(options, mask=mask.expand(*mask.shape[:-1], int(lengths.max())))
     there = storage.main.sent(lengths)
     return attend(readable(q), storage.gpu_parts(rows, there), there, options)

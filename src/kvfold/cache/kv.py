@@ -1,7 +1,5 @@
 """The KV cache: contiguous, paged or sliding, in any format."""
 
-from dataclasses import replace
-
 import torch
 
 from kvfold.cache.checks import check_kind, check_rows, check_sizes
@@ -13,6 +11,7 @@ from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.library import MAX_TOKENS, library
+from kvfold.ops.options import Window
 from kvfold.ops.quantize import FORMATS, Format, format_of
 
 _EXACT_FIRST = 16  # attention sinks live there, and quantize badly
@@ -213,13 +212,14 @@ class KVCache:
         q: torch.Tensor,
         *,
         causal: bool = True,
-        window: int | None = None,
+        window: Window | None = None,
         sinks: int | None = None,
         start: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         scale: float | None = None,
         softcap: float | None = None,
         alibi_slopes: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
         return_lse: bool = False,
         sequences: list[int] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +230,7 @@ class KVCache:
             start: int ``[B]``, first position that may be seen (left padding).
             mask: boolean or additive, broadcastable to ``[B, Hq, T, longest length]``.
             sequences: which ones, B indices; all of them by default.
-            causal, window, sinks, scale, softcap, alibi_slopes, return_lse: see
+            causal, window, sinks, scale, softcap, alibi_slopes, sink_logits, return_lse: see
                 ``kvfold.attention``; a sliding cache has its own window and sinks.
 
         Returns:
@@ -251,7 +251,7 @@ class KVCache:
         shape = (len(rows), q.shape[1], q.shape[2], max((self.lengths[b] for b in rows), default=0))
         options = check_options(
             shape, causal=causal, window=window, sinks=sinks or 0, start=start, mask=mask,
-            scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+            scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sink_logits=sink_logits,
         )  # fmt: skip
         self._check_start(start)
         self._check_window(rows, q.shape[2])
@@ -265,7 +265,7 @@ class KVCache:
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
         k, v = self.tensors(q.dtype, rows)
-        options = replace(options, lengths=lengths.to(self.device))
+        options = options._replace(lengths=lengths.to(self.device))
         return attention_of(q, k, v, options, return_lse)
 
     def _check_window(self, rows: list[int], queries: int) -> None:

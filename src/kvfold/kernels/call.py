@@ -3,7 +3,7 @@
 import torch
 
 from kvfold.kernels.library import Attend, Library, Part, Tensor
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, limit
 
 
 class KernelCall:
@@ -32,8 +32,7 @@ class KernelCall:
         call.length = lengths.data_ptr()
         call.scale = call.head_dim**-0.5 if options.scale is None else options.scale
         call.softcap = options.softcap or 0.0
-        call.causal = options.causal
-        call.window = options.window or 0
+        call.left, call.right = limit(options.left), limit(options.right)
         call.sinks = options.sinks
         self._hide(options, keys)
 
@@ -48,7 +47,9 @@ class KernelCall:
         if start is not None:
             call.start = self.kept(start.to(torch.int32).contiguous()).data_ptr()
         if slopes is not None:
-            call.slopes = self.kept(slopes.detach().float().contiguous()).data_ptr()
+            call.slopes = self._per_head(slopes)
+        if options.sink_logits is not None:
+            call.sink_logits = self._per_head(options.sink_logits)
         if mask is not None:
             shape = (call.batch, call.num_heads, call.tokens, keys)
             full = _additive(mask)
@@ -58,6 +59,9 @@ class KernelCall:
             call.mask = view.data_ptr()
             strides = view.stride()
             call.mask_batch_stride, call.mask_head_stride, call.mask_token_stride = strides[:3]
+
+    def _per_head(self, numbers: torch.Tensor) -> int:
+        return self.kept(numbers.detach().float().contiguous()).data_ptr()
 
     def run(
         self, lib: Library, parts: list[Part], v_head_dim: int, return_lse: bool

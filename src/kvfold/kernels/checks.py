@@ -5,7 +5,7 @@ import math
 import torch
 
 from kvfold.errors import InputError
-from kvfold.ops.options import Options, reach
+from kvfold.ops.options import Options, Window, reach
 
 Shape = tuple[int, int, int, int]  # batch, query heads, queries, keys
 
@@ -14,7 +14,7 @@ def check_options(
     shape: Shape,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window | None = None,
     sinks: int = 0,
     start: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
@@ -22,6 +22,7 @@ def check_options(
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> Options:
     """Check the options that ``kvfold.attention`` and caches share.
 
@@ -29,12 +30,9 @@ def check_options(
         InputError: for the first that does not fit.
     """
     batch, heads, _, keys = shape
-    if window is not None and window < 1:
-        raise InputError(f"window={window}: expected at least 1, or None")
+    _check_window(window, causal)
     if sinks < 0:
         raise InputError(f"sinks={sinks}: expected 0 or more")
-    if window is not None and not causal:
-        raise InputError("a window needs causal=True", "it counts back from a query's position")
     if scale is not None and not math.isfinite(scale):
         raise InputError(f"scale={scale}: expected a finite number")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -44,10 +42,39 @@ def check_options(
         check_range("lengths", lengths, batch, keys)
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
         raise InputError(f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}]")
+    if sink_logits is not None and sink_logits.shape != (heads,):
+        raise InputError(f"sink_logits has shape {list(sink_logits.shape)}, expected [{heads}]")
     if mask is not None:
         _check_mask(mask, shape)
     left, right = reach(causal, window)
-    return Options(left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes)
+    return Options(
+        left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes, sink_logits
+    )
+
+
+def _check_window(window: Window | None, causal: bool) -> None:
+    """A number counts back from a query's position; a pair counts on both of its sides."""
+    if window is None:
+        return
+    if not isinstance(window, tuple | list):
+        if window < 1:
+            raise InputError(f"window={window}: expected at least 1, or None")
+        if not causal:
+            raise InputError(
+                f"window={window} needs causal=True: it counts back from a query's position",
+                "window=(left, right) limits what is seen on both sides",
+            )
+        return
+    if len(window) != 2 or any(x is not None and x < -1 for x in window):
+        raise InputError(
+            f"window={window}: expected (left, right), keys before and after a query's own",
+            "0 or more; -1 or None for no limit",
+        )
+    if causal and (window[1] or 0) > 0:
+        raise InputError(
+            f"window={window} would show later keys, which causal=True hides",
+            "give causal=False, or a window that ends with 0",
+        )
 
 
 def check_range(name: str, given: torch.Tensor | None, batch: int, keys: int) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,8 +12,9 @@ from kvfold.kernels.checks import check_options
 from kvfold.kernels.flex import flex
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
+from kvfold.kernels.sink import LEAST_SCALE, with_sink
 from kvfold.ops.mask import alibi, visible
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, Window
 from kvfold.ops.reference import attend
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -39,8 +40,7 @@ class Path:
         return f"{self.name}: {self.why}"
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """The checked arguments of ``attention``."""
 
     q: torch.Tensor
@@ -57,7 +57,7 @@ def attention(
     v: torch.Tensor,
     *,
     causal: bool = True,
-    window: int | None = None,
+    window: Window | None = None,
     sinks: int = 0,
     start: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
@@ -65,6 +65,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -76,8 +77,10 @@ def attention(
             h // (Hq / Hkv).
         causal: the last query stands at the last key (bottom-right alignment), and sees no later
             ones.
-        window: a query sees only the last ``window`` keys up to its own position, and the first
-            ``sinks`` ones.
+        window: how far a query sees: the last ``window`` keys up to its own position or, as a
+            pair ``(left, right)``, so many keys before and after it (-1 or None: no limit). With
+            ``causal`` none after it: ``window=w`` is ``(w - 1, 0)``.
+        sinks: first keys that a window does not hide on the left.
         start, lengths: int ``[B]``; sequence b's keys are ``start[b] <= j < lengths[b]``, the
             others are padding (on the left, on the right). The last query stands at position
             ``lengths[b] - 1``. For a right-padded prefill leave ``lengths`` out: causal queries
@@ -87,11 +90,14 @@ def attention(
         softcap: scores become ``softcap * tanh(score / softcap)``, before masks and bias.
         alibi_slopes: ``[Hq]``; a score loses ``slope`` times the distance (arXiv 2108.12409).
         dropout: probability of dropping a weight, for training.
-        return_lse: also return the scores' log-sum-exp, for ``merge``.
+        sink_logits: ``[Hq]``, a logit per head that joins the softmax's denominator as a key
+            whose value is zero would; it is not scaled, capped or hidden (gpt-oss).
+        return_lse: also return the scores' log-sum-exp, sink logits included, for ``merge``; of
+            parts that are to be merged only one may be given the sink logits.
 
     Returns:
         ``[B, Hq, T, Dv]`` in q's dtype; with ``return_lse`` also ``[B, Hq, T]``. A query that
-        sees no key gets zeros and -inf.
+        sees no key gets zeros and -inf (or the sink logit).
 
     Raises:
         InputError: for shapes, dtypes, devices or values that do not fit, naming them.
@@ -103,6 +109,7 @@ def attention(
     call = _checked(
         q, k, v, dropout, return_lse, causal=causal, window=window, sinks=sinks, start=start,
         lengths=lengths, mask=mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+        sink_logits=sink_logits,
     )  # fmt: skip
     return _run(call)
 
@@ -204,7 +211,8 @@ def _on_gpu(call: _Call) -> Path | None:
 def _suits_flex(call: _Call) -> bool:
     """Many queries on a GPU, and scores that PyTorch's fused kernels cannot have."""
     o = call.options
-    bent = o.left is not None or o.softcap is not None or o.alibi_slopes is not None
+    sided = o.left is not None or o.right not in (None, 0)
+    bent = sided or any(x is not None for x in (o.softcap, o.alibi_slopes, o.sink_logits))
     sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
     free = o.mask is None and not call.dropout and 0 not in sizes
     return call.q.is_cuda and bent and free and call.q.dtype is not torch.float64
@@ -212,8 +220,8 @@ def _suits_flex(call: _Call) -> bool:
 
 def _choose(call: _Call) -> Path:
     q, k, o = call.q, call.k, call.options
-    tensors = [q, k, call.v] + [x for x in (o.mask, o.alibi_slopes) if x is not None]
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    tensors = (q, k, call.v, o.mask, o.alibi_slopes, o.sink_logits)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     plain = o.softcap is None and not call.return_lse
     if not gradients and not call.dropout and _backend(q.device) == "triton":
         path = _on_gpu(call)
@@ -234,6 +242,8 @@ def _choose(call: _Call) -> Path:
         return Path("matmul", "PyTorch's kernels have no softcap and return no log-sum-exp")
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return Path("matmul", "there is nothing to compute")
+    if o.sink_logits is not None and abs(1 if o.scale is None else o.scale) < LEAST_SCALE:
+        return Path("matmul", "scores are scaled so small that sink logits would overflow")
     if call.dropout and q.shape[1] != k.shape[1]:
         return Path("matmul", "with dropout, PyTorch's kernels would repeat keys and values")
     if gradients or call.dropout:
@@ -277,6 +287,7 @@ def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         bias=None if bias is None else bias.to(call.q.dtype),
         scale=call.options.scale,
         softcap=call.options.softcap,
+        sink_logits=call.options.sink_logits,
         dropout=call.dropout,
     )
     return (found.out, found.lse) if call.return_lse else found.out
@@ -299,7 +310,9 @@ def _sdpa(call: _Call) -> torch.Tensor:
     mask = seen if bias is None else bias.to(q.dtype)
     scale = q.shape[3] ** -0.5 if o.scale is None else o.scale
     v_head_dim = v.shape[3]
-    if q.shape[1] != k.shape[1] and v_head_dim != q.shape[3]:
+    if o.sink_logits is not None:
+        q, k, v, mask = with_sink(q, k, v, mask, is_causal, scale, o.sink_logits)
+    elif q.shape[1] != k.shape[1] and v_head_dim != q.shape[3]:
         # Of uneven heads PyTorch's only kernel repeats keys and values; zeros change nothing.
         width = max(v_head_dim, q.shape[3])
         q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
@@ -314,6 +327,8 @@ def _sdpa(call: _Call) -> torch.Tensor:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     out = out[..., :v_head_dim]
+    if is_causal and o.sink_logits is not None:
+        out = out[:, :, 1:]
     if seen is not None:
         out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
     return out
@@ -327,7 +342,7 @@ def _flex(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
 def _kernel(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     o = call.options
     out, lse = attend_rows(
-        call.q, call.k, call.v, o.start, o.lengths, o.mask, o.alibi_slopes, o.left, o.right,
-        o.sinks, o.scale, o.softcap,
+        call.q, call.k, call.v, o.start, o.lengths, o.mask, o.alibi_slopes, o.sink_logits,
+        o.left, o.right, o.sinks, o.scale, o.softcap,
     )  # fmt: skip
     return (out, lse) if call.return_lse else out

@@ -55,8 +55,11 @@ def flex(
         q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=options.scale,
         enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
     )  # fmt: skip
-    nothing = lse.isneginf()[..., None]
-    return torch.where(nothing, 0.0, out), lse
+    out = torch.where(lse.isneginf()[..., None], 0.0, out)
+    if options.sink_logits is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, options.sink_logits.to(lse.dtype)[:, None])
+    return out * torch.exp(lse - with_sink)[..., None].to(out.dtype), with_sink
 
 
 @cache

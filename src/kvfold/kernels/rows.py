@@ -1,7 +1,5 @@
 """The kernels over plain tensors, as a PyTorch operator that ``torch.compile`` understands."""
 
-from dataclasses import replace
-
 import torch
 
 from kvfold.kernels.backend import backend_of
@@ -21,6 +19,7 @@ def attend_rows(
     lengths: torch.Tensor | None,
     mask: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
     left: int | None,
     right: int | None,
     sinks: int,
@@ -28,7 +27,9 @@ def attend_rows(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kvfold.attention`` for few queries; output and log-sum-exp (float32)."""
-    options = Options(left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes)
+    options = Options(
+        left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes, sink_logits
+    )
     if backend_of(q.device) == "triton":
         return _on_gpu(q, k, v, options)
     lib = library()
@@ -65,15 +66,7 @@ def _on_gpu(
     sides = [Rows(format_of(x.dtype), readable(x), none, x.shape[3]) for x in (k, v)]
     table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
     part = GpuPart(sides[0], sides[1], table, max(keys, 1), None, end, keys)
-    options = replace(options, mask=_whole_keys(options.mask, keys))
     return attend(readable(q), [part], end, options)
-
-
-def _whole_keys(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """A mask with an entry for every key."""
-    if mask is None or mask.shape[-1] == keys:
-        return mask
-    return mask.expand(*mask.shape[:-1], keys)
 
 
 @attend_rows.register_fake

@@ -1,15 +1,18 @@
 """What attention can be asked for, in the one form that every path and kernel reads."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+#: What people give: keys up to a query's own, itself included, or keys before and after its own.
+Window = int | tuple[int | None, int | None]
 
-@dataclass(frozen=True)
-class Options:
+
+class Options(NamedTuple):
     """What hides, bends and biases scores; ``kernels.checks.check_options`` makes and checks it.
 
     None is "none" everywhere: no limit, no softcap, no tensor; ``scale`` None is ``D ** -0.5``.
+    A tuple, as making a frozen dataclass would take a twentieth of a step's fixed cost.
 
     Attributes:
         left, right: how many keys before and after its own position a query sees. Causal is
@@ -18,7 +21,7 @@ class Options:
         start, lengths: int ``[B]``, the keys of a sequence. Where they are stored with their
             lengths, as in a cache, the latter are given beside this.
         mask: boolean or additive, broadcastable to ``[B, Hq, T, S]``.
-        alibi_slopes: ``[Hq]``.
+        alibi_slopes: ``[Hq]``. sink_logits: ``[Hq]``, of a key that everyone sees, without value.
     """
 
     left: int | None = None
@@ -30,22 +33,29 @@ class Options:
     scale: float | None = None
     softcap: float | None = None
     alibi_slopes: torch.Tensor | None = None
+    sink_logits: torch.Tensor | None = None
 
     @property
     def causal(self) -> bool:
         """Whether a query sees no later keys than its own."""
         return self.right == 0
 
-    @property
-    def window(self) -> int | None:
-        """How many keys up to its own a query sees."""
-        return None if self.left is None else self.left + 1
 
-
-def reach(causal: bool, window: int | None) -> tuple[int | None, int | None]:
+def reach(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     """How many keys before and after its own a query sees.
 
-    >>> reach(True, None), reach(True, 3), reach(False, None)
-    ((None, 0), (2, 0), (None, None))
+    >>> reach(True, None), reach(True, 3), reach(False, (3, -1))
+    ((None, 0), (2, 0), (3, None))
     """
-    return None if window is None else window - 1, 0 if causal else None
+    if window is None:
+        left = right = None
+    elif isinstance(window, tuple | list):
+        left, right = (None if x == -1 else x for x in window)
+    else:
+        left, right = window - 1, 0
+    return left, 0 if causal else right
+
+
+def limit(keys: int | None) -> int:
+    """``left`` or ``right`` as kernels take it: -1 is none, and sums with it do not overflow."""
+    return -1 if keys is None else min(keys, 1 << 30)

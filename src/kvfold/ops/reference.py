@@ -24,6 +24,7 @@ def attend(
     bias: torch.Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
 ) -> Attended:
@@ -34,6 +35,7 @@ def attend(
         seen: boolean, broadcastable to ``[B, Hq, T, S]``. A query that sees nothing gets zeros
             and a log-sum-exp of -inf.
         bias: added to the scores, broadcastable likewise.
+        sink_logits: ``[Hq]``, of a further key that every query sees, whose value is zero.
         dropout: probability of dropping a weight.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -52,6 +54,8 @@ def attend(
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf)
     lse = torch.logsumexp(scores, -1)
+    if sink_logits is not None:
+        lse = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
     weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
     used = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     by_head = used.to(v.dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)

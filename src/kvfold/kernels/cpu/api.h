@@ -49,7 +49,8 @@ struct KvfAttend {
   const int32_t* start;   // [B]: first visible position, or null
   const int32_t* length;  // [B]: the last query's position + 1
   float scale, softcap;   // softcap 0: none
-  int32_t causal, window, sinks;  // window 0: none
+  int32_t left, right, sinks;  // keys seen before and after a query's own; -1: no limit
+  const float* sink_logits;    // [Hq] joins the softmax's denominator, or null
   const float* slopes;    // [Hq] ALiBi, or null
   const float* mask;      // additive, or null; strides in elements, keys contiguous
   int64_t mask_batch_stride, mask_head_stride, mask_token_stride;

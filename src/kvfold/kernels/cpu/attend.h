@@ -84,8 +84,8 @@ static int visible(const KvfAttend& call, const KvfPart& part, int b, Range out[
   if (low < start) low = start;
   if (high > length) high = length;
   int count = 0;
-  if (call.window > 0) {
-    const int64_t first = (int64_t)length - call.tokens - call.window + 1;
+  if (call.left >= 0) {
+    const int64_t first = (int64_t)length - call.tokens - call.left;
     const int sinks_end = start + call.sinks < high ? start + call.sinks : high;
     if (first > sinks_end) {
       if (low < sinks_end) out[count++] = {low, sinks_end};
@@ -197,15 +197,15 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
         if (first + j >= unit.low && first + j < unit.high) x[j] += mask[j] * LOG2E;
     }
     int64_t low = unit.low, high = unit.high, sinks_end = 0;
-    if (call.causal && position + 1 < high) high = position + 1;
-    if (call.window > 0) {
+    if (call.right >= 0 && position + call.right + 1 < high) high = position + call.right + 1;
+    if (call.left >= 0) {
       sinks_end = start + call.sinks;
-      if (position - call.window + 1 > low) low = position - call.window + 1;
+      if (position - call.left > low) low = position - call.left;
     }
     if (first >= low && first + count <= high) continue;
     for (int j = 0; j < count; ++j) {
       const int64_t at = first + j;
-      const bool sink = at >= unit.low && at < sinks_end;
+      const bool sink = at >= unit.low && at < sinks_end;  // hidden by right all the same
       if (at >= high || (at < low && !sink)) x[j] = -INFINITY;
     }
   }
@@ -232,13 +232,25 @@ static void soften(int rows, int count, float* s, float* m, float* l, float* dec
   }
 }
 
+// A head's sink logit s is a key without value: o, m and l become those of the keys and it.
+static float add_sink(float s, float& m, float& l) {
+  const float top = std::fmax(m, s * LOG2E);
+  if (top == -INFINITY) return 0;  // nothing to see, and no sink
+  const float decay = m == -INFINITY ? 0 : exp2f(m - top);
+  l = l * decay + exp2f(s * LOG2E - top);
+  m = top;
+  return decay;
+}
+
 static void write(const Plan& plan, int b, int kv_head, int row, const float* o, float m, float l) {
   const KvfAttend& call = *plan.call;
   const int group_size = call.num_heads / call.num_kv_heads;
   const int head = kv_head * group_size + row / call.tokens, t = row % call.tokens;
   void* out = (void*)row_of(call.out, b, head, t);
-  if (l == 0) memset(out, 0, (call.out.format == KVF_F32 ? 4 : 2) * (size_t)call.v_head_dim);
-  else store_row(call.out, o, call.v_head_dim, 1 / l, out);
+  const bool nothing = l == 0;
+  const float decay = call.sink_logits ? add_sink(call.sink_logits[head], m, l) : 1;
+  if (nothing) memset(out, 0, (call.out.format == KVF_F32 ? 4 : 2) * (size_t)call.v_head_dim);
+  else store_row(call.out, o, call.v_head_dim, decay / l, out);
   if (call.lse)
     call.lse[((int64_t)b * call.num_heads + head) * call.tokens + t] =
         l == 0 ? -INFINITY : (m + std::log2(l)) * 0.693147181f;

@@ -62,15 +62,15 @@ def attend_kernel(
     V, v_page, v_head, v_row, VS, vs_page, vs_head,
     TABLE, table_row, page_size,
     BEGIN, END, LENGTH, START, SLOPES,
-    MASK, mask_batch, mask_head, mask_token,
+    MASK, mask_batch, mask_head, mask_token, mask_key,
     OUT, out_row, LSE, slots, slot,
-    kv_heads, group, tokens, scale, softcap, window, sinks,
+    kv_heads, group, tokens, scale, softcap, left, right, sinks,
     head_dim: tl.constexpr, v_head_dim: tl.constexpr,
     k_groups: tl.constexpr, v_groups: tl.constexpr,
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ONE_PAGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_BEGIN: tl.constexpr, HAS_START: tl.constexpr, HAS_SLOPES: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):  # fmt: skip
@@ -96,9 +96,9 @@ def attend_kernel(
     a = tl.maximum(begin, start)
     a_end = tl.maximum(end, a)
     c, c_end = a_end, a_end
-    if WINDOW:
+    if HAS_LEFT:
         a_end = tl.maximum(tl.minimum(end, start + sinks), a)
-        c = tl.maximum(length - tokens - window + 1, a_end)
+        c = tl.maximum(length - tokens - left, a_end)
         c_end = tl.maximum(end, c)
     n_a, n_c = a_end - a, c_end - c
     tiles = tl.cdiv(n_a + n_c, N)
@@ -165,14 +165,14 @@ def attend_kernel(
             slope = tl.load(SLOPES + head, mask=real, other=0.0)
             scores -= slope[:, None] * (position[:, None] - j[None, :]).to(tl.float32)
         seen = inside[None, :] & real[:, None]
-        if CAUSAL:
-            seen = seen & (j[None, :] <= position[:, None])
-        if WINDOW:
-            near = j[None, :] > position[:, None] - window
+        if HAS_RIGHT:
+            seen = seen & (j[None, :] <= position[:, None] + right)
+        if HAS_LEFT:
+            near = j[None, :] >= position[:, None] - left
             seen = seen & (near | (j < start + sinks)[None, :])
         if MASK_KIND != 0:
             m_at = b.to(tl.int64) * mask_batch + head.to(tl.int64) * mask_head + token * mask_token
-            given = tl.load(MASK + m_at[:, None] + j[None, :], mask=seen, other=0)
+            given = tl.load(MASK + m_at[:, None] + j[None, :] * mask_key, mask=seen, other=0)
             if MASK_KIND == 1:
                 seen = seen & (given != 0)
             else:
@@ -217,22 +217,30 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    PARTS, part_row, PART_LSE, slots, OUT, LSE, v_head_dim,
-    SLOTS: tl.constexpr, DV: tl.constexpr, HAS_LSE: tl.constexpr,
+    PARTS, part_row, PART_LSE, slots, SINKS, heads, tokens, OUT, LSE, v_head_dim,
+    SLOTS: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Put the splits of one query row together: the split-KV identity (see ``ops.merge``)."""
+    """Put the splits of one query row together: the split-KV identity (see ``ops.merge``).
+
+    A head's sink logit is one more split, of a key without value.
+    """
     row = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, SLOTS), tl.arange(0, DV)
     lse = tl.load(PART_LSE + row * slots + s, mask=s < slots, other=float("-inf"))
     top = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    if HAS_SINKS:
+        sink = tl.load(SINKS + row // tokens % heads) * _LOG2E
+        top = tl.maximum(top, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(lse - base)
     total = tl.sum(weight, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - base)
     there = (s < slots)[:, None] & (d < v_head_dim)[None, :]
     parts = tl.load(PARTS + (row * slots + s)[:, None] * part_row + d[None, :], mask=there, other=0)
     out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     if OUT.dtype.element_ty == tl.bfloat16:
         out = rounded_to_bf16(out)  # Triton's interpreter would cut digits off
     tl.store(OUT + row * v_head_dim + d, out.to(OUT.dtype.element_ty), mask=d < v_head_dim)
-    if HAS_LSE:
-        natural = (top + tl.log2(total)) / _LOG2E
-        tl.store(LSE + row, tl.where(total == 0.0, float("-inf"), natural))
+    natural = (top + tl.log2(total)) / _LOG2E
+    tl.store(LSE + row, tl.where(total == 0.0, float("-inf"), natural))

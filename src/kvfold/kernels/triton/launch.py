@@ -1,7 +1,7 @@
 """Calling the decoding kernels: sizes of tiles, splits, scratch memory."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from kvfold.kernels.triton.decode import (
     merge_kernel,
 )
 from kvfold.kernels.triton.splits import Gpu, choose_splits
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, limit
 from kvfold.ops.quantize import GROUP, Format, rotate, rotation_size
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,8 +124,10 @@ def attend(
         _launch(grid, _rotated(q, part.k), part, lengths, options, tile, scratch, part_lse, slot)
         slot += count
     merge_kernel[(scratch.shape[0],)](
-        scratch, scratch.stride(1), part_lse, slots, out, lse, v_head_dim,
-        SLOTS=_power(slots), DV=_power(v_head_dim), HAS_LSE=True,
+        scratch, scratch.stride(1), part_lse, slots,
+        lse if options.sink_logits is None else options.sink_logits, heads, tokens,
+        out, lse, v_head_dim,
+        SLOTS=_power(slots), DV=_power(v_head_dim), HAS_SINKS=options.sink_logits is not None,
     )  # fmt: skip
     return out, lse
 
@@ -208,17 +210,18 @@ def _launch(
         none if options.start is None else options.start,
         none if options.alibi_slopes is None else options.alibi_slopes,
         none if mask is None else mask, *(mask.stride()[:3] if mask is not None else (0, 0, 0)),
+        int(mask is not None and mask.shape[-1] > 1),
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
-        scale, options.softcap or 1.0, options.window or 0, options.sinks,
+        scale, options.softcap or 1.0, limit(options.left), limit(options.right), options.sinks,
         head_dim=head_dim, v_head_dim=v.dim, k_groups=k.groups, v_groups=v.groups,
         SPLITS=grid[0], M=tile, N=_tile_keys(k, v),
         D=_padded(k), DV=_padded(v), K_GROUPS=_power(k.groups), V_GROUPS=_power(v.groups),
         K_FORMAT=k.kind, V_FORMAT=v.kind, DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        ONE_PAGE=part.table.shape[1] == 1, CAUSAL=options.causal,
-        WINDOW=options.window is not None, SOFTCAP=options.softcap is not None,
+        ONE_PAGE=part.table.shape[1] == 1, HAS_LEFT=options.left is not None,
+        HAS_RIGHT=options.right is not None, SOFTCAP=options.softcap is not None,
         HAS_BEGIN=part.begin is not None, HAS_START=options.start is not None,
         HAS_SLOPES=options.alibi_slopes is not None, MASK_KIND=kind,
         num_warps=4, num_stages=3,
@@ -227,16 +230,19 @@ def _launch(
 
 def _ready(options: Options, device: torch.device) -> Options:
     """With tensors of the dtypes that the kernels read, where they run."""
-    start, slopes = options.start, options.alibi_slopes
-    if start is not None:
-        start = start.to(device, torch.int32).contiguous()
-    if slopes is not None:
-        slopes = slopes.detach().to(device, torch.float32).contiguous()
-    return replace(options, start=start, alibi_slopes=slopes)
+
+    def ready(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if x is None else x.detach().to(device, dtype).contiguous()
+
+    return options._replace(
+        start=ready(options.start, torch.int32),
+        alibi_slopes=ready(options.alibi_slopes, torch.float32),
+        sink_logits=ready(options.sink_logits, torch.float32),
+    )
 
 
 def _mask(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor | None, int]:
-    """The mask as ``[B, Hq, T, S]`` with S contiguous, and its kind."""
+    """The mask as ``[B, Hq, T, S]``, S contiguous or 1 for all keys, and its kind."""
     if mask is None:
         return None, 0
     mask = mask.detach()

@@ -3,7 +3,7 @@
 import torch
 
 from kvfold.kernels.triton.launch import Angles, GpuPart, Rows, append, attend
-from kvfold.ops.options import Options, reach
+from kvfold.ops.options import Options
 from kvfold.ops.quantize import FORMATS
 
 _DEVICES = ("cuda", "cpu")  # a CPU for Triton's interpreter
@@ -44,8 +44,9 @@ def gpu_attend(
     k_format: str,
     v_format: str,
     v_head_dim: int,
-    causal: bool,
-    window: int | None,
+    sink_logits: torch.Tensor | None,
+    left: int | None,
+    right: int | None,
     sinks: int,
     scale: float | None,
     softcap: float | None,
@@ -58,8 +59,9 @@ def gpu_attend(
         Rows(FORMATS[v_format], v_data, v_scales, v_head_dim),
         table, page_size, None, lengths, table.shape[1] * page_size,
     )  # fmt: skip
-    left, right = reach(causal, window)
-    options = Options(left, right, sinks, start, None, mask, scale, softcap)
+    options = Options(
+        left, right, sinks, start, None, mask, scale, softcap, sink_logits=sink_logits
+    )
     return attend(q, [part], lengths, options, splits)
 
 
