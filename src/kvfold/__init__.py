@@ -4,12 +4,13 @@ The public names load when first used, so that ``import kvfold`` stays light and
 torch by itself.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # importing typing takes longer than all the rest
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvfold.cache.fixed import FixedKVCache
     from kvfold.cache.kv import KVCache
     from kvfold.errors import KVFoldError
@@ -64,7 +65,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    from importlib import import_module
+
     if name in _ROOMS:
         return import_module(f"kvfold.{name}")
     if name not in _HOMES:

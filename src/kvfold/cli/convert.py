@@ -8,6 +8,7 @@ import click
 from kvfold import numbers
 from kvfold.cli.options import Number
 from kvfold.cli.output import emit
+from kvfold.cli.signals import resumable
 
 if TYPE_CHECKING:
     from kvfold.fold.request import Request
@@ -70,6 +71,7 @@ def command(
 
     SRC is a Hugging Face folder, a hub name, or a GGUF file; it is only read.
     """
+    from kvfold.checkpoint.workspace import partial_folder
     from kvfold.cli.progress import progress_bar
     from kvfold.fold.convert import run_request
     from kvfold.fold.request import make_request, preview
@@ -92,7 +94,7 @@ def command(
     if dry_run:
         emit(as_json, found.as_dict(), lambda: _print_preview(found.as_dict()))
         return
-    with progress_bar() as progress:
+    with resumable(lambda: partial_folder(out)), progress_bar() as progress:
         record = run_request(request, out, resume=resume, force=force, progress=progress)
     emit(as_json, record, lambda: _print_record(record, out))
     for warning in record["warnings"]:
@@ -131,10 +133,11 @@ def convert_and_heal(
     else:
         preview(request, folded, force=force)
         again = resume and partial_folder(folded).exists()
-        with progress_bar() as progress:
+        with resumable(lambda: partial_folder(folded)), progress_bar() as progress:
             run_request(request, folded, resume=again, force=force, progress=progress)
     again = resume and partial_folder(out).exists()
-    heal_and_show(healing, out, resume=again, force=force, as_json=as_json)
+    with resumable(lambda: folded):
+        heal_and_show(healing, out, resume=again, force=force, as_json=as_json)
 
 
 def _check_same_fold(request: "Request", folded: Path) -> None:

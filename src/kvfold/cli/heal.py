@@ -10,6 +10,7 @@ import click
 from kvfold import numbers
 from kvfold.cli.options import Number
 from kvfold.cli.output import emit
+from kvfold.cli.signals import resumable
 
 if TYPE_CHECKING:
     from kvfold.healing.request import HealRequest
@@ -188,12 +189,13 @@ def heal_and_show(
     from kvfold.healing.request import check_heal
 
     check_heal(request, out, force=force)
+    from kvfold.checkpoint.workspace import partial_folder
     from kvfold.healing.parallel import launched_rank
     from kvfold.healing.run import run_heal
     from kvfold.healing.watch import tensorboard as write_tensorboard
 
     also = write_tensorboard(Path(tensorboard)) if tensorboard else None
-    with healing_display(also) as (progress, watch):
+    with resumable(lambda: partial_folder(out)), healing_display(also) as (progress, watch):
         record = run_heal(request, out, resume=resume, force=force, progress=progress, watch=watch)
     if launched_rank() == 0:
         draw(out)

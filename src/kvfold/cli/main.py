@@ -6,13 +6,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 import kvfold
+from kvfold.cli.leave import INTERRUPTED, ignore_signals, leave_at_once
+from kvfold.cli.signals import Interrupted, interruptible
 from kvfold.errors import KVFoldError
-
-INTERRUPTED = 130
+from kvfold.names import printable
 
 # name -> one line of help. The module kvfold.cli.<name> is imported only to run it.
 COMMANDS = {
@@ -40,9 +42,12 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"kvfold.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
+        command: click.Command = importlib.import_module(f"kvfold.cli.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with interruptible():
+            return super().invoke(ctx)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -89,12 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         hint = hint or f"`{name or 'kvfold'} --help` shows what can be given"
         return _complain(message, hint, 2, debug)
-    except (KeyboardInterrupt, click.exceptions.Abort):  # click turns the first into the second
-        resumable = {"convert", "heal"} & set(arguments)
-        hint = "the same command with --resume goes on" if resumable else ""
+    except (Interrupted, KeyboardInterrupt, click.exceptions.Abort) as error:
+        hint = getattr(error, "hint", "")
         return _complain("interrupted; nothing was overwritten", hint, INTERRUPTED, debug)
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except MemoryError:
         return _complain("out of memory", "fewer --calibration-tokens need less", 1, debug)
@@ -107,10 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, hint: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {_line(message)}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {_line(hint)}", err=True)
     return code
+
+
+def _line(words: str) -> str:
+    """On one line, with nothing that a terminal would obey."""
+    return printable(" ".join(words.split()))
 
 
 def _quiet_libraries(debug: bool) -> None:
@@ -123,5 +132,26 @@ def _quiet_libraries(debug: bool) -> None:
 
 
 def run() -> None:
-    """The console script."""
-    sys.exit(main())
+    """Run the command line and exit with its code."""
+    leave_at_once()
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1
+        _drop_output()
+    except OSError as error:
+        code = _complain(
+            f"cannot write the output: {error.strerror}", "is the disk full?", 1, False
+        )
+        _drop_output()
+    ignore_signals()  # all is done: tearing libraries down is not to be interrupted
+    # Where exec of a string was interrupted (dataclasses use it), Python would end by the signal
+    # itself in place of the code; another exec makes it forget that.
+    exec("")
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, instead of failing once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
