@@ -134,5 +134,5 @@ def test_output_that_cannot_be_written_is_said() -> None:
             text=True, timeout=60,
         )  # fmt: skip
     assert run.returncode == 1
-    assert run.stderr.startswith("error: cannot write the output")
+    assert run.stderr.startswith("error: No space left on device\nhint: free")
     assert len(run.stderr.splitlines()) == 2

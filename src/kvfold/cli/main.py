@@ -1,6 +1,7 @@
 """Entry point: the list of commands, and the one place where errors become words."""
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -14,7 +15,16 @@ import kvfold
 from kvfold.cli.leave import INTERRUPTED, ignore_signals, leave_at_once
 from kvfold.cli.signals import Interrupted, interruptible
 from kvfold.errors import KVFoldError
-from kvfold.names import printable
+from kvfold.names import printable, shown
+
+_SYSTEM_HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "give a path that you may open",
+    errno.EPERM: "give a path that you may open",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "allow more open files: ulimit -n",
+}
 
 # name -> one line of help. The module kvfold.cli.<name> is imported only to run it.
 COMMANDS = {
@@ -102,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except MemoryError:
         return _complain("out of memory", "fewer --calibration-tokens need less", 1, debug)
+    except OSError as error:
+        return _complain(*_of_the_system(error), 1, debug)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         message = f"unexpected {type(error).__name__}: {first_line}"
@@ -115,6 +127,13 @@ def _complain(message: str, hint: str, code: int, debug: bool) -> int:
     if hint:
         click.echo(f"hint: {_line(hint)}", err=True)
     return code
+
+
+def _of_the_system(error: OSError) -> tuple[str, str]:
+    """What the system refused, and what may be done about it."""
+    where = f"{shown(os.fsdecode(error.filename))}: " if error.filename else ""
+    hint = _SYSTEM_HINTS.get(error.errno or 0, "--debug shows where")
+    return f"{where}{error.strerror or error}", hint
 
 
 def _line(words: str) -> str:
@@ -141,9 +160,7 @@ def run() -> None:
         code = 1
         _drop_output()
     except OSError as error:
-        code = _complain(
-            f"cannot write the output: {error.strerror}", "is the disk full?", 1, False
-        )
+        code = _complain(*_of_the_system(error), 1, debug=False)
         _drop_output()
     ignore_signals()  # all is done: tearing libraries down is not to be interrupted
     # Where exec of a string was interrupted (dataclasses use it), Python would end by the signal
