@@ -54,3 +54,21 @@ def check_rows(
         )
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"{name} is {x.dtype}, expected float32, float16 or bfloat16")
+
+
+def need_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether anyone waits for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def refuse_gradients(*tensors: torch.Tensor | None) -> None:
+    """Caches keep numbers, not what they were computed from.
+
+    Raises:
+        InputError: if gradients would be lost.
+    """
+    if need_gradients(*tensors):
+        raise InputError(
+            "a KV cache is for inference, but gradients are needed here",
+            "call the model under torch.inference_mode() or torch.no_grad()",
+        )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kvfold.cache.checks import check_rows, check_sizes
+from kvfold.cache.checks import check_rows, check_sizes, refuse_gradients
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM
@@ -97,7 +97,7 @@ class FixedKVCache:
             rotary: applied to the keys first, at their positions, in the same pass.
 
         Raises:
-            InputError: for shapes or dtypes that do not fit.
+            InputError: for shapes or dtypes that do not fit, and where gradients are needed.
         """
         from kvfold.kernels.triton.ops import gpu_append
 
@@ -105,6 +105,7 @@ class FixedKVCache:
         check_rows("v", v, self.batch, self.num_kv_heads, self.v_head_dim, self.device)
         if k.shape[2] != v.shape[2]:
             raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
+        refuse_gradients(k, v)
         tokens = k.shape[2]
         cos = sin = None
         if rotary is not None:
@@ -154,7 +155,7 @@ class FixedKVCache:
             ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
 
         Raises:
-            InputError: for shapes that do not fit.
+            InputError: for shapes that do not fit, and where gradients are needed.
         """
         from kvfold.kernels.triton.ops import gpu_attend
 
@@ -168,6 +169,7 @@ class FixedKVCache:
             shape, causal=causal, window=self.window, sinks=self.sinks, start=start, scale=scale,
             softcap=softcap, sink_logits=sink_logits,
         )  # fmt: skip
+        refuse_gradients(q, mask, sink_logits)
         keys, values = self._sides
         found = gpu_attend(
             q.detach(), keys.data, keys.scales, values.data, values.scales, self._table,

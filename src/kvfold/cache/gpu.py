@@ -13,8 +13,7 @@ def suits_gpu_kernel(storage: Uniform, q: torch.Tensor) -> bool:
     """Whether the Triton kernels can do it."""
     shape = storage.main.shape
     fits = max(shape.head_dim, shape.v_head_dim) <= GPU_MAX_DIM
-    few = q.shape[2] <= MAX_TOKENS and not q.requires_grad
-    return storage.main.backend == "triton" and few and fits
+    return storage.main.backend == "triton" and q.shape[2] <= MAX_TOKENS and fits
 
 
 def attend_on_gpu(

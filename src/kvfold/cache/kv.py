@@ -2,7 +2,13 @@
 
 import torch
 
-from kvfold.cache.checks import check_kind, check_rows, check_sizes
+from kvfold.cache.checks import (
+    check_kind,
+    check_rows,
+    check_sizes,
+    need_gradients,
+    refuse_gradients,
+)
 from kvfold.cache.gpu import attend_on_gpu, suits_gpu_kernel
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
@@ -148,7 +154,8 @@ class KVCache:
                 default. A sliding cache stores no more than they can see.
 
         Raises:
-            InputError: for shapes or dtypes that do not fit, or beyond ``max_length``.
+            InputError: for shapes or dtypes that do not fit, beyond ``max_length``, and for keys
+                or values that need gradients, which the cache would lose.
         """
         rows = self._rows(sequences)
         if len(set(rows)) < len(rows):
@@ -157,6 +164,7 @@ class KVCache:
         check_rows("v", v, len(rows), self.num_kv_heads, self.v_head_dim, self.device)
         if k.shape[2] != v.shape[2]:
             raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
+        refuse_gradients(k, v)
         tokens = k.shape[2]
         longest = max((self.lengths[b] for b in rows), default=0) + tokens
         if self.max_length is not None and longest > self.max_length:
@@ -236,6 +244,8 @@ class KVCache:
         Returns:
             ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
 
+        Gradients reach q, mask and slopes; what is in the cache has none.
+
         Raises:
             InputError: for shapes that do not fit.
         """
@@ -255,11 +265,12 @@ class KVCache:
         )  # fmt: skip
         self._check_start(start)
         self._check_window(rows, q.shape[2])
-        if suits_gpu_kernel(self._storage, q):
+        differentiable = need_gradients(q, mask, alibi_slopes, sink_logits)
+        if not differentiable and suits_gpu_kernel(self._storage, q):
             found = attend_on_gpu(self._storage, q, rows, lengths, options)
             return found if return_lse else found[0]
         lib = library() if self._storage.main.backend == "cpu" else None
-        if lib is not None and q.shape[2] <= MAX_TOKENS and not q.requires_grad:
+        if lib is not None and q.shape[2] <= MAX_TOKENS and not differentiable:
             call = KernelCall(q, self.num_kv_heads, lengths, options, shape[3])
             parts = self._storage.parts(rows, lengths, call)
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvfold.cache.checks import refuse_gradients
 from kvfold.cache.kv import Dtype, KVCache
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
@@ -357,12 +358,7 @@ def _check_cache(
     context: torch.Tensor | None,
     hidden: _Hidden,
 ) -> None:
-    inputs = (x, context, *layer.parameters()) if torch.is_grad_enabled() else ()
-    if any(given is not None and given.requires_grad for given in inputs):
-        raise InputError(
-            "a KV cache is for inference, but gradients are needed here",
-            "call the layer under torch.inference_mode() or torch.no_grad()",
-        )
+    refuse_gradients(x, context, *layer.parameters())
     g = layer.geometry
     expected = (x.shape[0], g.num_kv_heads, g.head_dim, g.v_head_dim)
     found = (cache.batch, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)

@@ -1,0 +1,131 @@
+"""Attention as transformers calls it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvfold.errors import UnsupportedError
+from kvfold.kernels.dispatch import attention
+from kvfold.kernels.library import MAX_TOKENS
+from kvfold.transformers.cache import Stored, plain
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | Stored,
+    value: torch.Tensor | Stored,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface of an attention implementation.
+
+    Args:
+        query: ``[B, Hq, T, D]``; key, value: ``[B, Hkv, S, D]`` or what ``KVCache`` gave.
+        attention_mask: boolean or additive ``[B or 1, 1 or Hq, T, S]``. Without one, and with
+            more than one query, ``is_causal`` (the module's own by default) says whether query t
+            sees the keys up to t only; as everywhere in transformers, True if nobody says.
+        s_aux: ``[Hq]``, a logit per head that takes attention away (gpt-oss's sinks).
+        position_bias: ``[1, Hq, T, S]``, added to the scores (T5).
+
+    Returns:
+        ``[B, T, Hq, Dv]`` and no weights.
+    """
+    if kwargs.get("cache") is not None:
+        raise UnsupportedError("kvfold's attention reads no paged cache of transformers'")
+    query, key, value = _of_one_dtype(query, key, value)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None
+    if position_bias is not None:
+        attention_mask, causal = _biased(position_bias, attention_mask, causal), False
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout": dropout}
+    options |= {"mask": attention_mask, "causal": causal, "sink_logits": s_aux}
+    if isinstance(key, Stored) and isinstance(value, Stored):
+        found = _attend_stored(query, key, value, options)
+    else:
+        found = _attend_plain(query, plain(key), plain(value), options)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _of_one_dtype(
+    query: torch.Tensor, key: torch.Tensor | Stored, value: torch.Tensor | Stored
+) -> tuple[torch.Tensor, torch.Tensor | Stored, torch.Tensor | Stored]:
+    """The one place where dtypes are made the same.
+
+    Under ``torch.autocast`` rotary embedding leaves queries and keys in float32 beside values in
+    bfloat16: all take autocast's dtype then, as in PyTorch's scaled_dot_product_attention. Else
+    they take the widest of their dtypes. Stored keys and values keep their format; only what is
+    decoded of them is converted.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    elif query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    else:
+        dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
+    return query.to(dtype), _converted(key, dtype), _converted(value, dtype)
+
+
+def _converted(x: torch.Tensor | Stored, dtype: torch.dtype) -> torch.Tensor | Stored:
+    return x.of_dtype(dtype) if isinstance(x, Stored) else x.to(dtype)
+
+
+def _biased(bias: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """An additive mask: the bias ``[1, Hq, T, S]``, -inf where a key may not be seen."""
+    tokens, keys = bias.shape[-2:]
+    if mask is None and causal and tokens > 1:
+        mask = _first_prompt(tokens, keys, bias.device)
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _first_prompt(tokens: int, keys: int, device: torch.device) -> torch.Tensor:
+    """What transformers means by causal without a mask: query t sees keys 0 to t."""
+    return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril()
+
+
+def _attend_plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> Any:
+    tokens, keys = query.shape[2], key.shape[2]
+    if options["causal"] and 1 < tokens < keys:
+        # The first prompt in a static cache: what lies behind it is not filled yet.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    elif options["causal"] and tokens > keys:
+        options |= {"causal": False, "mask": _first_prompt(tokens, keys, query.device)}
+    return attention(query, key, value, **options)
+
+
+def _attend_stored(query: torch.Tensor, key: Stored, value: Stored, options: dict[str, Any]) -> Any:
+    cache, tokens = key.layer.held, query.shape[2]
+    if key.new is not None and value.new is not None and tokens > MAX_TOKENS:
+        if cache.window is not None and options["causal"]:
+            options |= {"window": cache.window}
+        return attention(query, key.tensor(), value.tensor(), **options)
+    whole = tokens > MAX_TOKENS or options["dropout"] > 0
+    if cache.window is not None and not options["causal"]:
+        # What sees nothing later is causal; with its window the cache reads no more than it must.
+        options["causal"] = tokens == 1 or not _looks_ahead(options["mask"], tokens)
+        whole = whole or not options["causal"]
+    if whole:
+        options["causal"] = options["causal"] and options["mask"] is None
+        return attention(query, key.tensor(), value.tensor(), **options)
+    del options["dropout"]
+    return cache.attend(query, **options)
+
+
+def _looks_ahead(mask: torch.Tensor | None, tokens: int) -> bool:
+    """Whether some query may see a key that comes after it; the last query is at the last key."""
+    if mask is None:
+        return True
+    later = mask[..., -tokens:]
+    shown = later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min
+    return bool(shown.expand(*shown.shape[:-2], tokens, tokens).triu(1).any())

@@ -1,0 +1,247 @@
+"""A transformers cache whose layers are kvfold's own caches."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from kvfold.cache.kv import Dtype
+from kvfold.cache.kv import KVCache as LayerCache
+from kvfold.errors import InputError, UnsupportedError
+from kvfold.kernels.library import MAX_TOKENS
+
+_PAGE, _SLIDING_PAGE = 256, 64  # longer pages read faster; shorter ones are freed sooner
+
+
+class Stored:
+    """Stands for the keys or values of a cache where a model expects their tensor.
+
+    kvfold's attention reads the cache itself. Any other use, by another attention implementation
+    say, decodes everything into a tensor first.
+
+    Args:
+        side: 0 for keys, 1 for values. tokens: how many of the first ones it stands for.
+        new: their tensor, if they are all new.
+    """
+
+    def __init__(
+        self,
+        layer: "KVLayer",
+        side: int,
+        tokens: int,
+        dtype: torch.dtype,
+        new: torch.Tensor | None = None,
+    ) -> None:
+        cache = layer.held
+        self.layer, self.side, self.new, self.dtype = layer, side, new, dtype
+        dim = cache.v_head_dim if side else cache.head_dim
+        self.shape = torch.Size((cache.batch, cache.num_kv_heads, tokens, dim))
+        self.device = cache.device
+
+    def tensor(self) -> torch.Tensor:
+        """``[B, Hkv, S, D]`` in the model's dtype."""
+        if self.new is not None:
+            return self.new.to(self.dtype)
+        return self.layer.held.tensors(self.dtype)[self.side][:, :, : self.shape[2]]
+
+    def of_dtype(self, dtype: torch.dtype) -> "Stored":
+        """The same, to be decoded to another dtype."""
+        return Stored(self.layer, self.side, self.shape[2], dtype, self.new)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols such as copying look for these
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor()[index]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = {key: plain(a) for key, a in (kwargs or {}).items()}
+        return function(*[plain(a) for a in args], **named)
+
+
+def plain(x: Any) -> Any:
+    """``x`` with every ``Stored`` in it, also in lists and tuples, as its tensor."""
+    if isinstance(x, Stored):
+        return x.tensor()
+    if isinstance(x, list | tuple):
+        return type(x)(plain(item) for item in x)
+    return x
+
+
+class KVLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of ``KVCache``; made when its first keys come."""
+
+    is_croppable = True
+
+    def __init__(self, dtype: Dtype | tuple[Dtype, Dtype] | None, window: int | None) -> None:
+        self.cache: LayerCache | None = None
+        super().__init__()
+        self._dtype, self._window = dtype, window
+        self.is_sliding = window is not None
+
+    @property
+    def held(self) -> LayerCache:
+        """The cache of the layer.
+
+        Raises:
+            InputError: if nothing came yet.
+        """
+        if self.cache is None:
+            raise InputError("a layer of the cache was read before it was given any keys")
+        return self.cache
+
+    @property
+    def keys(self) -> Stored | None:
+        """Stands for all keys ``[B, Hkv, S, D]``; None before the first."""
+        return self._all(0)
+
+    @keys.setter
+    def keys(self, given: None) -> None:
+        _refuse_tensors(given)
+
+    @property
+    def values(self) -> Stored | None:
+        """Stands for all values ``[B, Hkv, S, Dv]``; None before the first."""
+        return self._all(1)
+
+    @values.setter
+    def values(self, given: None) -> None:
+        _refuse_tensors(given)
+
+    def _all(self, side: int) -> Stored | None:
+        if self.cache is None:
+            return None
+        return Stored(self, side, self.get_seq_length(), self.dtypes[side])
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the cache for keys ``[B, Hkv, T, D]`` and values of these sizes and dtypes."""
+        batch, heads, _, head_dim = key_states.shape
+        self.dtypes = key_states.dtype, value_states.dtype
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.cache = LayerCache(
+            heads,
+            head_dim,
+            v_head_dim=value_states.shape[3],
+            batch=batch,
+            dtype=self._dtype or self.dtypes,
+            kind="paged" if self._window is None else "sliding",
+            page_size=_PAGE if self._window is None else _SLIDING_PAGE,
+            window=self._window,
+            device=key_states.device,
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Stored, Stored]:
+        """Store new tokens ``[B, Hkv, T, D]``."""
+        if self.cache is None:
+            self.lazy_initialization(key_states, value_states)
+        cache, past, tokens = self.held, self.get_seq_length(), key_states.shape[2]
+        # A long first prompt attends over the tensors at hand, so a window need not store it all.
+        queries = tokens if past or tokens <= MAX_TOKENS else 0
+        cache.append(key_states, value_states, queries=queries)
+        sides = (key_states, value_states)
+        keys, values = (
+            Stored(self, side, past + tokens, new.dtype, None if past else new)
+            for side, new in enumerate(sides)
+        )
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return 0 if self.cache is None else self.cache.lengths[0] if self.cache.lengths else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are made for all positions, whatever a window keeps."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.cache, self.is_initialized = None, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.cache is not None and tokens_to_remove:
+            self.cache.truncate(max(0, self.get_seq_length() - abs(tokens_to_remove)))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.cache is not None:
+            self.cache.reorder(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.cache is not None:
+            rows = range(self.cache.batch)
+            self.cache.reorder([b for b in rows for _ in range(repeats)])
+
+
+def _refuse_tensors(given: torch.Tensor | None) -> None:
+    if given is not None:
+        raise UnsupportedError(
+            "a cache of kvfold holds no tensors that could be replaced", "add tokens with update"
+        )
+
+
+class KVCache(DynamicCache):  # type: ignore[misc]
+    """A transformers cache that kvfold's attention reads in place.
+
+    Args:
+        config: the model's; its sliding layers get sliding caches.
+        dtype: of the cache, as for ``kvfold.KVCache``: ``bf16``, ``int8``, ``int4``,
+            ``("int8", "int4")`` …; by default the model's own.
+        offloading: only False; transformers says so when it makes another cache of this class.
+
+    Raises:
+        UnsupportedError: for layers that are not softmax attention.
+        InputError: from ``update`` where gradients are needed.
+
+    It works with every attention implementation, but only ``attn_implementation="kvfold"`` reads
+    it without decoding all of it at every step. It is for inference: keys and values that need
+    gradients are refused. For an encoder-decoder model make two:
+    ``EncoderDecoderCache(KVCache(model.config), KVCache(model.config))``.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: Dtype | tuple[Dtype, Dtype] | None = None,
+        *,
+        offloading: bool = False,
+    ) -> None:
+        if offloading:
+            raise UnsupportedError("kvfold's cache stays where the model is", "offloading=False")
+        text = config.get_text_config(decoder=True)
+        layers = [KVLayer(dtype, window) for window in _windows(text)]
+        Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keys and values take, allocated but unused pages included."""
+        return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+
+
+def _windows(config: PretrainedConfig) -> Iterable[int | None]:
+    """The sliding window of every layer, None for full attention."""
+    window = getattr(config, "sliding_window", None)
+    count = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        use = window is not None and getattr(config, "use_sliding_window", True)
+        types = ["sliding_attention" if use else "full_attention"] * config.num_hidden_layers
+    for kind in types[:count]:
+        if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
+            raise UnsupportedError(
+                f"a layer of type {kind!r} keeps no keys and values",
+                "use transformers' own cache for this model",
+            )
+        yield window if kind == "sliding_attention" else None
