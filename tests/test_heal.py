@@ -317,11 +317,11 @@ def complaint(kvfold: Kvfold, *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "kl,sleep"], "expected some of local, kl"),
-        (["--context", 8], "--context 8: expected at least 16"),
+        (["--stages", "kl,sleep"], "known: local, kl"),
+        (["--context", 8], "--context 8: expected a whole number, at least 16"),
         (["--context", 4096], "longer than the model's 128 positions"),
         (["--tokens", "many"], "expected a whole number"),
-        (["--lr", -1], "--lr -1: expected 0 to 1"),
+        (["--lr", -1], "--lr -1: expected a number, at least 0, at most 1"),
         (["--temperature", 0], "--temperature 0: expected"),
         (["--lora-rank", 4, "--train", "all"], "attention only"),
         (["--text", "nowhere.txt"], "no such text: nowhere.txt"),

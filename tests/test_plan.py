@@ -291,7 +291,7 @@ def test_the_command_needs_no_weights(kvfold: Kvfold, config_folder: Path) -> No
         (["--gpu", "h10"], "did you mean h100?"),
         (["--memory", 10], "which machine?"),
         (["--gpu", "h100", "--kv-heads", 5], "does not divide"),
-        (["--gpu", "h100", "--kv-dtype", "int3"], "unknown cache dtype 'int3'"),
+        (["--gpu", "h100", "--kv-dtype", "int3"], "--kv-dtype int3: no such choice"),
         (["--gpu", "h100", "--context", "long"], "expected a whole number"),
         (["--gpu", "h100", "--gpus", 0], "--gpus 0: expected a whole number, at least 1"),
     ],

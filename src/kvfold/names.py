@@ -51,10 +51,17 @@ def shown(value: object) -> str:
 
 
 def json_text(document: Any, indent: int | None = 2) -> str:
-    """JSON that can always be written as UTF-8: as it reads best, unless a name is not UTF-8."""
+    """JSON that reads well and can always be printed: what is not seen is escaped.
+
+    >>> json_text("naïve \x9b", indent=None)
+    '"naïve \\\\u009b"'
+    """
     text = json.dumps(document, indent=indent, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(document, indent=indent)
-    return text
+    if text.isascii() and "\x7f" not in text:
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else _json_escape(c) for c in text)
+
+
+def _json_escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))

@@ -10,7 +10,8 @@ import click
 from kvfold import numbers
 from kvfold.bench import words
 from kvfold.cli.options import Number
-from kvfold.cli.output import emit
+from kvfold.cli.output import emit, say
+from kvfold.names import printable
 from kvfold.numbers import Wholes
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def compare(before: Path, after: Path, markdown: bool, as_json: bool) -> None:
     found = compare_files(before, after)
     emit(as_json, found.as_dict(), lambda: _print_changes(found.changes, markdown))
     for line in found.notes:
-        click.echo(f"note: {line}", err=True)
+        say(f"note: {line}", err=True)
 
 
 def _check_output(save: Path | None, markdown: bool, as_json: bool) -> None:
@@ -251,7 +252,7 @@ def _finish(
     emit(as_json, results.as_dicts(), lambda: tables(results, markdown))
     for row in results.rows:
         if row.status == "skipped":
-            click.echo(f"skipped: {row.implementation}: {row.reason}", err=True)
+            say(f"skipped: {row.implementation}: {row.reason}", err=True)
     if results.wrong:
         worst = results.wrong[0]
         raise RunError(
@@ -380,8 +381,9 @@ def _print(
         print_table(title, columns, rows, caption)
         return
     lines = [columns, ["---", "---", *["---:"] * (len(columns) - 2)], *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    click.echo(f"### {title}\n\n{table}\n\n{caption}\n")
+    cells = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    click.echo(f"### {printable(title)}\n\n{table}\n\n{printable(caption)}\n")
 
 
 def _speed(row: "Row") -> list[str]:

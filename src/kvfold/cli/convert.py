@@ -1,13 +1,14 @@
 """``kvfold convert``"""
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvfold import numbers
 from kvfold.cli.options import Number
-from kvfold.cli.output import emit
+from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ def command(
         record = run_request(request, out, resume=resume, force=force, progress=progress)
     emit(as_json, record, lambda: _print_record(record, out))
     for warning in record["warnings"]:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     if not as_json:
-        click.echo(f"next: kvfold eval {source} {out} --text YOUR.txt", err=True)
+        say(f"next: kvfold eval {quote(source)} {quote(str(out))} --text YOUR.txt", err=True)
 
 
 def convert_and_heal(

@@ -7,6 +7,8 @@ import click
 
 from kvfold import numbers
 from kvfold.cli.options import Number
+from kvfold.cli.output import say
+from kvfold.names import json_text
 
 if TYPE_CHECKING:
     from kvfold.report.demo import DemoResult
@@ -40,13 +42,11 @@ def command(out: Path, seed: int, force: bool, as_json: bool) -> None:
     with progress_bar() as progress:
         result = run_demo(out, seed, force, progress)
     if as_json:
-        import json
-
-        click.echo(json.dumps(result.as_dict(), indent=2))
+        click.echo(json_text(result.as_dict()))
     else:
         _print(result)
-    click.echo(f"plot: {result.plot} (and .svg)", err=True)
-    click.echo(f"next: kvfold inspect {result.source}", err=True)
+    say(f"plot: {result.plot} (and .svg)", err=True)
+    say(f"next: kvfold inspect {result.source}", err=True)
 
 
 def _print(result: "DemoResult") -> None:

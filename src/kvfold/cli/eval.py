@@ -60,6 +60,7 @@ def command(
     depths of long texts; --tasks runs lm-evaluation-harness on every model.
     """
     from kvfold.cli.progress import progress_bar
+    from kvfold.quality.device import pick_device
     from kvfold.quality.run import check_eval, check_thresholds, evaluate, find_needles
     from kvfold.quality.tasks import harness
     from kvfold.quality.text import read_texts
@@ -71,6 +72,7 @@ def command(
         check_eval(sources, texts, context, max_tokens)
     if names:
         harness()
+        pick_device(device)
     for text in texts:
         read_texts([text], context)
     how: dict[str, Any] = {"dtype": dtype, "device": device}

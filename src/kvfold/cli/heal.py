@@ -9,7 +9,7 @@ import click
 
 from kvfold import numbers
 from kvfold.cli.options import Number
-from kvfold.cli.output import emit
+from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def healing_display(also: "Watch | None") -> "Iterator[tuple[Progress, Watch]]":
             scores = {name: value for name, value in row.items() if name.startswith("kl ")}
             if scores:
                 words = ", ".join(f"{name[3:]} {value:.4f}" for name, value in scores.items())
-                click.echo(f"{row['tokens']:>12,} tokens  KL: {words}", err=True)
+                say(f"{row['tokens']:>12,} tokens  KL: {words}", err=True)
 
         def show(label: str, done: int, total: int) -> None:
             progress(label, done, total, latest["words"] if label == "healing" else "")

@@ -7,6 +7,7 @@ import click
 
 from kvfold import numbers
 from kvfold.cli.options import Number
+from kvfold.cli.output import say
 from kvfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def command(
         for picture in pictures:
             path = png if len(pictures) == 1 else _numbered(png, picture.layer)
             path.write_bytes(picture.png)
-            click.echo(f"{path}  {picture.summary}")
+            say(f"{path}  {picture.summary}")
     if html is not None:
         html.write_text(_page(model, against, pictures), encoding="utf-8")
-        click.echo(str(html))
+        say(str(html))
 
 
 def _text(text: str | None, file: Path | None) -> str:

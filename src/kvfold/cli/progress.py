@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from kvfold.names import printable
 from kvfold.quality.scores import no_progress
 
 
@@ -37,19 +38,19 @@ def progress_bar() -> Iterator[Bar]:
 
     tasks: dict[str, TaskID] = {}
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names may hold brackets
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[words]}"),
+        TextColumn("{task.fields[words]}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
 
         def update(label: str, done: int, total: int, words: str = "") -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total, words="")
+                tasks[label] = bars.add_task(printable(label), total=total, words="")
             bars.update(tasks[label], completed=done, total=total, words=words)
 
         yield update

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from kvfold.cli.output import say
+
 
 @click.command("report")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
@@ -19,4 +21,4 @@ def command(runs: tuple[str, ...], out: Path, force: bool) -> None:
     from kvfold.report.html import write_report
 
     write_report(runs, out, force=force)
-    click.echo(str(out))
+    say(str(out))

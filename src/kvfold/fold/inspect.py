@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold.arguments import callback
+from kvfold.arguments import source as source_name
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint
 from kvfold.geometry import AttentionGeometry, divisors
 from kvfold.quality.run import local_folder
@@ -59,6 +61,8 @@ def inspect(source: str | Path, *, progress: Progress = no_progress) -> Inspecti
 
     >>> inspect("source").geometry.num_kv_heads  # doctest: +SKIP
     """
+    source = source_name(source, "SRC")
+    callback(progress, "progress")
     with ExitStack() as stack:
         checkpoint = open_checkpoint(local_folder(source, stack))
         layers = checkpoint.geometry.num_layers

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from kvfold.errors import InputError
 from kvfold.healing.models import decoder_layers, family_of_model
+from kvfold.quality.device import pick_device
 
 _TIMEOUT = timedelta(hours=12)  # others wait while the first process heals layers or evaluates
 
@@ -70,7 +71,7 @@ def world(kind: str | None, device: str | None, sequences: int) -> Iterator[Worl
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available() and device in (None, "cuda")
-    where = torch.device(f"cuda:{local}" if cuda else device or "cpu")
+    where = pick_device(f"cuda:{local}" if cuda else device or "cpu")
     if size == 1:
         yield World(0, 1, where, None)
         return

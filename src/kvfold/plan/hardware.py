@@ -4,10 +4,11 @@ Bandwidth and memory are those of data sheets, decimal; FLOPs are dense bfloat16
 accumulation, without sparsity. None where the maker publishes no number.
 """
 
-import difflib
 from dataclasses import dataclass
 
+from kvfold.arguments import choice
 from kvfold.errors import InputError
+from kvfold.numbers import BANDWIDTH, FLOPS, GIGABYTES
 
 GB, TERA = 10**9, 10**12
 
@@ -84,6 +85,9 @@ def hardware_of(
     >>> hardware_of("h100").bandwidth
     3350000000000
     """
+    memory = None if memory is None else GIGABYTES.check(memory, "--memory")
+    bandwidth = None if bandwidth is None else BANDWIDTH.check(bandwidth, "--bandwidth")
+    flops = None if flops is None else FLOPS.check(flops, "--flops")
     if name is None:
         if memory is None or bandwidth is None:
             raise InputError(
@@ -91,13 +95,7 @@ def hardware_of(
                 f"--gpu is one of {', '.join(TABLE)}, or here",
             )
         return _of("custom", memory, bandwidth, flops, "given")
-    if name not in TABLE:
-        near = difflib.get_close_matches(name.lower(), TABLE, n=1)
-        raise InputError(
-            f"unknown machine {name!r}",
-            f"did you mean {near[0]}?" if near else f"one of {', '.join(TABLE)}, or here",
-        )
-    known = TABLE[name]
+    known = TABLE[choice(name.lower() if isinstance(name, str) else name, "--gpu", TABLE)]
     return Hardware(
         known.name,
         known.memory if memory is None else memory * GB,

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kvfold.arguments import choice, several
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
+from kvfold.numbers import BATCH, CONTEXT, GPUS, HEADS, Wholes
 from kvfold.plan.evidence import cache_risk, heads_risk
 from kvfold.plan.hardware import Hardware
 from kvfold.plan.model import Model
@@ -102,16 +104,12 @@ def make_plan(
         InputError: for numbers of heads the model cannot have, or unknown formats.
     """
     heads = _checked_heads(model, kv_heads)
-    for kv_dtype in kv_dtypes:
-        if kv_dtype not in KV_BITS:
-            raise InputError(
-                f"unknown cache dtype {kv_dtype!r}", f"choose among {', '.join(KV_BITS)}"
-            )
-    if load.gpus < 1 or load.batch < 1 or load.context < 1:
-        raise InputError(
-            f"context {load.context}, batch {load.batch}, {load.gpus} GPUs: expected at least 1",
-            "for instance --context 8k --batch 4 --gpus 2",
-        )
+    kv_dtypes = several(kv_dtypes, "--kv-dtype", lambda value, name: choice(value, name, KV_BITS))
+    if not kv_dtypes:
+        raise InputError("--kv-dtype is empty", f"choose among {', '.join(KV_BITS)}")
+    CONTEXT.check(load.context, "--context")
+    BATCH.check(load.batch, "--batch")
+    GPUS.check(load.gpus, "--gpus")
     options = tuple(
         _option(model.with_kv_heads(count), replace(load, kv_dtype=kv_dtype), hardware)
         for count in heads
@@ -136,7 +134,7 @@ def _checked_heads(model: Model, wanted: Sequence[int] | None) -> list[int]:
         usual = [count for count in (own, model.num_heads // 4, 8, own // 2, own // 4, 1)
                  if count in allowed]  # fmt: skip
         return sorted(set(usual), reverse=True)[:4]
-    for count in wanted:
+    for count in Wholes(HEADS).check(wanted, "--kv-heads"):
         if count not in allowed:
             raise InputError(
                 f"--kv-heads {count}: {model.name} has {own}, which it does not divide",

@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from kvfold.arguments import source as source_name
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.schemas import CONFIG, INDEX_FILE
 from kvfold.checkpoint.source import INDEX, SINGLE, peek_config, resolve
@@ -21,6 +22,7 @@ def open_model(source: str | Path) -> Model:
     Raises:
         InputError: if there is no such thing.
     """
+    source = source_name(source, "SRC")
     path = Path(source).expanduser()
     if is_gguf(source):
         found = summarize(path)

@@ -6,18 +6,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arguments import callback, choice, location, several
+from kvfold.arguments import source as source_name
 from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
+from kvfold.numbers import EVAL_WINDOW, NEEDLE, TOKENS, Wholes
+from kvfold.quality.device import pick_device
 from kvfold.quality.needle import Retrieval, retrieve
 from kvfold.quality.scores import Progress, Quality, compare, no_progress
 from kvfold.quality.text import read_texts, token_windows
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 DEFAULT_CONTEXT = 512
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate(
@@ -44,16 +50,16 @@ def evaluate(
 
     >>> evaluate(["source", "folded"], ["held-out.txt"])  # doctest: +SKIP
     """
+    sources, texts = several(sources, "SRC", source_name), several(texts, "--text", location)
     check_eval(sources, texts, context, max_tokens)
+    how = choice(dtype, "--dtype", DTYPES), pick_device(device)
+    callback(progress, "progress")
     contents = [read_texts([text], context) for text in texts]
     with ExitStack() as stack:
         folders = [local_folder(source, stack) for source in sources]
         tokenizer = load_tokenizer(folders[0])
         windows = [token_windows(tokenizer, text, context, max_tokens) for text in contents]
-        models = [
-            (str(source), load_model(folder, dtype, device))
-            for source, folder in zip(sources, folders, strict=True)
-        ]
+        models = _load_models(sources, folders, *how)
         results: list[Quality] = []
         for path, rows in zip(texts, windows, strict=True):
             results += compare(models, rows, Path(path).name, progress)
@@ -72,13 +78,15 @@ def find_needles(
 
     >>> find_needles(["source", "folded"], [512, 2048])  # doctest: +SKIP
     """
+    sources = several(sources, "SRC", source_name)
+    check_sources(sources)
+    lengths = Wholes(NEEDLE).check(lengths, "--needle")
+    how = choice(dtype, "--dtype", DTYPES), pick_device(device)
+    callback(progress, "progress")
     with ExitStack() as stack:
         folders = [local_folder(source, stack) for source in sources]
         tokenizer = load_tokenizer(folders[0])
-        models = [
-            (str(source), load_model(folder, dtype, device))
-            for source, folder in zip(sources, folders, strict=True)
-        ]
+        models = _load_models(sources, folders, *how)
         return retrieve(models, tokenizer, lengths, progress=progress)
 
 
@@ -91,17 +99,41 @@ def check_eval(
     """Everything that can be checked without torch."""
     if not texts:
         raise InputError("no text to evaluate on", "name one or more files with --text")
-    if context < 2:
-        raise InputError(f"--context {context}: expected at least 2 tokens", "512 is usual")
-    if max_tokens is not None and max_tokens < context:
+    EVAL_WINDOW.check(context, "--context")
+    if max_tokens is not None and TOKENS.check(max_tokens, "--max-tokens") < context:
         raise InputError(
             f"--max-tokens {max_tokens} is less than one window of {context}", "raise it"
         )
+    check_sources(sources, context)
+
+
+def check_sources(sources: Sequence[str | Path], context: int = 0) -> None:
+    """Open what is here of the models.
+
+    Raises:
+        InputError: for one that cannot be opened, or has learned fewer positions than ``context``.
+    """
+    if not sources:
+        raise InputError("no model to evaluate", "name one or more folders")
     for source in sources:
         if is_gguf(source):
             summarize(Path(source).expanduser())
         elif Path(source).expanduser().exists():
-            open_checkpoint(source)
+            positions = open_checkpoint(source).config.get("n_positions")  # GPT-2's, learned
+            if isinstance(positions, int) and context > positions:
+                raise InputError(
+                    f"--context {context} is longer than the {positions} positions of {source}",
+                    f"use at most --context {positions}",
+                )
+
+
+def _load_models(
+    sources: Sequence[str | Path], folders: Sequence[Path], dtype: str, device: "torch.device"
+) -> "list[tuple[str, PreTrainedModel]]":
+    return [
+        (str(source), load_model(folder, dtype, device))
+        for source, folder in zip(sources, folders, strict=True)
+    ]
 
 
 def check_thresholds(
@@ -151,13 +183,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_model(
-    folder: Path, dtype: str = "float32", device: str | None = None
+    folder: Path, dtype: str = "float32", device: "str | torch.device | None" = None
 ) -> "PreTrainedModel":
     """The folder's model, ready to evaluate."""
     import torch
     from transformers import AutoModelForCausalLM
 
     family_of(read_config(folder))
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = pick_device(device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.to(where).eval()

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kvfold.report.healing import draw_healing
+from kvfold.report.labels import label
 from kvfold.report.tables import size
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ def captured_energy(layers: Sequence[dict[str, Any]]) -> str:
     """Energy kept of keys and values, layer by layer."""
     figure, axes = _new()
     index = [layer["layer"] for layer in layers]
-    for name, label, colour, marker in (
+    for name, words, colour, marker in (
         ("captured_key", "keys", COLOURS[0], "o"),
         ("captured_value", "values", COLOURS[1], "s"),
     ):
         kept = [100 * layer[name] for layer in layers]
-        axes.plot(index, kept, color=colour, marker=marker, label=label)
+        axes.plot(index, kept, color=colour, marker=marker, label=words)
     axes.set_ylim(top=101)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, "layer", "energy kept, %")
@@ -46,8 +47,8 @@ def layer_errors(layers: Sequence[dict[str, Any]]) -> str:
     axes.plot(index, first, color="#999999", marker="x", label="folded")
     for number, stage in enumerate(fitted[0]["stages"]):
         after = [layer["stages"][number]["error_after"] for layer in fitted]
-        label = stage["stage"].replace("_", " ")
-        axes.plot(index, after, color=COLOURS[number], marker=MARKERS[number], label=label)
+        name = label(stage["stage"].replace("_", " "))
+        axes.plot(index, after, color=COLOURS[number], marker=MARKERS[number], label=name)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, "layer", "error, share of what the layer adds")
@@ -70,12 +71,12 @@ def kv_memory(source: int, folded: int) -> str:
     """Cache size against context for both models; bytes per token in 16 bits."""
     figure, axes = _new()
     contexts = [2**power for power in range(10, 18)]
-    for per_token, label, colour, marker in (
+    for per_token, words, colour, marker in (
         (source, "source", COLOURS[1], "s"),
         (folded, "folded", COLOURS[0], "o"),
     ):
         held = [per_token * context for context in contexts]
-        axes.plot(contexts, held, color=colour, marker=marker, label=label)
+        axes.plot(contexts, held, color=colour, marker=marker, label=words)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
@@ -102,11 +103,11 @@ def decode_times(rows: "Sequence[Row]") -> str:
     names = list(dict.fromkeys(row.implementation for row in rows))
     for axes, title in zip(panels, titles, strict=False):
         _steps(axes, [row for row in rows if _title(row) == title], names)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(label(title), fontsize=10)
     for axes in panels[len(titles) :]:
         axes.set_visible(False)
     found = [axes.get_legend_handles_labels() for axes in panels]
-    every = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    every = {name: handle for pair in found for handle, name in zip(*pair, strict=True)}
     figure.legend(
         every.values(), every.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
@@ -130,7 +131,7 @@ def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
         )
         if points:
             style = {"color": COLOURS[number % 7], "marker": MARKERS[number % 7]}
-            axes.plot(*zip(*points, strict=True), label=name, **style)  # type: ignore[arg-type]
+            axes.plot(*zip(*points, strict=True), label=label(name), **style)  # type: ignore[arg-type]
     floor = sorted(
         {
             (row.case["context"], 1e3 * row.bytes / row.bandwidth)

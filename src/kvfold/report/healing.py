@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvfold.report.labels import label
+
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "s", "^", "D")
@@ -43,7 +45,7 @@ def draw_healing(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         points = [(row["tokens"], row[name]) for row in rows if name in row]
         axes.plot(
             *zip(*points, strict=True),
-            color=colour, marker=marker, linewidth=2, label=name.removeprefix("kl "),
+            color=colour, marker=marker, linewidth=2, label=label(name.removeprefix("kl ")),
         )  # fmt: skip
     axes.set_xlabel("tokens healed", color=_INK)
     axes.set_ylabel("KL from the source, nats per token", color=_INK)

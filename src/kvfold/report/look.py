@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvfold.report.labels import label
 from kvfold.report.maps import Seen, divergences, pooled
 
 _WORDS = 32  # texts up to so many tokens are labelled word by word
@@ -61,7 +63,7 @@ def draw_layer(
         zip(bands, names, seen, maps, strict=True)
     ):
         count = f"{len(each.key)} KV head{'s' if len(each.key) > 1 else ''}"
-        band.suptitle(f"{name}: layer {layer}, {count}", fontsize=11, x=0.01, ha="left")
+        band.suptitle(f"{label(name)}: layer {layer}, {count}", fontsize=11, x=0.01, ha="left")
         panels = band.subplots(lines, columns, squeeze=False).flatten()
         for head, axes in enumerate(panels):
             if head >= heads:
@@ -72,7 +74,9 @@ def draw_layer(
                 title += f" · KL {float(apart[head]):.2f}"
             _draw(axes, heads_maps[head], title, words if labelled else [])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="png", dpi=110)
     return Picture(layer, buffer.getvalue(), _summary(layer, apart))
 
 
@@ -81,8 +85,9 @@ def _draw(axes: Axes, values: torch.Tensor, title: str, words: Sequence[str]) ->
     axes.imshow(values.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="equal")
     axes.set_title(title, fontsize=8)
     if words:
-        axes.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(words)), words, fontsize=6)
+        ticks = [label(word) for word in words]
+        axes.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(ticks)), ticks, fontsize=6)
     else:
         axes.set_xticks([])
         axes.set_yticks([])

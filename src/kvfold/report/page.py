@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import kvfold
+from kvfold.names import printable
 
 Rows = Sequence[Sequence[str]]
 
@@ -58,37 +59,39 @@ pre { background: rgba(127, 127, 127, .14); padding: .6rem .8rem; border-radius:
 """
 
 
+def _escape(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def render(title: str, sections: Sequence[Section]) -> str:
     """The page, as one string."""
     body = "\n".join(_section(section) for section in sections)
-    contents = " · ".join(
-        f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in enumerate(sections)
-    )
+    contents = " · ".join(f'<a href="#s{i}">{_escape(s.title)}</a>' for i, s in enumerate(sections))
     for index in range(len(sections)):
         body = body.replace("<h2>", f'<h2 id="s{index}">', 1)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
+        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{_escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
         f'<p class="soft">Made by kvfold {kvfold.__version__}.</p>\n</body>\n</html>\n'
     )
 
 
 def _section(section: Section) -> str:
-    parts = [f"<section>\n<h2>{html.escape(section.title)}</h2>"]
+    parts = [f"<section>\n<h2>{_escape(section.title)}</h2>"]
     for part in section.parts:
         if isinstance(part, Table):
             parts.append(_table(part))
         elif isinstance(part, Figure):
-            caption = html.escape(part.caption)
+            caption = _escape(part.caption)
             parts.append(
                 f"<figure><div>{part.svg}</div><figcaption>{caption}</figcaption></figure>"
             )
         elif part.startswith("$ "):
-            parts.append(f"<pre>{html.escape(part)}</pre>")
+            parts.append(f"<pre>{_escape(part)}</pre>")
         else:
-            parts.append(f"<p>{html.escape(part)}</p>")
+            parts.append(f"<p>{_escape(part)}</p>")
     return "\n".join([*parts, "</section>"])
 
 
@@ -100,13 +103,13 @@ def _table(table: Table) -> str:
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
-            f'<{tag} class="number">{html.escape(cell)}</{tag}>'
+            f'<{tag} class="number">{_escape(cell)}</{tag}>'
             if number and any(table.columns)
-            else f"<{tag}>{html.escape(cell)}</{tag}>"
+            else f"<{tag}>{_escape(cell)}</{tag}>"
             for cell, number in zip(row, numeric, strict=True)
         )
 
     head = f"<tr>{cells('th', table.columns)}</tr>" if any(table.columns) else ""
     rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption>{_escape(table.caption)}</caption>" if table.caption else ""
     return f"<table>{caption}{head}\n{rows}</table>"

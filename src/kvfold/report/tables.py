@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from kvfold.names import printable
 
 
 def print_table(
@@ -17,8 +19,8 @@ def print_table(
 ) -> None:
     """Print a table to stdout: the first column to the left, numbers to the right."""
     table = Table(
-        title=title,
-        caption=caption,
+        title=_words(title, "table.title") if title else None,
+        caption=_words(caption, "table.caption") if caption else None,
         box=box.SIMPLE_HEAD,
         title_justify="left",
         show_header=any(columns),
@@ -27,10 +29,15 @@ def print_table(
     for index, column in enumerate(columns):
         cells = [row[index].lstrip("-") for row in rows if row[index]]
         numeric = index > 0 and all(cell[0].isdigit() for cell in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(_words(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))  # words in brackets are words
+        table.add_row(*map(_words, row))
     (console or Console()).print(table)
+
+
+def _words(text: str, style: str = "") -> Text:
+    """Words as they stand: brackets are no markup, and nothing in them is obeyed."""
+    return Text("\n".join(map(printable, text.split("\n"))), style=style)
 
 
 def size(number: float) -> str:
