@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import kvfold as package
 from kvfold.cli.main import COMMANDS
@@ -58,6 +61,20 @@ def test_rooms_import_one_way() -> None:
     from importlinter.cli import lint_imports
 
     assert lint_imports(config_filename=str(Path(__file__).parent.parent / "pyproject.toml")) == 0
+
+
+def test_the_oldest_versions_are_tested_ones() -> None:
+    """``.ci/versions oldest`` runs with exactly the lower bounds that pyproject.toml states."""
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    stated = [*project["dependencies"], *extras["gpu"], *extras["heal"]]
+    lines = (root / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    for requirement in map(Requirement, stated):
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert Version(pinned[requirement.name]) == Version(bound.version), requirement.name
 
 
 def test_public_names_exist_and_are_documented() -> None:
