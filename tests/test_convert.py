@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold import convert, fold_model
+from kvfold.checkpoint.places import working_folder
 from kvfold.checkpoint.source import open_checkpoint
 from kvfold.checkpoint.tensors import read_header
 from kvfold.errors import InputError, RunError
@@ -59,7 +60,7 @@ def test_output_is_an_ordinary_folder(llama_folder: Path, tmp_path: Path) -> Non
     } <= names
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_key_value_heads"] == 2
-    assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert digests_of_source(llama_folder) == before, "the source was touched"
 
 
@@ -302,7 +303,7 @@ def test_a_large_run_spills_its_hidden_states(
     seen: list[Path] = []
 
     def look(label: str, done: int, total: int) -> None:
-        seen.extend((tmp_path / "files.partial" / "hidden").glob("*"))
+        seen.extend((working_folder(tmp_path / "files") / "hidden").glob("*"))
 
     convert(llama_folder, tmp_path / "files", 2, progress=look, **arguments)
     assert seen

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kvfold import convert, heal
-from kvfold.checkpoint.writer import write_json
+from kvfold.checkpoint.places import working_folder
 from kvfold.errors import InputError, RunError
+from kvfold.files import write_json
 from kvfold.healing import saves
 from kvfold.healing.loop import Distillation, rate_factor
 from kvfold.healing.watch import Guard, read_metrics
@@ -86,7 +87,7 @@ def test_healing_brings_the_folded_model_nearer_to_its_source(healed: Path) -> N
 
 def test_the_result_is_an_ordinary_checkpoint(healed: Path, folded: Path) -> None:
     assert (healed / "config.json").read_bytes() == (folded / "config.json").read_bytes()
-    assert not list(healed.parent.glob("*.partial"))
+    assert not working_folder(healed).exists()
     names = {path.name for path in folded.iterdir()} | {"healing.jsonl"}
     assert {path.name for path in healed.iterdir()} == names
     model = AutoModelForCausalLM.from_pretrained(healed)
@@ -125,7 +126,7 @@ def test_a_resumed_run_equals_one_without_interruption(
     with pytest.raises(Killed if kind == "killed" else KeyboardInterrupt):
         heal(folded, out, source, [text], watch=stop, **OPTIONS)
     assert not out.exists()
-    kept = saves.saved(tmp_path / "out.partial" / "checkpoints")
+    kept = saves.saved(working_folder(tmp_path / "out") / "checkpoints")
     assert kept[-1].name == ("step-00000004" if kind == "killed" else "step-00000006")
     assert len(kept) == 2
     heal(folded, out, source, [text], resume=True, **OPTIONS)
@@ -287,7 +288,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(
         patch.setattr("kvfold.healing.saves.write_json", fail)
         with pytest.raises(RunError, match="disk is full"):
             heal(folded, tmp_path / "out", source, [text], **OPTIONS)
-    kept = saves.saved(tmp_path / "out.partial" / "checkpoints")
+    kept = saves.saved(working_folder(tmp_path / "out") / "checkpoints")
     assert [path.name for path in kept] == ["step-00000002"]
     heal(folded, tmp_path / "out", source, [text], resume=True, **OPTIONS)
 
@@ -384,7 +385,7 @@ def test_a_run_of_other_processes_or_another_request_is_not_resumed(
         heal(folded, out, source, [text], **OPTIONS)
     with pytest.raises(InputError, match=r"cannot resume it \(seed: 0 then, 1 now\)"):
         heal(folded, out, source, [text], resume=True, seed=1, **OPTIONS)
-    (kept,) = saves.saved(tmp_path / "out.partial" / "checkpoints")
+    (kept,) = saves.saved(working_folder(tmp_path / "out") / "checkpoints")
     state = json.loads((kept / "state.json").read_text())
     (kept / "state.json").write_text(json.dumps({**state, "processes": 2}))
     with pytest.raises(InputError, match="saved by 2 processes; there are 1 now"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvfold import convert
+from kvfold.checkpoint.places import working_folder
 from kvfold.healing import saves
 from kvfold.healing.watch import read_metrics
 from tests import tiny
@@ -77,7 +78,7 @@ def test_two_processes_have_the_losses_of_one(
 def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folders: Path) -> None:
     """Rank 1 dies after a checkpoint; --resume goes on from it to the end."""
     process = start(folders, "killed", 2, "--tokens", "32k")
-    kept = folders / "killed.partial" / "checkpoints"
+    kept = working_folder(folders / "killed") / "checkpoints"
     deadline = time.monotonic() + TIMEOUT
     while not saves.saved(kept) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)

@@ -29,6 +29,7 @@ _HINTS = {
     errno.ENOTDIR: "name a file in a folder that exists",
 }
 _TEMPORARY = re.compile(r"\..*\.kvfold-[0-9a-f]{16}", re.DOTALL)  # a file that is being made
+_OWN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -191,6 +192,22 @@ def copy_file(source: Path, path: Path) -> None:
             file.write(block)
 
 
+def reserve(path: Path, size: int) -> None:
+    """Make or take a file with ``size`` bytes of disk to it, to be mapped into memory.
+
+    Writing to a mapped file on a full disk would end the process (SIGBUS).
+    """
+    with write_errors(path):
+        opened = os.open(path, _OWN, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(opened, 0, size)
+            else:
+                os.truncate(opened, size)
+        finally:
+            os.close(opened)
+
+
 def append_text(path: Path, text: str) -> None:
     """Add to a regular file, or make it; a failure leaves it as it was.
 
@@ -199,10 +216,8 @@ def append_text(path: Path, text: str) -> None:
     """
     check_file(path, force=True)
     data = text.encode("utf-8", "backslashreplace")
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    before = None
     try:
-        with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+        with os.fdopen(os.open(path, _OWN | os.O_APPEND, 0o666), "ab", buffering=0) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")

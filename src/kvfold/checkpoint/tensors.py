@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from kvfold.checkpoint.schemas import ENTRIES, HEADER, HeaderEntry
 from kvfold.documents import open_regular, shortened
 from kvfold.errors import CheckpointError
+from kvfold.files import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -206,8 +207,7 @@ class TensorSpec:
 def write_tensors(path: Path, specs: list[TensorSpec], tensors: Iterator["torch.Tensor"]) -> None:
     """Write ``tensors`` in the order of ``specs``, holding one at a time.
 
-    The file appears under its name only when it is whole: it is written beside
-    itself, flushed to disk, then renamed.
+    The file appears under its name only when it is whole.
     """
     import torch
 
@@ -222,14 +222,14 @@ def write_tensors(path: Path, specs: list[TensorSpec], tensors: Iterator["torch.
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of 8, as the format asks
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for spec, tensor in zip(specs, tensors, strict=True):
             if tuple(tensor.shape) != spec.shape or dtype_name(tensor.dtype) != spec.dtype:
-                raise AssertionError(f"{spec} was planned, got {tensor.dtype} {tensor.shape}")
+                raise CheckpointError(
+                    f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, "
+                    f"got {dtype_name(tensor.dtype)} {list(tensor.shape)}",
+                    "what an interrupted run left is damaged; --force starts over",
+                )
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             file.write(flat.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

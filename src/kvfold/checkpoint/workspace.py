@@ -1,151 +1,445 @@
-"""``OUT.partial``: where a checkpoint is made until it is whole. No torch.
+"""The folder in which a checkpoint is made until it is whole. No torch.
 
-A run works in a folder beside OUT and renames the finished part into place, so a killed run
-leaves either nothing of that name or something that ``--resume`` takes up.
+A run towards OUT works in ``.OUT.kvfold-partial`` beside it and renames the finished part into
+place, so a killed run leaves either nothing of OUT's name or something that ``--resume`` takes
+up. In that folder lie
+
+    .kvfold-working-folder  says that the folder is kvfold's, and for which OUT; carries the lock
+    request.json            what was asked, and what everything that is read was then
+    out/                    what will be OUT
+    old/                    an older OUT, from when it is renamed aside until it is removed
+
+and whatever the command keeps on its way. The mark is made first and goes last, so a folder that
+holds anything but no mark is somebody else's, and is left alone. The lock is the operating
+system's: it ends with the run, however that ends.
 """
 
 import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
+import stat
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvfold.checkpoint.writer import write_json
-from kvfold.errors import InputError, RunError
+from kvfold.checkpoint.inputs import Files, changed
+from kvfold.checkpoint.places import (
+    CONFIG,
+    MARK,
+    check_older,
+    check_place,
+    full_path,
+    is_older,
+    working_folder,
+)
+from kvfold.errors import InputError, KVFoldError, RunError
+from kvfold.files import FULL, is_temporary, write_json
 
-REQUEST = "request.json"
+REQUEST, NEW, OLD = "request.json", "out", "old"
+# What is worth going on from: a layer, a checkpoint, a shard, a dequantized source, an older OUT.
+_WORTH = ("layers/*.json", "checkpoints/step-????????", f"{NEW}/*", "source", OLD)
+_INPUTS, _FOLDER = "inputs", "folder"
+_TRIES = 8  # to lock a folder that other runs are just leaving
 
 
-def check_out(out: Path, source: Path, force: bool) -> None:
-    """Refuse an OUT that would overwrite or swallow something.
+class Workspace:
+    """A working folder that this process has locked; made by :func:`opened`.
 
-    Args:
-        source: the checkpoint that is read; it may also be a name that is no path.
-
-    Raises:
-        InputError: saying what is in the way.
+    Attributes:
+        out: what is made. folder: where. new: what will be ``out``.
+        finished: an earlier run has made ``out`` from the same request, and was killed after.
     """
-    here, there = out.resolve(), source.resolve()
-    if source.exists() and there.is_dir() and (here == there or there in here.parents):
-        raise InputError(
-            f"OUT {out} is inside SRC {source}", "write to a folder outside the source"
-        )
-    if source.exists() and here in there.parents:
-        raise InputError(
-            f"SRC {source} is inside OUT {out}, which would be replaced", "choose another OUT"
-        )
-    if not out.exists():
-        return
-    if not force:
-        raise InputError(f"{out} exists already", "choose another OUT, or --force to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise InputError(
-            f"{out} is not a checkpoint folder; --force replaces only those", "choose another OUT"
-        )
 
+    def __init__(self, out: Path, older: str) -> None:
+        self.out, self._older = out, older
+        self.folder = working_folder(out)
+        self.new = self.folder / NEW
+        self.finished = False
+        self._force = False
+        self._parents = _make_parents(out)
+        try:
+            self._lock = _lock(self.folder, out)
+        except BaseException:
+            self._remove_parents()
+            raise
 
-def check_disk(out: Path, needed: int) -> int:
-    """The bytes free where ``out`` will be.
+    # -- beginning ---------------------------------------------------------------------------
 
-    Raises:
-        InputError: if they are fewer than ``needed``.
-    """
-    parent = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(
-            f"not enough disk space for {out}: {needed / 1e6:,.0f} MB needed, "
-            f"{free / 1e6:,.0f} MB free",
-            "free some space or write to another disk",
-        )
-    return free
+    def start(
+        self,
+        asked: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        force: bool = False,
+        free: tuple[str, ...] = (),
+        files: Files | None = None,
+    ) -> bool:
+        """Take up what an interrupted run has left, or make room for a new one.
 
+        Args:
+            asked: the request; a resumed run must ask for the same. free: keys that may differ.
+            files: everything that is read; a resumed run must read the same.
 
-def partial_folder(out: Path) -> Path:
-    """Where ``out`` is worked on."""
-    return out.with_name(out.name + ".partial")
+        Returns:
+            whether there is an earlier run to go on from. If not, call :meth:`begin` next.
 
-
-def prepare(
-    partial: Path,
-    asked: Mapping[str, Any],
-    *,
-    resume: bool,
-    force: bool,
-    free: tuple[str, ...] = (),
-) -> None:
-    """Make or take up the working folder, with ``out/`` for what will be published.
-
-    Args:
-        asked: the request; a resumed run must ask for the same. free: keys that may differ.
-
-    Raises:
-        InputError: if the folder is another run's, or is not there to resume.
-    """
-    wanted = json.loads(json.dumps(asked))
-    stored = partial / REQUEST
-    if partial.exists() and resume:
-        _check_same(partial, stored, wanted, free)
-        return
-    if partial.exists():
-        if not force:
+        Raises:
+            InputError: if there is another run's work, or nothing to resume.
+        """
+        self._force = force
+        self._recover()
+        if resume:
+            self._check_same(json.loads(json.dumps(asked)), free, files or {})
+            self.finished = self._is_published()
+            if self.finished:
+                self.remove()
+                return True
+        elif self._is_published():
+            self._empty()
+        elif self.kept and not force:
             raise InputError(
-                f"{partial} is left from an interrupted run",
+                f"{self.folder} is left from an interrupted run",
                 "--resume to go on with it, --force to start over",
             )
-        shutil.rmtree(partial)
-    if resume:
-        raise InputError(f"nothing to resume: there is no {partial}", "run without --resume")
-    (partial / "out").mkdir(parents=True)
-    write_json(stored, wanted)
+        check_older(self.out, force, self._older)
+        if resume:
+            self._sweep()
+        return resume
+
+    def begin(self, asked: Mapping[str, Any], prints: Mapping[str, Any] | None = None) -> None:
+        """Empty the folder, and write down what was asked and what is read."""
+        self._empty()
+        self.new.mkdir()
+        own = {_INPUTS: prints or {}, _FOLDER: self.new.stat().st_ino}
+        write_json(self.folder / REQUEST, {**asked, **own})
+
+    def fresh(self) -> Path:
+        """``new``, emptied of what an earlier run has put there."""
+        _clear(self.new.iterdir())
+        return self.new
+
+    @property
+    def prints(self) -> dict[str, Any]:
+        """What everything that is read was when the run began; see ``checkpoint.inputs``."""
+        found: dict[str, Any] = self._stored()[_INPUTS]
+        return found
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(True for pattern in _WORTH for _ in self.folder.glob(pattern))
+
+    def _is_published(self) -> bool:
+        """Whether a run was killed after it renamed its folder to ``out``, which is still it."""
+        if not is_begun(self.out) or self.new.exists() or not _is_there(self.out):
+            return False
+        found = self._read()
+        return found is not None and found[_FOLDER] == self.out.lstat().st_ino
+
+    def _stored(self) -> dict[str, Any]:
+        if not is_begun(self.out):
+            raise InputError(f"nothing to resume for {self.out}", "run without --resume")
+        found = self._read()
+        if found is None:
+            raise InputError(
+                f"{self.folder / REQUEST} is damaged", "--force instead of --resume starts over"
+            )
+        return found
+
+    def _read(self) -> dict[str, Any] | None:
+        """The request of an earlier run; None if it is damaged."""
+        try:
+            found = json.loads((self.folder / REQUEST).read_text(encoding="utf-8"))
+        except ValueError:
+            return None
+        own = ((_INPUTS, dict), (_FOLDER, int))
+        whole = isinstance(found, dict) and all(isinstance(found.get(k), t) for k, t in own)
+        return found if whole else None
+
+    def _check_same(self, wanted: dict[str, Any], free: tuple[str, ...], files: Files) -> None:
+        hint = "repeat the first command's arguments, or --force to start over"
+        found = self._stored()
+        prints, _ = found.pop(_INPUTS), found.pop(_FOLDER)
+        for key in sorted(found.keys() | wanted.keys()):
+            if key not in free and found.get(key) != wanted.get(key):
+                raise InputError(
+                    f"{self.folder} belongs to another run; cannot resume it "
+                    f"({key}: {found.get(key)!r} then, {wanted.get(key)!r} now)",
+                    hint,
+                )
+        difference = changed(prints, files)
+        if difference is not None:
+            raise InputError(
+                f"cannot resume: {difference} (since the run in {self.folder} began)",
+                "put back what was read then, or --force instead of --resume to start over",
+            )
+
+    def _recover(self) -> None:
+        """Undo half of an exchange: a run was killed while it replaced an older OUT."""
+        old = self.folder / OLD
+        if not old.exists():
+            return
+        if not _is_there(self.out):
+            old.rename(self.out)
+        elif self.new.exists():
+            raise InputError(
+                f"{self.out} was made by something else, while {old} waits to be put back there",
+                f"move {self.out} away, or remove {old}",
+            )
+
+    def _sweep(self) -> None:
+        """Remove files that were being made when the earlier run was killed."""
+        for path in self.folder.rglob("*"):
+            if is_temporary(path):
+                path.unlink()
+
+    # -- ending ------------------------------------------------------------------------------
+
+    def publish(self, files: Files | None = None) -> None:
+        """Rename the finished folder into place; an older OUT goes only then.
+
+        Args:
+            files: everything that was read, which must still be what it was.
+
+        Raises:
+            RunError: if something was changed, or made at OUT, while the run went on.
+        """
+        difference = changed(self.prints, files or {})
+        if difference is not None:
+            raise RunError(
+                f"{difference}, changed while it was read; {self.out} was not made",
+                "--force starts over",
+            )
+        older = _is_there(self.out)
+        if older and not (self._force and is_older(self.out, self._older)):
+            raise RunError(
+                f"{self.out} was made by something else meanwhile; the result is in {self.new}",
+                "move that away and repeat the command with --resume",
+            )
+        for path in (self.new, *self.new.rglob("*")):
+            if path.is_dir():
+                _flush(path)
+        try:
+            if older:
+                self.out.rename(self.folder / OLD)
+            self.new.rename(self.out)
+        except OSError as error:
+            self._recover()
+            raise RunError(
+                f"{self.out} cannot be made: {_why(error)}; the result is in {self.new}",
+                "--resume tries again",
+            ) from error
+        _flush(self.out.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder: the mark last, so that it is ours as long as it is there."""
+        rest = [path for path in self.folder.iterdir() if path.name not in (MARK, REQUEST)]
+        _clear(rest, quietly=True)
+        left = [path for path in rest if _is_there(path)]
+        if left:
+            warnings.warn(f"{left[0]} could not be removed", stacklevel=2)
+            return
+        (self.folder / REQUEST).unlink(missing_ok=True)
+        (self.folder / MARK).unlink()
+        with suppress(OSError):  # another run is using it already
+            self.folder.rmdir()
+
+    def _empty(self) -> None:
+        """Remove everything but the mark; the request first, for it would vouch for the rest."""
+        (self.folder / REQUEST).unlink(missing_ok=True)
+        _clear(path for path in self.folder.iterdir() if path.name != MARK)
+
+    def close(self) -> None:
+        """Give the lock back; remove the folder if there is nothing in it to go on from."""
+        if (self.folder / MARK).exists() and not self.kept:
+            self.remove()
+        os.close(self._lock)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        for parent in reversed(self._parents):
+            with suppress(OSError):  # it is in use now
+                parent.rmdir()
 
 
-def _check_same(partial: Path, stored: Path, wanted: dict[str, Any], free: tuple[str, ...]) -> None:
-    hint = "repeat the first command's arguments, or --force to start over"
-    if not stored.is_file():
-        raise InputError(f"{partial} belongs to another kind of run; cannot resume it", hint)
-    found = json.loads(stored.read_text(encoding="utf-8"))
-    differing = sorted(
-        key
-        for key in found.keys() | wanted.keys()
-        if key not in free and found.get(key) != wanted.get(key)
-    )
-    if differing:
-        key = differing[0]
-        raise InputError(
-            f"{partial} belongs to another run; cannot resume it "
-            f"({key}: {found.get(key)!r} then, {wanted.get(key)!r} now)",
-            hint,
-        )
+def is_begun(out: Path) -> bool:
+    """Whether an earlier run towards ``out`` has left its request."""
+    return (working_folder(out) / REQUEST).is_file()
 
 
 @contextmanager
-def disk_errors(partial: Path) -> Iterator[None]:
-    """Turn a full disk into words."""
+def opened(out: Path, *, older: str = CONFIG) -> Iterator[Workspace]:
+    """Lock the working folder of ``out`` for as long as the block runs.
+
+    What the block leaves there is kept only if a resumed run could use it.
+
+    Args:
+        older: the file that tells a folder which may be replaced with ``--force``.
+
+    Raises:
+        InputError: if another run is writing ``out``, or a folder that is not ours is in the way.
+    """
+    place = full_path(out)
+    check_place(out)
+    work = Workspace(place, older)
     try:
-        yield
+        yield work
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
-        raise RunError(
-            f"the disk is full; what is done so far is kept in {partial}",
-            "free some space and repeat the command with --resume",
-        ) from error
+        raise _full_disk(work) from error
+    except KVFoldError as error:
+        if getattr(error, "errno", None) not in FULL:
+            raise
+        raise _full_disk(work) from error
+    finally:
+        work.close()
 
 
-def publish(partial: Path, out: Path) -> None:
-    """Rename the finished folder into place; an older OUT goes only then."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    (partial / "out").rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
+def _full_disk(work: Workspace) -> RunError:
+    if not work.kept:
+        return RunError(f"the disk is full; {work.out} was not made", "free some space")
+    return RunError(
+        f"the disk is full; what is done so far is kept in {work.folder}",
+        "free some space and repeat the command with --resume",
+    )
+
+
+def _make_parents(out: Path) -> list[Path]:
+    """The folders above ``out`` that had to be made."""
+    missing = [parent for parent in out.parents if not parent.exists()][::-1]
+    try:
+        for parent in missing:
+            parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _cannot(out, error) from error
+    return missing
+
+
+def _cannot(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be made: {_why(error)}", "choose another OUT")
+
+
+def _why(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _clear(paths: Iterable[Path], quietly: bool = False) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=quietly)
+        else:
+            path.unlink()
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _lock(folder: Path, out: Path) -> int:
+    """Make or find the working folder, and lock its mark.
+
+    Returns:
+        the open file that holds the lock.
+    """
+    for _ in range(_TRIES):
+        try:
+            with suppress(FileExistsError):
+                folder.mkdir()
+            _check_ours(folder)
+            mark = _open_mark(folder)
+        except FileNotFoundError:  # the run that has just ended removed it
+            continue
+        except OSError as error:
+            raise _cannot(folder, error) from error
+        try:
+            _take(mark, folder, out)
+            if _is_at(mark, folder / MARK):
+                _sign(mark, folder, out)
+                return mark
+        except BaseException:
+            os.close(mark)
+            raise
+        os.close(mark)
+    raise InputError(f"another run of kvfold is writing {out}", "wait until it has ended")
+
+
+def _open_mark(folder: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    return os.open(folder / MARK, flags, 0o666)
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse what is called like a working folder and is not one of ours."""
+    found = folder.lstat()
+    names = set(os.listdir(folder)) if stat.S_ISDIR(found.st_mode) else {""}  # noqa: PTH208
+    if names and MARK not in names:
+        raise InputError(
+            f"{folder} is in the way, and is no working folder of kvfold",
+            "move it away, or choose another OUT",
+        )
+    parent = folder.parent.stat()
+    if parent.st_mode & stat.S_ISVTX and found.st_uid not in (os.geteuid(), parent.st_uid):
+        raise InputError(f"{folder} belongs to another user", "choose another OUT")
+
+
+def _take(mark: int, folder: Path, out: Path) -> None:
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise InputError(
+                f"another run of kvfold is writing {out}",
+                "wait until it has ended, or choose another OUT",
+            ) from error
+        warnings.warn(f"{folder} cannot be locked; start no second run to {out}", stacklevel=2)
+
+
+def _is_at(opened: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(opened), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(mark: int, folder: Path, out: Path) -> None:
+    """Write for which OUT the folder is, or check that it is for this one."""
+    try:
+        found = json.loads(os.pread(mark, 4096, 0) or "{}")
+        owner = found.get("out") if isinstance(found, dict) else None
+    except ValueError:
+        owner = None
+    alone = os.listdir(folder) == [MARK]  # noqa: PTH208
+    if owner != out.name and not alone:
+        raise InputError(
+            f"{folder} is a working folder for {owner or 'another OUT'}, not for {out.name}",
+            "move it away, or choose another OUT",
+        )
+    if owner != out.name:
+        os.ftruncate(mark, 0)
+        os.pwrite(mark, json.dumps({"kvfold": "working folder", "out": out.name}).encode(), 0)
+
+
+def _flush(folder: Path) -> None:
+    """See to it that the names in a folder outlive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system can
+            os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def peak_memory() -> int:

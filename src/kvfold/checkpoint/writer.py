@@ -1,14 +1,14 @@
 """Writing a folded checkpoint: an ordinary Hugging Face folder, streamed tensor by tensor."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint
+from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
+from kvfold.errors import CheckpointError
+from kvfold.files import copy_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -116,24 +116,57 @@ def folded_config(checkpoint: Checkpoint, num_kv_heads: int) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map"}
 
 
-def carry_files(source: Path, out: Path) -> list[str]:
-    """Copy tokenizer, generation config, chat template and licence; return their names."""
-    carried = []
+def carried_files(source: Path) -> dict[str, Path]:
+    """Tokenizer, generation config, chat template and licence, by their names below ``source``.
+
+    Raises:
+        CheckpointError: for a link to something outside.
+    """
+    found = {}
     for path in sorted(source.iterdir()):
         skipped = path.name in _NOT_CARRIED or path.suffix in _WEIGHT_SUFFIXES
         if path.is_file() and not skipped:
-            shutil.copyfile(path, out / path.name)
-            carried.append(path.name)
+            found[path.name] = path
     for name in _CARRIED_FOLDERS:
         if (source / name).is_dir():
-            shutil.copytree(source / name, out / name, dirs_exist_ok=True)
-            carried.append(name)
-    return carried
+            below = sorted(path for path in (source / name).rglob("*") if path.is_file())
+            found |= {str(path.relative_to(source)): path for path in below}
+    for path in found.values():
+        _check_own(source, path)
+    return found
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people to read too."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def files_read(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
+    """Every file of a checkpoint that has a part in what is made of it, by name."""
+    store = checkpoint.store
+    shards = store.files if isinstance(store, TensorFiles) else []
+    named = [folder / "config.json", folder / INDEX, folder / "kvfold.json", *shards]
+    own = {path.name: path for path in named if path.is_file()}
+    return own | carried_files(folder)
+
+
+def _check_own(source: Path, path: Path) -> None:
+    """Refuse what a link brings in from elsewhere, but for the hub cache's own layout.
+
+    There ``snapshots/REVISION`` holds links into ``blobs``, both of one repository.
+    """
+    real, home = path.resolve(), source.resolve()
+    blobs = home.parent.parent / "blobs"
+    in_cache = home.parent.name == "snapshots" and real.parent == blobs
+    if not (home in real.parents or in_cache):
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside the checkpoint",
+            "put the file itself there, or remove the link",
+        )
+
+
+def carry_files(source: Path, out: Path) -> list[str]:
+    """Copy the files of :func:`carried_files`; return the names of files and folders."""
+    carried = carried_files(source)
+    for name, path in carried.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, out / name)
+    return list(dict.fromkeys(Path(name).parts[0] for name in carried))
 
 
 def total_bytes(shards: Iterable[Shard]) -> int:

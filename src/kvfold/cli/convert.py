@@ -72,7 +72,7 @@ def command(
 
     SRC is a Hugging Face folder, a hub name, or a GGUF file; it is only read.
     """
-    from kvfold.checkpoint.workspace import partial_folder
+    from kvfold.checkpoint.places import working_folder
     from kvfold.cli.progress import progress_bar
     from kvfold.fold.convert import run_request
     from kvfold.fold.request import make_request, preview
@@ -91,11 +91,11 @@ def command(
     if heal_tokens is not None and not dry_run:
         convert_and_heal(request, out, heal_tokens, resume, force, as_json)
         return
-    found = preview(request, out, force=force)
     if dry_run:
+        found = preview(request, out, force=force)
         emit(as_json, found.as_dict(), lambda: _print_preview(found.as_dict()))
         return
-    with resumable(lambda: partial_folder(out)), progress_bar() as progress:
+    with resumable(lambda: working_folder(out)), progress_bar() as progress:
         record = run_request(request, out, resume=resume, force=force, progress=progress)
     emit(as_json, record, lambda: _print_record(record, out))
     for warning in record["warnings"]:
@@ -108,12 +108,12 @@ def convert_and_heal(
     request: "Request", out: Path, tokens: int, resume: bool, force: bool, as_json: bool
 ) -> None:
     """Fold to OUT.folded (unless that is there from an interrupted run), heal it to OUT."""
-    from kvfold.checkpoint.workspace import check_out, partial_folder
+    from kvfold.checkpoint.places import check_out, working_folder
+    from kvfold.checkpoint.workspace import is_begun, opened
     from kvfold.cli.heal import heal_and_show
     from kvfold.cli.progress import progress_bar
     from kvfold.errors import InputError
     from kvfold.fold.convert import run_request
-    from kvfold.fold.request import preview
     from kvfold.healing.request import make_heal_request
 
     if not request.calibration:
@@ -128,17 +128,17 @@ def convert_and_heal(
         context=request.context,
         seed=request.seed,
     )
-    check_out(out, Path(request.source).expanduser(), force)
-    if resume and folded.exists():
-        _check_same_fold(request, folded)
-    else:
-        preview(request, folded, force=force)
-        again = resume and partial_folder(folded).exists()
-        with resumable(lambda: partial_folder(folded)), progress_bar() as progress:
-            run_request(request, folded, resume=again, force=force, progress=progress)
-    again = resume and partial_folder(out).exists()
-    with resumable(lambda: folded):
-        heal_and_show(healing, out, resume=again, force=force, as_json=as_json)
+    check_out(out, request.paths, force or resume)
+    with opened(out) as work:  # for both steps: a second run would fold again what is healed here
+        if resume and folded.exists():
+            _check_same_fold(request, folded)
+        else:
+            again = resume and is_begun(folded)
+            with resumable(lambda: working_folder(folded)), progress_bar() as progress:
+                run_request(request, folded, resume=again, force=force, progress=progress)
+        again = resume and is_begun(out)
+        with resumable(lambda: folded):
+            heal_and_show(healing, out, resume=again, force=force, as_json=as_json, work=work)
 
 
 def _check_same_fold(request: "Request", folded: Path) -> None:

@@ -13,6 +13,7 @@ from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
 
 if TYPE_CHECKING:
+    from kvfold.checkpoint.workspace import Workspace
     from kvfold.healing.request import HealRequest
     from kvfold.healing.watch import Watch
     from kvfold.quality.scores import Progress
@@ -184,32 +185,35 @@ def heal_and_show(
     force: bool,
     as_json: bool,
     tensorboard: str | None = None,
+    work: "Workspace | None" = None,
 ) -> None:
     """Check, heal with bars, print the record."""
     from kvfold.healing.request import check_heal
 
-    check_heal(request, out, force=force)
-    from kvfold.checkpoint.workspace import partial_folder
+    check_heal(request, out, force=force, resume=resume)
+    from kvfold.checkpoint.places import working_folder
     from kvfold.healing.parallel import launched_rank
     from kvfold.healing.run import run_heal
     from kvfold.healing.watch import tensorboard as write_tensorboard
 
     also = write_tensorboard(Path(tensorboard)) if tensorboard else None
-    with resumable(lambda: partial_folder(out)), healing_display(also) as (progress, watch):
-        record = run_heal(request, out, resume=resume, force=force, progress=progress, watch=watch)
+    with resumable(lambda: working_folder(out)), healing_display(also) as (progress, watch):
+        record = run_heal(
+            request, out, resume=resume, force=force,
+            progress=progress, watch=watch, draw=draw, work=work,
+        )  # fmt: skip
     if launched_rank() == 0:
-        draw(out)
         emit(as_json, record, lambda: print_healed(record, out))
 
 
-def draw(out: Path) -> None:
+def draw(folder: Path) -> None:
     """Put the curve of the run beside its metrics."""
     from kvfold.healing.record import METRICS
     from kvfold.healing.watch import read_metrics
     from kvfold.report.healing import plot_healing
 
-    if (out / METRICS).is_file():
-        plot_healing(read_metrics(out / METRICS), out / "healing.png")
+    if (folder / METRICS).is_file():
+        plot_healing(read_metrics(folder / METRICS), folder / "healing.png")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """``kvfold convert``: check, plan, fold layer by layer, write, verify.
 
-Everything is made in ``OUT.partial`` beside OUT and renamed when whole. A folded layer is kept
-there as soon as it is done, so an interrupted run can be taken up with ``resume``.
+Everything is made in a working folder beside OUT (``checkpoint.workspace``) and renamed when
+whole. A folded layer is kept there as soon as it is done, so an interrupted run can be taken up
+with ``resume``.
 """
 
 import hashlib
@@ -12,31 +13,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.checkpoint.gguf import is_gguf, transcode
+from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint, resolve
 from kvfold.checkpoint.tensors import (
     TensorEntry,
     read_header,
     read_tensor,
 )
-from kvfold.checkpoint.workspace import (
-    disk_errors,
-    partial_folder,
-    peak_memory,
-    prepare,
-    publish,
-)
+from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
     carry_files,
+    files_read,
     folded_config,
     plan_shards,
-    write_json,
     write_shards,
 )
 from kvfold.errors import InputError
+from kvfold.files import write_json, write_text
 from kvfold.fold.methods import AUTO
-from kvfold.fold.record import BUILTIN_WARNING, geometry_record, model_card, summary, versions
+from kvfold.fold.record import (
+    BUILTIN_WARNING,
+    RECORD,
+    geometry_record,
+    model_card,
+    read_record,
+    summary,
+    versions,
+)
 from kvfold.fold.request import (
     DEFAULT_CALIBRATION_TOKENS,
     DEFAULT_CONTEXT,
@@ -54,7 +59,7 @@ from kvfold.quality.text import token_windows
 if TYPE_CHECKING:
     import torch
 
-RECORD = "kvfold.json"
+_SOURCE = "the source"
 
 
 def convert(
@@ -112,42 +117,52 @@ def run_request(
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Do what :func:`convert` describes."""
-    out_path = out.expanduser().absolute()
-    preview(request, out_path, force=force)
-    text = calibration_text(request)
-    partial = partial_folder(out_path)
-    prepare(partial, request.as_dict(), resume=resume, force=force)
-    (partial / "layers").mkdir(exist_ok=True)
+    preview(request, out, force=force, resume=resume)
+    files = _files(request)
     started = time.monotonic()
-    with disk_errors(partial):
-        record = _run(request, text, partial, progress)
+    with opened(out) as work:
+        if not work.start(request.as_dict(), resume=resume, force=force, files=files):
+            work.begin(request.as_dict(), take_prints(files, progress))
+        if work.finished:
+            return read_record(work.out)
+        record = _run(request, calibration_text(request), work, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
             "resumed": resume,
         }
-        write_json(partial / "out" / RECORD, record)
-    publish(partial, out_path)
+        write_json(work.new / RECORD, record)
+        work.publish(files)
     return record
 
 
-def _run(request: Request, text: str | None, partial: Path, progress: Progress) -> dict[str, Any]:
-    folder = _local_source(request, partial)
+def _files(request: Request) -> Files:
+    """Everything that a conversion reads, by what it is to the command."""
+    if is_gguf(request.source):
+        source = files_of(Path(request.source).expanduser())
+    else:
+        folder = resolve(request.source)
+        source = files_read(open_checkpoint(folder), folder)
+    texts = {f"the text {name}": files_of(Path(name).expanduser())
+             for name in request.calibration or ()}  # fmt: skip
+    return {_SOURCE: source, **texts}
+
+
+def _run(request: Request, text: str | None, work: Workspace, progress: Progress) -> dict[str, Any]:
+    folder = _local_source(request, work.folder)
     checkpoint = open_checkpoint(folder)
-    assert isinstance(checkpoint.store, TensorFiles)
-    hashes = _verify(checkpoint, checkpoint.store, progress)
-    out = partial / "out"
+    _verify(checkpoint, progress)
     same = request.num_kv_heads == checkpoint.geometry.num_kv_heads
     windows = None if text is None or same else _windows(checkpoint, folder, request, text)
-    layers = [] if same else _fold_layers(checkpoint, request, windows, partial, progress)
+    layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
     shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
-    _write(checkpoint, request, shards, partial, progress)
-    write_json(out / "config.json", folded_config(checkpoint, request.num_kv_heads))
-    carried = carry_files(folder, out)
+    _write(checkpoint, request, shards, work.folder, progress)
+    write_json(work.new / "config.json", folded_config(checkpoint, request.num_kv_heads))
+    carried = carry_files(folder, work.new)
     record = _record(checkpoint, request, text, windows, layers)
-    record["source"] |= {"sha256": hashes, "carried": carried}
-    (out / "README.md").write_text(model_card(checkpoint, record), encoding="utf-8")
-    open_checkpoint(out)  # the headers of what was written are as planned
+    record["source"] |= {"sha256": _weight_hashes(work, checkpoint), "carried": carried}
+    write_text(work.new / "README.md", model_card(checkpoint, record))
+    open_checkpoint(work.new)  # the headers of what was written are as planned
     return record
 
 
@@ -164,16 +179,21 @@ def _local_source(request: Request, partial: Path) -> Path:
     return folder
 
 
-def _verify(checkpoint: Checkpoint, store: TensorFiles, progress: Progress) -> dict[str, str]:
-    """Read the source once: hash its files, and find NaNs now rather than in an hour."""
-    for index, name in enumerate(store.names(), 1):
+def _weight_hashes(work: Workspace, checkpoint: Checkpoint) -> dict[str, str]:
+    """Of the source's shards, or of its GGUF file."""
+    prints = work.prints[_SOURCE]
+    store = checkpoint.store
+    shards = [file.name for file in store.files] if isinstance(store, TensorFiles) else []
+    names = [name for name in shards if name in prints] or list(prints)
+    return {name: prints[name]["sha256"] for name in names}
+
+
+def _verify(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Read the source once, to find NaNs now rather than in an hour."""
+    names = checkpoint.store.names()
+    for index, name in enumerate(names, 1):
         checkpoint.tensor(name)
-        progress("checking the source", index, len(store.names()))
-    hashes = {}
-    for file in store.files:
-        with file.open("rb") as opened:
-            hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return hashes
+        progress("checking the source", index, len(names))
 
 
 def _windows(checkpoint: Checkpoint, folder: Path, request: Request, text: str) -> "torch.Tensor":
@@ -201,6 +221,7 @@ def _fold_layers(
 
     plan = FoldPlan(request.num_kv_heads, request.method, request.fit, request.seed)
     kept = partial / "layers"
+    kept.mkdir(exist_ok=True)
     reports = []
     stored = stored_layers(kept)
     for layer in fold_all(checkpoint, plan, windows, partial / "hidden", stored, progress):

@@ -11,22 +11,21 @@ from kvfold.checkpoint.tensors import (
     read_tensor,
     write_tensors,
 )
-from kvfold.checkpoint.writer import write_json
+from kvfold.files import write_json
 from kvfold.fold.layer import LayerReport
 from kvfold.fold.pipeline import FoldedLayer
 
 
 def keep_layer(folder: Path, layer: FoldedLayer) -> None:
-    """The report is renamed into place last: it says that the layer is whole."""
+    """The report is written last: it says that the layer is whole."""
     specs = [
         TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
         for name, tensor in layer.tensors.items()
     ]
     write_tensors(folder / f"{layer.index}.safetensors", specs, iter(layer.tensors.values()))
-    temporary = folder / f"{layer.index}.json.tmp"
     report = None if layer.report is None else layer.report.as_dict()
-    write_json(temporary, {"report": report, "stages": layer.stages, "drift": layer.drift})
-    temporary.replace(folder / f"{layer.index}.json")
+    kept = {"report": report, "stages": layer.stages, "drift": layer.drift}
+    write_json(folder / f"{layer.index}.json", kept)
 
 
 def stored_layers(folder: Path) -> Callable[[int], FoldedLayer | None]:

@@ -268,5 +268,5 @@ def fold_all(
             folded = folder.fold(index, progress)
         else:
             folded = fold_without_data(checkpoint, plan, index)
-        progress("folding layers", index + 1, layers)
         yield folded
+        progress("folding layers", index + 1, layers)  # by now it is kept

@@ -1,14 +1,17 @@
 """What a conversion leaves behind besides weights: ``kvfold.json`` and a model card. No torch."""
 
+import json
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.geometry import AttentionGeometry
 
+RECORD = "kvfold.json"
 BUILTIN_WARNING = (
     "calibrated on the small built-in text only; calibrate on text like your own for better quality"
 )
@@ -20,6 +23,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: metadata.version(name) for name in packages
     }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a finished run left in its folder."""
+    found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return found
 
 
 def geometry_record(source: AttentionGeometry, folded: AttentionGeometry) -> dict[str, Any]:

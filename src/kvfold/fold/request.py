@@ -13,11 +13,12 @@ from kvfold import arguments
 from kvfold.arguments import choice, flag, location, several
 from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config
-from kvfold.checkpoint.workspace import check_disk, check_out
+from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
+from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config, resolve
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
+    carried_files,
     folded_config,
     folded_shapes,
     plan_shards,
@@ -55,6 +56,11 @@ class Request:
     @property
     def calibrates(self) -> bool:
         return self.calibration is not None
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is read, as far as it is named by a path."""
+        return [Path(name).expanduser() for name in (self.source, *(self.calibration or ()))]
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "kvfold": kvfold.__version__}
@@ -128,13 +134,19 @@ def check_fit(fit: str) -> None:
     choice(fit, "--fit", FIT_NAMES)
 
 
-def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
+def preview(request: Request, out: Path, *, force: bool = False, resume: bool = False) -> Preview:
     """Check everything that config, headers and file system can tell, before heavy work.
+
+    Args:
+        resume: whether OUT may be there already: made by a run that was killed just after.
 
     Raises:
         InputError: with the reason why the conversion cannot run.
     """
-    check_out(out, Path(request.source).expanduser(), force)
+    check_apart(out, request.paths)
+    check_place(out)
+    if not resume:
+        check_older(out, force)
     if is_gguf(request.source):
         found = summarize(Path(request.source).expanduser())
         geometry = found.geometry
@@ -143,7 +155,10 @@ def preview(request: Request, out: Path, *, force: bool = False) -> Preview:
     else:
         config = peek_config(request.source)
         family_of(config).geometry(config).with_kv_heads(request.num_kv_heads)
-        checkpoint = open_checkpoint(request.source)
+        folder = resolve(request.source)
+        checkpoint = open_checkpoint(folder)
+        carried_files(folder)
+        check_apart(out, [folder])  # of a hub name, known only now
         geometry, transcoded = checkpoint.geometry, 0
         folded_config(checkpoint, request.num_kv_heads)
         shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvfold.checkpoint.source import Checkpoint
+from kvfold.files import reserve
 
 BATCH_TOKENS = 4096  # tokens run through a layer at once
 SPILL_BYTES = 2**30  # hidden states larger than this live in a file
@@ -252,6 +253,7 @@ def hidden_states(windows: torch.Tensor, hidden_size: int, spill: Path | None) -
     if spill is None or elements * 4 <= SPILL_BYTES:
         return torch.empty(shape)
     spill.parent.mkdir(parents=True, exist_ok=True)
+    reserve(spill, elements * 4)
     flat = torch.from_file(str(spill), shared=True, size=elements, dtype=torch.float32)
     return flat.reshape(shape)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.fold.record import summary, versions
+from kvfold.fold.record import RECORD, summary, versions
 from kvfold.healing.request import HealRequest
 from kvfold.quality.scores import Quality
 
-RECORD = "kvfold.json"
 METRICS = "healing.jsonl"
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import kvfold
 from kvfold.arguments import choice, flag, location, several, source
 from kvfold.checkpoint.gguf import is_gguf
-from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint
-from kvfold.checkpoint.workspace import check_disk, check_out
+from kvfold.checkpoint.inputs import Files, files_of
+from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
+from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
+from kvfold.checkpoint.writer import carried_files, files_read, plan_shards, total_bytes
 from kvfold.errors import InputError
 from kvfold.healing.sources import TextSource, check_source, parse_source
 from kvfold.numbers import (
@@ -96,6 +98,13 @@ class HealRequest:
     def every(self, tokens: int) -> int:
         """How many steps ``tokens`` are."""
         return max(1, round(tokens / (self.sequences * self.context)))
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is read, as far as it is named by a path."""
+        texts = [source.name for source in self.texts]
+        names = [self.folded, self.teacher, *texts, *(self.eval_texts or ())]
+        return [Path(name).expanduser() for name in names]
 
     def as_dict(self) -> dict[str, Any]:
         texts = [vars(text) for text in self.texts]
@@ -226,16 +235,25 @@ def _check_together(request: HealRequest) -> None:
         raise InputError("--lora-rank trains attention only", "drop --train all or --lora-rank")
 
 
-def check_heal(request: HealRequest, out: Path, *, force: bool = False) -> None:
+def check_heal(
+    request: HealRequest, out: Path, *, force: bool = False, resume: bool = False
+) -> None:
     """Check everything that configs, headers and the file system can tell.
+
+    Args:
+        resume: whether OUT may be there already: made by a run that was killed just after.
 
     Raises:
         InputError: with the reason why healing cannot run.
     """
     folded = _open(request.folded, "FOLDED")
     teacher = _open(request.teacher, "--teacher")
-    check_out(out, Path(request.folded).expanduser(), force)
-    check_out(out, Path(request.teacher).expanduser(), force)
+    check_apart(out, request.paths)
+    check_apart(out, [resolve(request.folded), resolve(request.teacher)])  # of hub names
+    check_place(out)
+    if not resume:
+        check_older(out, force)
+    carried_files(resolve(request.folded))
     check_pair(folded, teacher)
     longest = folded.config.get("max_position_embeddings")
     if longest and request.context > int(longest):
@@ -247,8 +265,24 @@ def check_heal(request: HealRequest, out: Path, *, force: bool = False) -> None:
         check_source(text)
     checkpoints = (request.keep + 1) * _STATE_BYTES_PER_WEIGHT * folded.parameters
     state = checkpoints if "kl" in request.stages else 0
-    assert isinstance(folded.store, TensorFiles)
-    check_disk(out, 2 * folded.store.nbytes + state)
+    written = total_bytes(plan_shards(folded, folded.geometry.num_kv_heads))
+    check_disk(out, 2 * written + state)
+
+
+def files_to_read(request: HealRequest) -> Files:
+    """Everything that healing reads, by what it is to the command.
+
+    A dataset on the hub is known by its name alone.
+    """
+    files: dict[str, dict[str, Path]] = {}
+    for what, model in (("FOLDED", request.folded), ("the teacher", request.teacher)):
+        folder = resolve(model)
+        files[what] = files_read(open_checkpoint(folder), folder)
+    for name in (*(text.name for text in request.texts), *(request.eval_texts or ())):
+        path = Path(name).expanduser()
+        if path.exists():
+            files[f"the text {name}"] = files_of(path)
+    return files
 
 
 def _open(source: str, what: str) -> Checkpoint:

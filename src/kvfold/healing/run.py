@@ -1,26 +1,23 @@
 """``kvfold heal``: check, fit layer by layer, distil, write, measure."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvfold.checkpoint.inputs import take_prints
+from kvfold.checkpoint.places import full_path, working_folder
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
 from kvfold.checkpoint.tensors import torch_dtype
-from kvfold.checkpoint.workspace import (
-    disk_errors,
-    partial_folder,
-    peak_memory,
-    prepare,
-    publish,
-)
-from kvfold.checkpoint.writer import carry_files, plan_shards, write_json, write_shards
+from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
+from kvfold.checkpoint.writer import carry_files, plan_shards, write_shards
 from kvfold.errors import RunError
+from kvfold.files import copy_file, write_json, write_text
+from kvfold.fold.record import RECORD, read_record
 from kvfold.healing import saves
 from kvfold.healing.local import heal_layers
 from kvfold.healing.loop import Distillation
@@ -32,9 +29,15 @@ from kvfold.healing.models import (
     without_lora,
 )
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
-from kvfold.healing.parallel import World, distribute, world
-from kvfold.healing.record import METRICS, RECORD, heal_record, model_card
-from kvfold.healing.request import CHANGEABLE, HealRequest, check_heal, make_heal_request
+from kvfold.healing.parallel import World, distribute, launched_rank, world
+from kvfold.healing.record import METRICS, heal_record, model_card
+from kvfold.healing.request import (
+    CHANGEABLE,
+    HealRequest,
+    check_heal,
+    files_to_read,
+    make_heal_request,
+)
 from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
 from kvfold.quality.run import load_model, load_tokenizer
@@ -90,40 +93,70 @@ def run_heal(
     force: bool = False,
     progress: Progress = no_progress,
     watch: Watch = unwatched,
+    draw: Callable[[Path], None] = lambda folder: None,
+    work: Workspace | None = None,
 ) -> dict[str, Any]:
-    """Do what :func:`heal` describes."""
-    out = out.expanduser().absolute()
-    check_heal(request, out, force=force)
-    partial = partial_folder(out)
+    """Do what :func:`heal` describes.
+
+    Args:
+        draw: adds pictures to the finished folder, before it becomes ``out``.
+        work: of ``out``, if it is locked already.
+    """
+    check_heal(request, out, force=force, resume=resume)
+    first = launched_rank() == 0
+    with ExitStack() as stack:
+        if first and work is None:  # before the processes meet: a second run is told at once
+            work = stack.enter_context(opened(out))
+        peers = stack.enter_context(world(request.parallel, request.device, request.sequences))
+        stack.enter_context(_memory_errors())
+        if work is not None and first:
+            _start(request, work, resume, force, progress)
+        finished = peers.sum([float(work is not None and work.finished)])
+        if any(finished):
+            return read_record(full_path(out))
+        return _heal(request, out, work, peers, resume, progress, watch, draw)
+
+
+def _start(
+    request: HealRequest, work: Workspace, resume: bool, force: bool, progress: Progress
+) -> None:
+    asked, files = request.as_dict(), files_to_read(request)
+    if not work.start(asked, resume=resume, force=force, free=CHANGEABLE, files=files):
+        work.begin(asked, take_prints(files, progress))
+
+
+def _heal(
+    request: HealRequest,
+    out: Path,
+    work: Workspace | None,
+    peers: World,
+    resume: bool,
+    progress: Progress,
+    watch: Watch,
+    draw: Callable[[Path], None],
+) -> dict[str, Any]:
+    """All stages, in every process; only the first has the working folder locked, and writes."""
     started = time.monotonic()
-    with (
-        world(request.parallel, request.device, request.sequences) as peers,
-        disk_errors(partial),
-        _memory_errors(),
-    ):
-        if peers.first:
-            prepare(partial, request.as_dict(), resume=resume, force=force, free=CHANGEABLE)
-        peers.barrier()
-        run = _Run(request, partial, peers, progress, watch)
-        changed, layers = run.local()
-        trained = run.distil(changed)
-        record: dict[str, Any] = {}
-        if peers.first:
-            run.write(changed, trained)
-            quality = run.measure()
-            seconds = round(time.monotonic() - started, 1)
-            facts: dict[str, Any] = {
-                "seconds": seconds,
-                "peak_memory_bytes": peak_memory(),
-                "resumed": resume,
-            }
-            facts |= {"processes": peers.size, "device": str(peers.device)}
-            record = heal_record(request, run.folder, run.folded, layers, quality, facts)
-            write_json(partial / "out" / RECORD, record)
-            card = model_card(record, request)
-            (partial / "out" / "README.md").write_text(card, encoding="utf-8")
-            publish(partial, out)
-        peers.barrier()
+    run = _Run(request, working_folder(out), peers, progress, watch)
+    changed, layers = run.local()
+    trained = run.distil(changed)
+    record: dict[str, Any] = {}
+    if work is not None:
+        run.write(work.fresh(), changed, trained)
+        quality = run.measure(work.new)
+        facts: dict[str, Any] = {
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_memory_bytes": peak_memory(),
+            "resumed": resume,
+            "processes": peers.size,
+            "device": str(peers.device),
+        }
+        record = heal_record(request, run.folder, run.folded, layers, quality, facts)
+        write_json(work.new / RECORD, record)
+        write_text(work.new / "README.md", model_card(record, request))
+        draw(work.new)
+        work.publish(files_to_read(request))
+    peers.barrier()
     return record
 
 
@@ -258,23 +291,22 @@ class _Run:
 
     # -- results ----------------------------------------------------------------------------
 
-    def write(self, changed: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> None:
-        """The healed checkpoint, laid out as the folded one."""
+    def write(
+        self, out: Path, changed: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]
+    ) -> None:
+        """The healed checkpoint, laid out as the folded one, into an empty folder."""
         model = load_student(self.request, changed)
         model.load_state_dict(trained, strict=False)
         state = without_lora(model).state_dict()
-        out = self.partial / "out"
         shards = plan_shards(self.folded, self.folded.geometry.num_kv_heads)
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
         write_shards(out, shards, _reader(self.folded, state))
-        shutil.copyfile(self.folder / "config.json", out / "config.json")
+        copy_file(self.folder / "config.json", out / "config.json")
         carry_files(self.folder, out)
         if (self.partial / METRICS).is_file():
-            shutil.copyfile(self.partial / METRICS, out / METRICS)
+            copy_file(self.partial / METRICS, out / METRICS)
         open_checkpoint(out)  # the headers of what was written are as planned
 
-    def measure(self) -> list[Quality]:
+    def measure(self, healed: Path) -> list[Quality]:
         """Source, folded and healed on held-out text and on text of another kind."""
         texts = dict(self.others)
         if self.held_out is not None:
@@ -282,7 +314,7 @@ class _Run:
         device, dtype = str(self.peers.device), self.request.dtype or "float32"
         teacher = load_model(self.teacher_folder, dtype, device)
         results: dict[str, list[Quality]] = {name: [] for name in texts}
-        for label, folder in (("folded", self.folder), ("healed", self.partial / "out")):
+        for label, folder in (("folded", self.folder), ("healed", healed)):
             # Two models at a time, however large they are.
             models = [("source", teacher), (label, load_model(folder, dtype, device))]
             for name, windows in texts.items():

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from kvfold.checkpoint.writer import write_json
 from kvfold.errors import CheckpointError, InputError
+from kvfold.files import write_json
 from kvfold.healing.parallel import World
 
 _STATE = "state.json"

@@ -4,17 +4,16 @@ Everything it needs is on the machine already: the text is ``pydoc_data.topics``
 with Python, and the model is trained here in about a minute, on the CPU. No torch at import.
 """
 
-import json
 import math
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.checkpoint import places
+from kvfold.checkpoint.workspace import opened
 from kvfold.errors import InputError
+from kvfold.files import write_json, write_text
 from kvfold.fold.methods import AUTO
 from kvfold.quality.scores import Progress, Quality, compare, no_progress
 from kvfold.quality.text import Tokenizer, python_topics, token_windows
@@ -123,20 +122,23 @@ def run_demo(
     from kvfold.report.plots import plot_demo
 
     check_out(out, force)
-    model, tokenizer, splits = train_demo_model(seed, progress, STEPS)
-    rows = fold_and_compare(model, tokenizer, splits, seed, progress)
-    result = DemoResult(rows, seed, model.num_parameters(), STEPS * _BATCH * CONTEXT, out)
-    with _whole_folder(out) as folder:
+    with opened(out, older=RECORD) as work:
+        work.start({}, force=force)
+        work.begin({})
+        model, tokenizer, splits = train_demo_model(seed, progress, STEPS)
+        rows = fold_and_compare(model, tokenizer, splits, seed, progress)
+        result = DemoResult(rows, seed, model.num_parameters(), STEPS * _BATCH * CONTEXT, out)
+        folder = work.new
         model.save_pretrained(folder / SOURCE)
         tokenizer.save_pretrained(folder / SOURCE)
         for path, topics in (
             (result.calibration, splits.calibration),
             (result.held_out, splits.held_out),
         ):
-            (folder / path.name).write_text(joined(topics), encoding="utf-8")
-        record = json.dumps(result.as_dict(), indent=2)
-        (folder / RECORD).write_text(record + "\n", encoding="utf-8")
+            write_text(folder / path.name, joined(topics))
+        write_json(folder / RECORD, result.as_dict())
         plot_demo(result.rows, folder / result.plot.name, seed)
+        work.publish()
     return result
 
 
@@ -153,20 +155,7 @@ def check_out(out: Path, force: bool) -> None:
             f"{out} is not a folder of an earlier demo; --force replaces only those",
             "name another folder with --out",
         )
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end, or vanishes on failure."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        whole = Path(scratch) / out.name
-        whole.mkdir()
-        yield whole
-        if out.exists():
-            shutil.rmtree(out)
-        whole.rename(out)
+    places.check_out(out, (), force, older=RECORD)
 
 
 def fold_and_compare(
