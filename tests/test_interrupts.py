@@ -98,7 +98,9 @@ def _interrupt(*arguments: object, **options: object) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize(("place", "resumable"), [("preview", False), ("_run", True)])
+@pytest.mark.parametrize(
+    ("place", "resumable"), [("preview", False), ("_run", False), ("_write", True)]
+)
 def test_resume_is_promised_only_if_there_is_something_to_resume(
     place: str, resumable: bool, kvfold: Kvfold, llama_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
