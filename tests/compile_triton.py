@@ -21,8 +21,8 @@ STORED = {"plain": (0, "*bf16"), "fp8": (1, "*u8"), "int8": (2, "*i8"), "int4": 
 POINTERS = {
     "Q": "*bf16", "KS": "*bf16", "VS": "*bf16", "TABLE": "*i32", "BEGIN": "*i32", "END": "*i32",
     "LENGTH": "*i32", "START": "*i32", "FIRST": "*i32", "SLOPES": "*fp32", "MASK": "*u8",
-    "LSE": "*fp32", "PARTS": "*fp32", "PART_LSE": "*fp32", "COS": "*fp32", "SIN": "*fp32",
-    "X": "*bf16", "SCALES": "*bf16",
+    "LSE": "*fp32", "SINKS": "*fp32", "PARTS": "*fp32", "PART_LSE": "*fp32", "COS": "*fp32",
+    "SIN": "*fp32", "X": "*bf16", "SCALES": "*bf16",
 }  # fmt: skip
 FLOATS = ("scale", "softcap")
 ALIGNED = ("_page", "_head", "_row", "_batch", "_token")  # strides that 16 divides
@@ -73,7 +73,7 @@ def main() -> None:
     backend, arch = sys.argv[1:]
     nvidia = backend == "cuda"
     target = GPUTarget(backend, int(arch) if nvidia else arch, 32 if nvidia else 64)
-    constants = {"SLOTS": 16, "DV": 128, "HAS_LSE": True}
+    constants = {"SLOTS": 16, "DV": 128, "HAS_LSE": True, "HAS_SINKS": True}
     compiled(merge_kernel, constants, {"OUT": "*bf16"}, target)
     for name in STORED:
         append(name, target)
