@@ -43,6 +43,20 @@ def using(isa: str) -> Iterator[Library]:
         lib.use(before)
 
 
+DEFAULT_DTYPES = ("bfloat16", "float16", "float64")
+
+
+@contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    """Let PyTorch make tensors of another dtype where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (
         "cache.store",
@@ -56,7 +70,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
 
 
 def qkv(

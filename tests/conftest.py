@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,22 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
 
 from kvfold.cli.main import main
 from tests import tiny
+from tests.attention_cases import DEFAULT_DTYPES, default_dtype
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--default-dtype",
+        default="float32",
+        choices=("float32", *DEFAULT_DTYPES),
+        help="PyTorch's default dtype while tests run; programs that load models change it",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    with default_dtype(str(request.config.getoption("--default-dtype"))):
+        yield
 
 
 @dataclass

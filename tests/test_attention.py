@@ -210,7 +210,7 @@ def test_strided_inputs(path: str) -> None:
     def views(x: torch.Tensor) -> list[torch.Tensor]:
         by_token = x.transpose(1, 2).contiguous().transpose(1, 2)
         by_dim = x.mT.contiguous().mT
-        wide = torch.full((*x.shape[:3], 2 * x.shape[3]), torch.nan)
+        wide = torch.full((*x.shape[:3], 2 * x.shape[3]), torch.nan, dtype=x.dtype)
         wide[..., ::2] = x
         return [by_token, by_dim, wide[..., ::2]]
 
@@ -458,7 +458,7 @@ def test_flex_attention_is_told_the_same(heads: tuple[int, int], options: dict[s
     if "sink_logits" in options:
         options = {**options, "sink_logits": options["sink_logits"][: heads[0]]}
     if "alibi_slopes" in options:
-        options = {"alibi_slopes": torch.arange(1, heads[0] + 1) / 10}
+        options = {"alibi_slopes": torch.arange(1, heads[0] + 1, dtype=torch.float32) / 10}
     truth, true_lse = naive(q, k, v, **options)
     out, lse = flex(q, k, v, check_options((2, heads[0], 20, 20), **options))
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=5e-6)

@@ -147,7 +147,7 @@ def test_unused_slots_may_hold_anything(isa: str, dtype: Any, page_size: int) ->
 
     poisoned = fresh()
     for value in (math.nan, math.inf):
-        x = torch.full((2, 2, 70, 40), value)
+        x = torch.full((2, 2, 70, 40), value, dtype=torch.float32)
         poisoned.append(x, x[..., :24])
         poisoned.truncate(0)
     for half in (stores(poisoned)[0].keys, stores(poisoned)[0].values):
@@ -166,7 +166,7 @@ def test_extreme_logits(isa: str, dtype: Any) -> None:
     k, v = noise(1, 1, 300, 64), noise(1, 1, 300, 64, seed=1)
     k[:, :, 170] = 1250 / 64
     cache.append(k, v)
-    q = torch.ones(1, 2, 1, 64) * 64 * torch.tensor([1.0, -1.0])[:, None, None]
+    q = torch.tensor([64.0, -64.0], dtype=torch.float32).view(1, 2, 1, 1).repeat(1, 1, 1, 64)
     out, lse = cache.attend(q, return_lse=True)
     truth, true_lse = naive(q, *contents(cache))
     assert float(true_lse.max()) > 9e3
@@ -206,7 +206,7 @@ def test_chunks_and_threads_change_nothing(isa: str, dtype: str, chunk: int) -> 
     """
     cache = filled(KVCache(2, 64, dtype=dtype, **PLAIN), 1500)
     q = noise(1, 6, 1, 64)
-    lengths = torch.tensor([1500], dtype=torch.int32)
+    lengths = [1500]
 
     def attend(chunk: int) -> torch.Tensor:
         call = KernelCall(q, 2, lengths, Options(right=0), 1500)
@@ -232,11 +232,11 @@ def test_a_peak_does_not_swallow_the_rest(isa: str) -> None:
     With one, each of 63 keys would weigh 1 of 255 instead of 0.64, or 22% of the output more.
     """
     cache = KVCache(1, 64, dtype="int4", **PLAIN)
-    k, v = torch.zeros(1, 1, 64, 64), noise(1, 1, 64, 64) * 0.01 + 1
+    k, v = torch.zeros(1, 1, 64, 64, dtype=torch.float32), noise(1, 1, 64, 64) * 0.01 + 1
     k[0, 0, 7] = 1
     v[0, 0, 7] = -1
     cache.append(k, v)
-    q = torch.full((1, 8, 1, 64), math.log(400) / 8)
+    q = torch.full((1, 8, 1, 64), math.log(400) / 8, dtype=torch.float32)
     error = distance(torch.as_tensor(cache.attend(q)), naive(q, *contents(cache))[0])
     assert error < 64 / 130560 + 64 * 2**-20
 

@@ -159,10 +159,10 @@ def test_numbers_of_extreme_size(name: str) -> None:
     """The largest float32 does not overflow; subnormal rows may vanish, but no further."""
     fmt = FORMATS[name]
     largest = torch.finfo(torch.float32).max
-    rows = torch.tensor([[largest, -largest / 2, 0.0, largest / 3]])
+    rows = torch.tensor([[largest, -largest / 2, 0.0, largest / 3]], dtype=torch.float32)
     assert bool(through(rows * 0.98, fmt).isfinite().all())
     for tiny in (1e-38, 1e-41, 1e-45):
-        rows = torch.tensor([[tiny, -tiny, 0.0]])
+        rows = torch.tensor([[tiny, -tiny, 0.0]], dtype=torch.float32)
         smallest_scale = 2.0**-133
         assert float((through(rows, fmt) - rows).abs().max()) <= max(tiny / 8, smallest_scale)
 

@@ -256,7 +256,7 @@ def test_append_applies_rotary_embedding(interleaved: bool, rotary_dim: int) -> 
     rotary = Rotary(rotary_dim, interleaved=interleaved)
     cos, sin = rotary.cos_sin(torch.tensor([[5, 6, 7], [0, 1, 2]]))
     wanted = rotary.apply(x, cos, sin)
-    data = torch.zeros(2, 2, 4, 32, device=DEVICE)
+    data = torch.zeros(2, 2, 4, 32, dtype=torch.float32, device=DEVICE)
     rows = Rows(FORMATS["fp32"], data, data.new_empty(2, 2, 4, 0, dtype=torch.bfloat16), 32)
     table = torch.arange(2, dtype=torch.int32, device=DEVICE)[:, None]
     first = torch.zeros(2, dtype=torch.int32, device=DEVICE)

@@ -91,7 +91,8 @@ def make(case: str, seed: int = 0, **changes: Any) -> Any:
 
 def build(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    made = AutoConfig.for_model(model_type, **config)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts biases at zero, which proves nothing
             torch.nn.init.normal_(parameter, std=0.2)
@@ -131,7 +132,7 @@ def with_kv_heads(model: Any, heads: list[LayerHeads]) -> Any:
             checkpoint.attention_prefix(layer), parts.weights(groups)
         )
         state |= {name: tensor.float().contiguous() for name, tensor in written.items()}
-    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     other.load_state_dict(state)
     return other.eval()
 

@@ -37,7 +37,7 @@ class Rows:
         self.flat[0].normal_(generator=generator)
         self.flat[1:] = self.flat[0]
         queries = (case.batch, case.num_heads, 1, case.head_dim)
-        self.q = torch.randn(queries, generator=generator).bfloat16()
+        self.q = torch.randn(queries, dtype=torch.float32, generator=generator).bfloat16()
         self._next = 0
 
     @property

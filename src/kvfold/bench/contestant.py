@@ -118,7 +118,7 @@ def judge(own: Contestant, first: torch.Tensor, path: Walk, others: list[Model])
         first: its logits after the prompt. others: the model with ``sdpa`` and with ``eager``.
     """
     # maximum and not max: NaN must win.
-    error = precision = torch.zeros(())
+    error = precision = torch.zeros((), dtype=torch.float32)
     same = [first.argmax(-1) == path.logits[0].argmax(-1)]
     for token, truth in zip(path.tokens, path.logits[1:], strict=True):
         native, plain = (_try(own, token, model) for model in others)

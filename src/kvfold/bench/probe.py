@@ -132,7 +132,7 @@ class Prober:
     def _noise(self, kv_heads: int, load: Load) -> torch.Tensor:
         head_dim = self._model.layers[0].head_dim
         shape = load.batch, kv_heads, load.context, head_dim
-        return torch.randn(shape, device=self._device).bfloat16()
+        return torch.randn(shape, dtype=torch.float32, device=self._device).bfloat16()
 
     def _sized(self, kind: str, kv_heads: int, count: int) -> Any:
         config = deepcopy(self._config)

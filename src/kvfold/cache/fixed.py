@@ -110,7 +110,9 @@ class FixedKVCache:
         cos = sin = None
         if rotary is not None:
             cosines, sines = self._turns(rotary)
-            positions = self.lengths[:, None] + torch.arange(tokens, device=self.device)
+            positions = self.lengths[:, None] + torch.arange(
+                tokens, dtype=torch.int32, device=self.device
+            )
             at = positions.clamp(max=self.max_length - 1)
             cos, sin = cosines[at], sines[at]
         interleaved = rotary is not None and rotary.interleaved
@@ -128,7 +130,7 @@ class FixedKVCache:
     def _turns(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of all positions, made once: a graph cannot make them."""
         if self._rotary != rotary:
-            everywhere = torch.arange(self.max_length, device=self.device)
+            everywhere = torch.arange(self.max_length, dtype=torch.int32, device=self.device)
             self._rotary, self._cos_sin = rotary, rotary.cos_sin(everywhere)
         return self._cos_sin
 

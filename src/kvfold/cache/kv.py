@@ -11,7 +11,7 @@ from kvfold.cache.checks import (
 )
 from kvfold.cache.gpu import attend_on_gpu, suits_gpu_kernel
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
-from kvfold.cache.store import Shape, Store
+from kvfold.cache.store import CPU, Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
@@ -257,8 +257,8 @@ class KVCache:
             )
         if self.kind == "sliding":
             window, sinks = self.window, self.sinks
-        lengths = torch.tensor([self.lengths[b] for b in rows], dtype=torch.int32)
-        shape = (len(rows), q.shape[1], q.shape[2], max((self.lengths[b] for b in rows), default=0))
+        lengths = [self.lengths[b] for b in rows]
+        shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
         options = check_options(
             shape, causal=causal, window=window, sinks=sinks or 0, start=start, mask=mask,
             scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sink_logits=sink_logits,
@@ -267,7 +267,8 @@ class KVCache:
         self._check_window(rows, q.shape[2])
         differentiable = need_gradients(q, mask, alibi_slopes, sink_logits)
         if not differentiable and suits_gpu_kernel(self._storage, q):
-            found = attend_on_gpu(self._storage, q, rows, lengths, options)
+            there = torch.tensor(lengths, dtype=torch.int32, device=CPU)
+            found = attend_on_gpu(self._storage, q, rows, there, options)
             return found if return_lse else found[0]
         lib = library() if self._storage.main.backend == "cpu" else None
         if lib is not None and q.shape[2] <= MAX_TOKENS and not differentiable:
@@ -276,8 +277,8 @@ class KVCache:
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
         k, v = self.tensors(q.dtype, rows)
-        options = options._replace(lengths=lengths.to(self.device))
-        return attention_of(q, k, v, options, return_lse)
+        ends = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+        return attention_of(q, k, v, options._replace(lengths=ends), return_lse)
 
     def _check_window(self, rows: list[int], queries: int) -> None:
         if self.kind != "sliding" or self.window is None:

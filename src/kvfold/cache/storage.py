@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvfold.cache.store import Store
+from kvfold.cache.store import CPU, Store
 from kvfold.kernels.call import KernelCall
 from kvfold.kernels.library import Part
+from kvfold.kernels.pointer import Int32s
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton.launch import GpuPart
@@ -39,9 +40,9 @@ class Uniform:
         for store in self.stores:
             store.release(b, low, high)
 
-    def parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
+    def parts(self, rows: list[int], lengths: list[int], call: KernelCall) -> list[Part]:
         """The stores as a kernel call reads them."""
-        return [self.main.part(call.kept(self.main.rows(rows)), None, lengths)]
+        return [self.main.part(call.kept(self.main.rows(rows)), None, call.lengths)]
 
     def gpu_parts(self, rows: list[int], lengths: torch.Tensor) -> "list[GpuPart]":
         """The stores as Triton kernels read them; ``lengths`` on their device."""
@@ -117,18 +118,20 @@ class ExactEnds(Uniform):
         for b in rows:
             self.ends.release(b, max(self.first, low - EXACT_PAGE), high)
 
-    def parts(self, rows: list[int], lengths: torch.Tensor, call: KernelCall) -> list[Part]:
-        tails = call.kept(torch.tensor([self.tails[b] for b in rows], dtype=torch.int32))
-        begin = call.kept(torch.full_like(tails, self.first))
+    def parts(self, rows: list[int], lengths: list[int], call: KernelCall) -> list[Part]:
+        begin = call.kept(Int32s([self.first] * len(rows)))
+        tails = call.kept(Int32s([self.tails[b] for b in rows]))
+        heads = call.kept(Int32s([min(self.first, length) for length in lengths]))
         table = call.kept(self.ends.rows(rows))
         return [
             self.main.part(call.kept(self.main.rows(rows)), begin, tails),
-            self.ends.part(table, None, call.kept(torch.minimum(begin, lengths))),
-            self.ends.part(table, tails, lengths),
+            self.ends.part(table, None, heads),
+            self.ends.part(table, tails, call.lengths),
         ]
 
     def gpu_parts(self, rows: list[int], lengths: torch.Tensor) -> "list[GpuPart]":
-        tails = self.main.sent(torch.tensor([self.tails[b] for b in rows], dtype=torch.int32))
+        tails = torch.tensor([self.tails[b] for b in rows], dtype=torch.int32, device=CPU)
+        tails = self.main.sent(tails)
         begin = torch.full_like(tails, self.first)
         table = self.ends.sent(self.ends.rows(rows))
         return [

@@ -16,13 +16,16 @@ from kvfold.cache.layout import BLOCK, Layout
 from kvfold.errors import RunError
 from kvfold.kernels.backend import backend_of
 from kvfold.kernels.library import Append, Part, Side, Tensor, library
+from kvfold.kernels.pointer import Buffer, Int32s
 from kvfold.ops.quantize import Format, decode, encode, rotate, rotation_size
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton.launch import GpuPart, Rows
 
 _GROWTH = 1.5
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
+_DATA, _SCALES = Buffer("pages", torch.uint8), Buffer("scales", torch.bfloat16)
+_KEYS, _VALUES = Buffer("k"), Buffer("v")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Shape:
     v_format: Format
     page_size: int
     reserve: int = 0
-    device: torch.device = _CPU
+    device: torch.device = CPU
 
 
 class Half:
     """The pages of keys, or of values."""
 
-    def __init__(self, layout: Layout, heads: int, pages: int, device: torch.device = _CPU) -> None:
+    def __init__(self, layout: Layout, heads: int, pages: int, device: torch.device = CPU) -> None:
         self.layout, self.heads, self.device = layout, heads, device
         self.rotation = rotation_size(layout.fmt, layout.dim) if layout.key else 0
         shape = pages, heads
@@ -76,11 +79,11 @@ class Half:
             layout.packed,
             layout.dim,
             self.rotation,
-            self.data.data_ptr(),
+            _DATA.address(self.data, (len(self.data), self.heads, layout.page_bytes)),
             self.data.stride(0),
             self.data.stride(1),
             layout.fmt.row_bytes(layout.dim),
-            self.scales.data_ptr(),
+            _SCALES.address(self.scales, (len(self.data), self.heads, layout.page_scales)),
             self.scales.stride(0),
             self.scales.stride(1),
         )
@@ -129,7 +132,7 @@ class Store:
         self.values = self._half(shape.v_format, shape.v_head_dim, packed, key=False)
         self.references = [0] * shape.reserve
         self._free = list(range(shape.reserve - 1, -1, -1))
-        self.table = torch.full((shape.batch, 0), -1, dtype=torch.int32)
+        self.table = torch.full((shape.batch, 0), -1, dtype=torch.int32, device=CPU)
         self._sides: tuple[Side, Side] | None = None
 
     def _half(self, fmt: Format, dim: int, packed: bool, key: bool) -> Half:
@@ -188,7 +191,7 @@ class Store:
         first, last = low // self.page_size, (high - 1) // self.page_size
         if last >= self.table.shape[1]:
             width = max(last + 1, math.ceil(self.table.shape[1] * _GROWTH))
-            wider = torch.full((self.table.shape[0], width), -1, dtype=torch.int32)
+            wider = torch.full((len(self.table), width), -1, dtype=torch.int32, device=CPU)
             wider[:, : self.table.shape[1]] = self.table
             self.table = wider
         row = self.table.numpy()[sequence]  # the same memory; reading one number is much faster
@@ -244,24 +247,27 @@ class Store:
         Positions without a page are skipped.
         """
         table = self.rows(rows)
-        starts = torch.full((len(rows),), first, dtype=torch.int32)
         if self.backend == "triton":
-            self._write_on_gpu(k, v, starts, table)
+            self._write_on_gpu(k, v, first, table)
             return
         lib = library() if self.backend == "cpu" else None
         if lib is None:
             self._write_plainly(k, v, first, table)
             return
-        call = Append(len(rows), self.shape.num_kv_heads, k.shape[2], Tensor.of(k), Tensor.of(v))
-        call.first = starts.data_ptr()
+        shape, starts = self.shape, Int32s([first] * len(rows))
+        size = len(rows), shape.num_kv_heads, k.shape[2]
+        keys = Tensor.of(k, (*size, shape.head_dim), _KEYS)
+        values = Tensor.of(v, (*size, shape.v_head_dim), _VALUES)
+        call = Append(*size, keys, values, starts.address)
         call.part = self.part(table, None, starts)
         lib.append(call)
 
     def _write_on_gpu(
-        self, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, table: torch.Tensor
+        self, k: torch.Tensor, v: torch.Tensor, first: int, table: torch.Tensor
     ) -> None:
         from kvfold.kernels.triton.launch import append
 
+        starts = torch.full((len(table),), first, dtype=torch.int32, device=CPU)
         pages, starts = self.sent(table), self.sent(starts)
         for x, half in ((k, self.keys), (v, self.values)):
             rotated = half.rotation > 0
@@ -276,7 +282,7 @@ class Store:
     def _write_plainly(
         self, k: torch.Tensor, v: torch.Tensor, first: int, table: torch.Tensor
     ) -> None:
-        positions = torch.arange(first, first + k.shape[2])
+        positions = torch.arange(first, first + k.shape[2], device=CPU)
         for row in range(len(table)):
             pages = table[row].long()[positions // self.page_size]
             held = pages >= 0
@@ -293,7 +299,9 @@ class Store:
         if low >= high:
             heads, device = self.shape.num_kv_heads, self.shape.device
             sizes = self.shape.head_dim, self.shape.v_head_dim
-            k, v = (torch.zeros(heads, 0, size, device=device) for size in sizes)
+            k, v = (
+                torch.zeros(heads, 0, size, dtype=torch.float32, device=device) for size in sizes
+            )
             return k, v
         first, last = low // self.page_size, -(-high // self.page_size)
         pages = self.table[sequence, first:last].long()
@@ -302,7 +310,8 @@ class Store:
         cut = slice(low - first * self.page_size, high - first * self.page_size)
 
         def rows(half: Half) -> torch.Tensor:
-            numbers = torch.zeros(half.heads, len(held), half.layout.dim, device=half.device)
+            shape = half.heads, len(held), half.layout.dim
+            numbers = torch.zeros(shape, dtype=torch.float32, device=half.device)
             numbers[:, held.to(half.device)] = half.read(pages[pages >= 0].to(half.device))
             return numbers[:, cut]
 
@@ -310,25 +319,14 @@ class Store:
 
     def rows(self, rows: list[int]) -> torch.Tensor:
         """The page tables ``[len(rows), P]`` of some sequences."""
-        everything = rows == list(range(len(self.table)))
+        everything = rows == list(range(self.table.shape[0]))
         return self.table if everything else self.table[rows]
 
-    def part(
-        self, table: torch.Tensor | None, begin: torch.Tensor | None, end: torch.Tensor
-    ) -> Part:
-        """The store as a kernel sees it; the tensors must outlive the call."""
-        table = self.table if table is None else table
+    def part(self, table: torch.Tensor, begin: Int32s | None, end: Int32s) -> Part:
+        """The store as a kernel sees it; what is given must outlive the call."""
         if self._sides is None:
             self._sides = self.keys.side(), self.values.side()
-        first = None if begin is None else begin.data_ptr()
-        return Part(
-            *self._sides,
-            table.data_ptr(),
-            table.stride(0),
-            self.page_size,
-            first,
-            end.data_ptr(),
-        )
+        return Part.of(*self._sides, table, self.page_size, begin, end)
 
     def gpu_part(
         self,

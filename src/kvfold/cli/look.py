@@ -103,7 +103,9 @@ def _pictures(
     with ExitStack() as stack:
         folders = [local_folder(source, stack) for source in sources]
         tokenizer = load_tokenizer(folders[0])
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens])
+        ids = torch.tensor(
+            tokenizer(text, verbose=False)["input_ids"][:max_tokens], dtype=torch.int64
+        )
         for folder in folders:
             model = _load(folder)
             chosen = layers or (sorted(attention_layers(model))[len(attention_layers(model)) // 2],)

@@ -217,7 +217,7 @@ def _draws(count: int, task: FitTask) -> Iterator[torch.Tensor]:
     for _ in range(STEPS):
         if len(left) < size:
             left += torch.randperm(count, generator=generator).tolist()
-        yield torch.tensor(left[:size])
+        yield torch.tensor(left[:size], dtype=torch.int64)
         left = left[size:]
 
 

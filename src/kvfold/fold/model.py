@@ -75,7 +75,9 @@ def _build(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=torch.float32
+        )
     own = {name: tensor.clone() for name, tensor in state.items()}
     built.load_state_dict(own, assign=True)
     built.tie_weights()

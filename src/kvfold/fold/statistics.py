@@ -43,7 +43,7 @@ class StatisticsCollector:
         self._value_moment = torch.zeros(size, size, dtype=torch.float64)
         self._key_moments: torch.Tensor | None = None
         self._pairs = pairs
-        self._inputs = torch.empty(0)
+        self._inputs = torch.empty(0, dtype=torch.float32)
         self._tokens = 0
 
     def attention_input(self, inputs: torch.Tensor) -> None:

@@ -132,7 +132,7 @@ class LayerStream:
         hf_config = AutoConfig.for_model(**arguments)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=IMPLEMENTATION
+                hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION
             )
         self.model.eval().requires_grad_(False)
         self._base_name, _, rest = layer_path.partition(".")
@@ -251,7 +251,7 @@ def hidden_states(windows: torch.Tensor, hidden_size: int, spill: Path | None) -
     shape = (*windows.shape, hidden_size)
     elements = windows.numel() * hidden_size
     if spill is None or elements * 4 <= SPILL_BYTES:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32)
     spill.parent.mkdir(parents=True, exist_ok=True)
     reserve(spill, elements * 4)
     flat = torch.from_file(str(spill), shared=True, size=elements, dtype=torch.float32)

@@ -54,9 +54,13 @@ def pack(sequences: Sequence[list[list[int]]]) -> Batch:
     >>> pack([[[5, 6, 7], [8, 9]]]).positions.tolist()
     [[0, 1, 2, 0, 1]]
     """
-    ids = torch.tensor([[i for part in parts for i in part] for parts in sequences])
-    positions = torch.tensor([[p for part in s for p in range(len(part))] for s in sequences])
+    ids = _whole([[i for part in parts for i in part] for parts in sequences])
+    positions = _whole([[p for part in s for p in range(len(part))] for s in sequences])
     return Batch(ids, positions, positions[:, 1:] != 0)
+
+
+def _whole(numbers: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 @dataclass

@@ -20,11 +20,14 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.build import NAME
-from kvfold.ops.quantize import Format, format_of
+from kvfold.kernels.pointer import Buffer, Int32s
+from kvfold.ops.quantize import format_of
 
 MAX_PARTS = 4
 MAX_DIM = 1024
 MAX_TOKENS = 16  # queries per sequence that the kernels are meant for
+
+_TABLE, _ROWS = Buffer("page table", torch.int32), Buffer("rows")
 
 
 class Side(Structure):
@@ -58,6 +61,30 @@ class Part(Structure):
         ("end", c_void_p),
     ]
 
+    @classmethod
+    def of(
+        cls,
+        k: Side,
+        v: Side,
+        table: torch.Tensor,
+        page_size: int,
+        begin: Int32s | None,
+        end: Int32s,
+    ) -> "Part":
+        """A part for as many sequences as ``table`` int32 ``[B, pages]`` has rows.
+
+        What it points to must outlive the calls that read it.
+
+        Raises:
+            InputError: if the table is another kind of tensor, or the ranges are not B.
+        """
+        shape = table.shape
+        rows = _TABLE.row_address(table, shape)
+        if not len(end) == shape[0] == (shape[0] if begin is None else len(begin)):
+            raise InputError(f"{len(end)} ranges of positions for {shape[0]} sequences")
+        first = None if begin is None else begin.address
+        return cls(k, v, rows, table.stride()[0], page_size, first, end.address)
+
 
 class Tensor(Structure):
     """``KvfTensor``: ``[B, H, T, dim]``."""
@@ -71,10 +98,11 @@ class Tensor(Structure):
     ]
 
     @classmethod
-    def of(cls, x: torch.Tensor) -> "Tensor":
-        if x.stride(-1) != 1:
-            raise AssertionError("the last dimension must be contiguous")
-        return cls(x.data_ptr(), format_of(x.dtype).code, x.stride(0), x.stride(1), x.stride(2))
+    def of(cls, x: torch.Tensor, shape: tuple[int, ...], buffer: Buffer) -> "Tensor":
+        """A tensor of float32, float16 or bfloat16, whose rows are contiguous."""
+        data = buffer.row_address(x, shape)
+        batch, head, token, _ = x.stride()
+        return cls(data, format_of(x.dtype).code, batch, head, token)
 
 
 class Attend(Structure):
@@ -184,7 +212,8 @@ class Library:
 
     def read(self, data: torch.Tensor) -> None:
         """Read a tensor's memory once, as fast as the machine can; for measuring bandwidth."""
-        self._c.kvf_read(data.data_ptr(), data.nbytes, torch.get_num_threads())
+        address = Buffer("data", data.dtype).address(data, data.shape)
+        self._c.kvf_read(address, data.nbytes, torch.get_num_threads())
 
 
 _FOLDER = Path(__file__).parent
@@ -216,19 +245,10 @@ def why_missing() -> str:
     return "available"
 
 
-def rows_side(rows: torch.Tensor, fmt: Format) -> Side:
+def rows_side(rows: torch.Tensor) -> Side:
     """A side that reads a plain tensor ``[B, H, S, D]`` as one page per sequence."""
     size = rows.element_size()
-    return Side(
-        fmt.code,
-        0,
-        rows.shape[-1],
-        0,
-        rows.data_ptr(),
-        rows.stride(0) * size,
-        rows.stride(1) * size,
-        rows.stride(2) * size,
-        None,
-        0,
-        0,
-    )
+    data = _ROWS.row_address(rows, rows.shape)
+    page, head, row, _ = (stride * size for stride in rows.stride())
+    fmt = format_of(rows.dtype)
+    return Side(fmt.code, 0, rows.shape[-1], 0, data, page, head, row, None, 0, 0)

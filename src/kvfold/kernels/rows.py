@@ -36,15 +36,12 @@ def attend_rows(
     assert lib is not None
     batch, keys = k.shape[0], k.shape[2]
     k, v = readable(k), readable(v)
-    end = torch.full((batch,), keys) if lengths is None else lengths
-    end = end.to(torch.int32).contiguous()
-    call = KernelCall(q, k.shape[1], end, options, keys)
     check_range("start", start, batch, keys)  # unchecked until now under torch.compile
     check_range("lengths", lengths, batch, keys)
-    pages = call.kept(torch.arange(batch, dtype=torch.int32))
-    fmt = format_of(k.dtype)
-    sides = rows_side(k, fmt), rows_side(v, fmt)
-    part = Part(*sides, pages.data_ptr(), 1, max(keys, 1), None, end.data_ptr())
+    ends = [keys] * batch if lengths is None else lengths.tolist()
+    call = KernelCall(q, k.shape[1], ends, options, keys)
+    pages = call.kept(torch.arange(batch, dtype=torch.int32, device=q.device)[:, None])
+    part = Part.of(rows_side(k), rows_side(v), pages, max(keys, 1), None, call.lengths)
     out, lse = call.run(lib, [part], v.shape[3], return_lse=True)
     assert lse is not None
     return out, lse

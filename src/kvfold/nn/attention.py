@@ -284,7 +284,9 @@ def _append(cache: KVCache, k: torch.Tensor, v: torch.Tensor, lengths: torch.Ten
 def _of_cache(hidden: _Hidden, cache: KVCache, device: torch.device) -> _Hidden:
     """The same for a cache, which has the lengths and may hold less than the padded context."""
     mask = hidden.mask if hidden.mask is None else hidden.mask[..., : max(cache.lengths)]
-    return replace(hidden, mask=mask, lengths=torch.tensor(cache.lengths, device=device))
+    return replace(
+        hidden, mask=mask, lengths=torch.tensor(cache.lengths, dtype=torch.int32, device=device)
+    )
 
 
 def _decoded(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,7 +307,7 @@ def _check_options(layer: GroupedQueryAttention, qk_norm: float | None) -> None:
         raise InputError(f"qk_norm={qk_norm}: expected a positive epsilon, or None")
     if layer.sinks and layer.window is None:
         raise InputError(f"sinks={layer.sinks} without a window: every token is seen anyway")
-    _check_call(layer, torch.empty(1, 1, 1), 1, _Hidden(None, None, None))
+    _check_call(layer, torch.empty(1, 1, 1, dtype=torch.float32), 1, _Hidden(None, None, None))
 
 
 def _check_call(layer: GroupedQueryAttention, x: torch.Tensor, keys: int, hidden: _Hidden) -> None:

@@ -21,12 +21,14 @@ def visible(
     >>> visible(2, 4, Options(left=1, right=0))[0, 0].int().tolist()
     [[0, 1, 1, 0], [0, 0, 1, 1]]
     """
-    j = torch.arange(keys, device=device)
+    j = torch.arange(keys, dtype=torch.long, device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
     first = (zero if options.start is None else options.start.long())[:, None, None]
     lengths = options.lengths
     end = (zero + keys if lengths is None else lengths.long())[:, None, None]
-    position = end - tokens + torch.arange(tokens, device=device)[:, None]  # [B, T, 1]
+    position = (
+        end - tokens + torch.arange(tokens, dtype=torch.long, device=device)[:, None]
+    )  # [B, T, 1]
     seen = (j >= first) & (j < end)
     if options.right is not None:
         seen = seen & (j <= position + options.right)

@@ -173,4 +173,5 @@ def rotate(rows: torch.Tensor, size: int) -> torch.Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         blocks = torch.stack([a + b, a - b], -2).flatten(-3)
         half *= 2
-    return (blocks * (torch.tensor(1.0) / torch.tensor(float(size)).sqrt())).flatten(-2)
+    one, of = torch.tensor([1.0, size], dtype=torch.float32, device=rows.device)
+    return (blocks * (one / of.sqrt())).flatten(-2)

@@ -107,8 +107,9 @@ def following(tokens: int, past: list[int], device: torch.device | None = None) 
     >>> following(2, [0, 7]).tolist()
     [[0, 1], [7, 8]]
     """
-    new = torch.arange(tokens, device=device)
-    return torch.tensor(past, device=device)[:, None] + new if any(past) else new
+    new = torch.arange(tokens, dtype=torch.long, device=device)
+    first = torch.tensor(past, dtype=torch.long, device=device)
+    return first[:, None] + new if any(past) else new
 
 
 def _as_floats(inv_freq: torch.Tensor | tuple[float, ...], pairs: int) -> tuple[float, ...]:

@@ -120,7 +120,7 @@ def prompt(
     at = min(round(depth * room / len(one)) * len(one), room)
     whole = [*opening, *filler[:at], *needle, *filler[at:], *question]
     answer = ids(f" {key}")
-    return torch.tensor(whole), torch.tensor(answer)
+    return torch.tensor(whole, dtype=torch.int64), torch.tensor(answer, dtype=torch.int64)
 
 
 def _score(

@@ -90,7 +90,7 @@ def token_windows(
             f"the text has {len(ids)} tokens; expected at least {body} (one window)",
             "give more text, or a smaller --context",
         )
-    windows = torch.tensor(ids[: count * body]).reshape(count, body)
+    windows = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)
     wanted = count if max_tokens is None else max(1, min(count, max_tokens // context))
     chosen = torch.arange(wanted) * count // wanted
     first = torch.tensor(opening, dtype=torch.int64).expand(wanted, -1)

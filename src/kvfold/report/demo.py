@@ -195,7 +195,7 @@ def train_demo_model(
     splits = split_topics(python_topics())
     tokenizer = train_tokenizer(splits.training.values())
     text = _END.join(splits.training.values())
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model(tokenizer)

@@ -141,9 +141,11 @@ def pooled(seen: Seen, bins: int = BINS) -> torch.Tensor:
     weight on a bin's keys. Rows sum to one."""
     side = min(seen.tokens, bins)
     place = torch.arange(seen.tokens) * side // seen.tokens
-    result = torch.zeros(len(seen.query), side, side)
+    result = torch.zeros(len(seen.query), side, side, dtype=torch.float32)
     for rows, weights in seen.weights():
-        by_key = torch.zeros(*weights.shape[:2], side).index_add_(2, place, weights)
+        by_key = torch.zeros(*weights.shape[:2], side, dtype=torch.float32).index_add_(
+            2, place, weights
+        )
         result.index_add_(1, place[rows], by_key)
     return result / torch.bincount(place, minlength=side)[:, None]
 
@@ -160,7 +162,7 @@ def divergences(source: Seen, other: Seen) -> torch.Tensor:
             f"{list(other.query.shape[:2])}",
             "compare a model with what was folded from it",
         )
-    total = torch.zeros(len(source.query))
+    total = torch.zeros(len(source.query), dtype=torch.float32)
     for (_, p), (_, r) in zip(source.weights(), other.weights(), strict=True):
         terms = p * (p.clamp_min(1e-30).log() - r.clamp_min(1e-30).log())
         total += terms.sum((1, 2))

@@ -287,7 +287,7 @@ def _rotated(q: torch.Tensor, k: Rows) -> torch.Tensor:
 @cache
 def _hadamard(stored: int, size: int, device: torch.device) -> torch.Tensor:
     """The block-diagonal rotation of rows of ``stored`` numbers, float32."""
-    return rotate(torch.eye(stored), size).to(device)
+    return rotate(torch.eye(stored, dtype=torch.float32, device=device), size)
 
 
 @cache
