@@ -14,6 +14,7 @@ from kvfold.errors import InputError
 from kvfold.names import shown
 
 T = TypeVar("T")
+_LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow
 _MANY = 10_000  # sources, texts …: nobody gives more in one call
 
 
@@ -30,6 +31,30 @@ def location(value: object, name: str) -> Path:
         pass
     except OSError as error:
         raise _unreachable(path, name, error) from error
+    return path
+
+
+def new_folder(value: object, name: str) -> Path:
+    """A folder that can be made or replaced, with room in its name for the working folder's.
+
+    Raises:
+        InputError: saying what is in the way.
+    """
+    path = location(value, name)
+    whole = path.absolute()
+    if whole.name in ("", ".."):
+        raise InputError(f"{name} {shown(str(path))}: expected a folder's name", "name it")
+    if len(os.fsencode(whole.name)) > _LONGEST_NAME:
+        raise InputError(
+            f"{name} {shown(whole.name)}: its name is too long",
+            f"use at most {_LONGEST_NAME} bytes",
+        )
+    above = next(parent for parent in whole.parents if parent.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{name} {shown(str(path))}: {shown(str(above))} cannot be written to",
+            "choose a folder that you may write to",
+        )
     return path
 
 

@@ -9,7 +9,7 @@ import click
 
 from kvfold import numbers
 from kvfold.bench import words
-from kvfold.cli.options import Number
+from kvfold.cli.options import Location, Number, Source
 from kvfold.cli.output import emit, say
 from kvfold.names import printable
 from kvfold.numbers import Wholes
@@ -37,9 +37,7 @@ _COMMON: list[Callable[[Any], Any]] = [
     click.option(
         "--threads", type=Number(numbers.THREADS), help="Of PyTorch.  [default: all cores]"
     ),
-    click.option(
-        "--save", type=click.Path(path_type=Path), help="Add the rows to a file (JSON lines)."
-    ),
+    click.option("--save", type=Location(), help="Add the rows to a file (JSON lines)."),
     click.option("--markdown", is_flag=True, help="Print a Markdown table."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
 ]
@@ -127,7 +125,7 @@ def attention(
 
 
 @command.command("model", short_help="Time whole models, side by side.")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", type=Source(), nargs=-1, required=True)
 @click.option("--context", type=Number(Wholes(numbers.CONTEXT)), default="512", show_default=True,
               help="Tokens; comma list.")  # fmt: skip
 @click.option("--batch", type=Number(Wholes(numbers.BATCH)), default="1", show_default=True,
@@ -140,7 +138,7 @@ def attention(
 )
 @click.option("--tokens", type=Number(numbers.STEPS), default=16, show_default=True,
               help="Decode steps per sample.")  # fmt: skip
-@click.option("--text", type=click.Path(path_type=Path), help="Prompt.  [default: random tokens]")
+@click.option("--text", type=Location(), help="Prompt.  [default: random tokens]")
 @_common
 def model(
     paths: tuple[str, ...],
@@ -186,8 +184,8 @@ def model(
 
 
 @command.command("compare", short_help="Compare two saved runs.")
-@click.argument("before", metavar="A", type=click.Path(path_type=Path))
-@click.argument("after", metavar="B", type=click.Path(path_type=Path))
+@click.argument("before", metavar="A", type=Location())
+@click.argument("after", metavar="B", type=Location())
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def compare(before: Path, after: Path, markdown: bool, as_json: bool) -> None:

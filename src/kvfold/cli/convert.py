@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Number
+from kvfold.cli.options import Location, NewFolder, Number, Source
 from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command("convert")
-@click.argument("source", metavar="SRC")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=Source())
+@click.argument("out", metavar="OUT", type=NewFolder())
 @click.option("--kv-heads", required=True, type=Number(numbers.KV_HEADS), metavar="N",
               help="KV heads to fold to (a divisor).")  # fmt: skip
 @click.option("--method", default="auto", show_default=True, help="See `kvfold methods`.")
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--calibration",
+    type=Location(),
     multiple=True,
     metavar="TEXT",
     help="UTF-8 text file like what the model will read; may be repeated.  "
@@ -57,7 +58,7 @@ def command(
     kv_heads: int,
     method: str,
     fit: str | None,
-    calibration: tuple[str, ...],
+    calibration: tuple[Path, ...],
     no_calibration: bool,
     calibration_tokens: int,
     context: int,

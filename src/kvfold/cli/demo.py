@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Number
+from kvfold.cli.options import NewFolder, Number
 from kvfold.cli.output import say
 from kvfold.names import json_text
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "--out",
     default="kvfold-demo",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=NewFolder(),
     help="Folder for the model, the texts, the numbers and the plot.",
 )
 @click.option("--seed", type=Number(numbers.SEED), default=0, show_default=True,

@@ -1,11 +1,12 @@
 """``kvfold eval``"""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Number
+from kvfold.cli.options import Location, Number, Source
 from kvfold.cli.output import emit
 from kvfold.numbers import Wholes, parts
 
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("source", metavar="SRC")
-@click.argument("outs", metavar="[OUT]...", nargs=-1)
-@click.option("--text", "texts", multiple=True, help="UTF-8 file; repeatable.")
+@click.argument("source", metavar="SRC", type=Source())
+@click.argument("outs", metavar="[OUT]...", type=Source(), nargs=-1)
+@click.option("--text", "texts", type=Location(), multiple=True, help="UTF-8 file; repeatable.")
 @click.option(
     "--needle", type=Number(Wholes(numbers.NEEDLE)), help="Ask for pass keys in texts of N tokens."
 )
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 def command(
     source: str,
     outs: tuple[str, ...],
-    texts: tuple[str, ...],
+    texts: tuple[Path, ...],
     needle: tuple[int, ...] | None,
     tasks: str | None,
     limit: int | None,

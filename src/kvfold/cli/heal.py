@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Number
+from kvfold.cli.options import Location, NewFolder, Number, Source
 from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 @click.command("heal")
-@click.argument("folded", metavar="FOLDED")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, metavar="SOURCE", help="What FOLDED was folded from.")
+@click.argument("folded", metavar="FOLDED", type=Source())
+@click.argument("out", metavar="OUT", type=NewFolder())
+@click.option(
+    "--teacher", type=Source(), required=True, metavar="SOURCE", help="What FOLDED was folded from."
+)
 @click.option(
     "--text",
     "texts",
@@ -122,7 +124,7 @@ if TYPE_CHECKING:
 @click.option("--held-out-tokens", type=Number(numbers.HELD_OUT), default="16k", show_default=True,
               help="Kept from training, to evaluate on.")  # fmt: skip
 @click.option(
-    "--eval-text", "eval_texts", multiple=True, metavar="FILE",
+    "--eval-text", "eval_texts", type=Location(), multiple=True, metavar="FILE",
     help="Another kind of text, to evaluate on.  [default: Python's documentation]",
 )  # fmt: skip
 @click.option(
@@ -139,7 +141,7 @@ if TYPE_CHECKING:
     help="Checkpoints kept meanwhile.",
 )
 @click.option("--seed", type=Number(numbers.SEED), default=0, show_default=True)
-@click.option("--tensorboard", metavar="FOLDER", help="Write to TensorBoard too.")
+@click.option("--tensorboard", type=Location(), metavar="FOLDER", help="Write to TensorBoard too.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -149,8 +151,8 @@ def command(
     teacher: str,
     texts: tuple[str, ...],
     stages: str | None,
-    eval_texts: tuple[str, ...],
-    tensorboard: str | None,
+    eval_texts: tuple[Path, ...],
+    tensorboard: Path | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -184,7 +186,7 @@ def heal_and_show(
     resume: bool,
     force: bool,
     as_json: bool,
-    tensorboard: str | None = None,
+    tensorboard: Path | None = None,
     work: "Workspace | None" = None,
 ) -> None:
     """Check, heal with bars, print the record."""
@@ -196,7 +198,7 @@ def heal_and_show(
     from kvfold.healing.run import run_heal
     from kvfold.healing.watch import tensorboard as write_tensorboard
 
-    also = write_tensorboard(Path(tensorboard)) if tensorboard else None
+    also = write_tensorboard(tensorboard) if tensorboard else None
     with resumable(lambda: working_folder(out)), healing_display(also) as (progress, watch):
         record = run_heal(
             request, out, resume=resume, force=force,

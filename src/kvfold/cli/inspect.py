@@ -2,11 +2,12 @@
 
 import click
 
+from kvfold.cli.options import Source
 from kvfold.cli.output import emit
 
 
 @click.command("inspect")
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", type=Source())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(source: str, as_json: bool) -> None:
     """Show a checkpoint's geometry, KV cache size and head similarity per layer.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Number
+from kvfold.cli.options import Location, Number, Source
 from kvfold.cli.output import say
 from kvfold.errors import InputError
 
@@ -17,18 +17,18 @@ _DEFAULT = "The animal did not cross the street because it was too tired."
 
 
 @click.command("look")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", type=Source())
 @click.argument("text", required=False)
-@click.option("--file", type=click.Path(path_type=Path), help="A UTF-8 text to look at instead.")
-@click.option("--against", metavar="FOLDED", help="A model folded from MODEL, drawn below it.")
+@click.option("--file", type=Location(), help="A UTF-8 text to look at instead.")
+@click.option(
+    "--against", type=Source(), metavar="FOLDED", help="A model folded from MODEL, drawn below it."
+)
 @click.option("--layer", "layers", type=Number(numbers.LAYER), multiple=True,
               help="Repeatable.  [default: middle]")  # fmt: skip
 @click.option("--max-tokens", type=Number(numbers.LOOK_TOKENS), default=4096, show_default=True,
               help="Of a longer text.")  # fmt: skip
-@click.option("--png", type=click.Path(path_type=Path), help="[default: attention.png]")
-@click.option(
-    "--html", type=click.Path(path_type=Path), help="One page with every layer asked for."
-)
+@click.option("--png", type=Location(), help="[default: attention.png]")
+@click.option("--html", type=Location(), help="One page with every layer asked for.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 def command(
     model: str,

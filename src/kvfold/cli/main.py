@@ -17,6 +17,7 @@ from kvfold.cli.signals import Interrupted, interruptible
 from kvfold.errors import KVFoldError
 from kvfold.names import printable, shown
 
+_LONGEST = 500  # characters of a message
 _SYSTEM_HINTS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -138,7 +139,8 @@ def _of_the_system(error: OSError) -> tuple[str, str]:
 
 def _line(words: str) -> str:
     """On one line, with nothing that a terminal would obey."""
-    return printable(" ".join(words.split()))
+    line = printable(" ".join(words.split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 40]} … {line[-37:]}"
 
 
 def _quiet_libraries(debug: bool) -> None:

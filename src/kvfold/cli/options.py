@@ -1,9 +1,11 @@
-"""Numbers as click's types: every numeric option of every command is one of these."""
+"""click's types for what kvfold takes: numbers and paths, checked when they are read."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from kvfold import arguments
 from kvfold.numbers import Real, Whole, Wholes
 
 
@@ -19,7 +21,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | float | tuple[int, ...]:
         """The number; a default may be one already."""
-        name = param.opts[0] if param else "number"
+        name = _name(param)
         if isinstance(value, str):
             return self.kind.read(value, name)
         return self.kind.check(value, name)
@@ -27,3 +29,38 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """The range; click shows it after the option's name."""
         return self.kind.span
+
+
+class Location(click.ParamType):  # type: ignore[type-arg]
+    """A path of a file or folder that is there or will be (``kvfold.arguments``)."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path, ``~`` expanded."""
+        return arguments.location(value, _name(param))
+
+
+class NewFolder(Location):
+    """A folder that a command makes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path, ``~`` expanded."""
+        return arguments.new_folder(value, _name(param))
+
+
+class Source(click.ParamType):  # type: ignore[type-arg]
+    """A model: a folder, a hub name or a file."""
+
+    name = "source"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The words as they were given."""
+        return arguments.source(value, _name(param))
+
+
+def _name(param: click.Parameter | None) -> str:
+    """What a person calls a parameter: ``--context``, ``OUT``."""
+    if isinstance(param, click.Option):
+        return max(param.opts, key=len)
+    return str(param.metavar or param.name).strip("[].") if param else "value"

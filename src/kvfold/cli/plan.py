@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Number
+from kvfold.cli.options import Number, Source
 from kvfold.cli.output import emit
 from kvfold.errors import InputError
 from kvfold.numbers import Wholes, parts
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("source", metavar="SRC", required=False)
+@click.argument("source", metavar="SRC", type=Source(), required=False)
 @click.option("--context", type=Number(numbers.CONTEXT), default="8k", show_default=True,
               help="Tokens of each sequence.")  # fmt: skip
 @click.option("--batch", type=Number(numbers.BATCH), default="1", show_default=True,

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import click
 
+from kvfold.cli.options import Location
 from kvfold.cli.output import say
 
 
 @click.command("report")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default="report.html", show_default=True
-)
+@click.argument("runs", metavar="RUN...", type=Location(), nargs=-1, required=True)
+@click.option("-o", "--out", type=Location(), default="report.html", show_default=True)
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
-def command(runs: tuple[str, ...], out: Path, force: bool) -> None:
+def command(runs: tuple[Path, ...], out: Path, force: bool) -> None:
     """Put everything measured about RUNs into one HTML file.
 
     A RUN is a folder that convert, heal or demo made, or a file that bench --save wrote.
