@@ -23,6 +23,7 @@ from torch.nn import functional
 
 import kvfold.transformers as drop_in
 from fold_quality import machine, source_folder
+from kvfold.files import append_text
 from kvfold.quality.run import load_model, load_tokenizer
 from kvfold.quality.text import token_windows
 
@@ -115,8 +116,7 @@ def main() -> None:
         windows = token_windows(tokenizer, ids, CONTEXT, CONTEXT * options.windows)
         for row in score(model, windows, made):
             document = {"text": text, **row, **machine()}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(document) + "\n")
+            append_text(RESULTS, json.dumps(document) + "\n")
             print(
                 f"{text:14} {row['cache']:26} KL {row['kl']:.2e}  "
                 f"ppl x {row['perplexity_ratio']:.4f}  top-1 {row['top1']:.2%}  "

@@ -17,6 +17,7 @@ from typing import Any
 
 from decode_slope import RESULTS, read_bandwidth, slope
 from fold_quality import machine, source_folder
+from kvfold.files import append_text, write_text
 from kvfold.quality.run import load_tokenizer
 
 CONTEXTS = (512, 2048, 4096)  # reading 7,900 tokens takes it many minutes
@@ -41,7 +42,7 @@ def readable(folder: Path, work: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (copy / "config.json").unlink()
-    (copy / "config.json").write_text(json.dumps(config))
+    write_text(copy / "config.json", json.dumps(config))
     return copy
 
 
@@ -82,8 +83,7 @@ def main() -> None:
         "read_bandwidth": read_bandwidth(),
         **machine(),
     }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_text(RESULTS, json.dumps(row) + "\n")
     print(json.dumps(row))
 
 

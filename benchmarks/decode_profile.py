@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 import kvfold.transformers as drop_in
 from decode_slope import filled, read_bandwidth
 from fold_quality import machine, source_folder
+from kvfold.files import append_text
 from kvfold.quality.run import load_model
 
 CONTEXTS = (512, 7900)
@@ -96,8 +97,7 @@ def main() -> None:
             "read_bandwidth": median(bandwidths),
             **machine(),
         }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(RESULTS, json.dumps(row) + "\n")
         print(way, context, row["milliseconds"], row["linear_floor_milliseconds"], flush=True)
 
 

@@ -22,6 +22,7 @@ import torch
 
 import kvfold.transformers as drop_in
 from fold_quality import machine, source_folder
+from kvfold.files import append_text
 from kvfold.kernels.library import library
 from kvfold.quality.run import load_model
 
@@ -117,8 +118,7 @@ def main() -> None:
             "read_bandwidth": bandwidth,
             **machine(),
         }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(RESULTS, json.dumps(row) + "\n")
         print(json.dumps(row))
 
 

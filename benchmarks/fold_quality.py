@@ -20,6 +20,7 @@ from typing import Any
 
 from kvfold import convert, evaluate
 from kvfold.checkpoint.gguf import transcode
+from kvfold.files import append_text
 from kvfold.fold.request import DATA_FREE
 
 # Method, fit. The GQA paper's methods look at no data until they are refitted.
@@ -87,20 +88,17 @@ def main() -> None:
     scores = evaluate(models, texts, max_tokens=arguments.tokens)
     half = len(models)
     lines = []
-    with RESULTS.open("a", encoding="utf-8") as file:
-        for row, record, *pair in zip(
-            rows, records, scores[1:half], scores[half + 1 :], strict=True
-        ):
-            line = {
-                "benchmark": "fold_quality", "method": row[0], "fit": row[1], **machine(),
-                "command": record["command"], "run": record["run"],
-                "calibration_tokens": (record["calibration"] or {}).get("tokens", 0),
-                "captured": [[x["captured_value"], x["captured_key"]] for x in record["layers"]],
-                "scores": [score.as_dict() for score in pair],
-                "source_perplexity": [scores[0].perplexity, scores[half].perplexity],
-            }  # fmt: skip
-            file.write(json.dumps(line) + "\n")
-            lines.append(line)
+    for row, record, *pair in zip(rows, records, scores[1:half], scores[half + 1 :], strict=True):
+        line = {
+            "benchmark": "fold_quality", "method": row[0], "fit": row[1], **machine(),
+            "command": record["command"], "run": record["run"],
+            "calibration_tokens": (record["calibration"] or {}).get("tokens", 0),
+            "captured": [[x["captured_value"], x["captured_key"]] for x in record["layers"]],
+            "scores": [score.as_dict() for score in pair],
+            "source_perplexity": [scores[0].perplexity, scores[half].perplexity],
+        }  # fmt: skip
+        append_text(RESULTS, json.dumps(line) + "\n")
+        lines.append(line)
     print_scores(lines)
     print_captured(lines)
 

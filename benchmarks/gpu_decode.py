@@ -25,6 +25,7 @@ import torch
 from kvfold.bench.peers import PEERS
 from kvfold.bench.timing import Timing, measure
 from kvfold.cache.fixed import FixedKVCache
+from kvfold.files import append_text
 from kvfold.ops.reference import attend
 
 HEADS, DIM = 32, 128
@@ -164,8 +165,7 @@ def run_case(
             "of_copy_bandwidth": read / seconds / bandwidth, "vs_best_of_pytorch": best / seconds,
             "vs_own_bf16": half / seconds,
         }  # fmt: skip
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(RESULTS, json.dumps(row) + "\n")
         print(
             f"  {name:14} {1e6 * seconds:9.1f} us  {row['of_copy_bandwidth']:6.1%} of copying  "
             f"{row['vs_best_of_pytorch']:5.2f} x PyTorch  {row['vs_own_bf16']:5.2f} x bf16"

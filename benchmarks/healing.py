@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fold_quality import machine, source_folder
 from kvfold import convert, evaluate, heal
+from kvfold.files import append_text
 
 TOKENS = 200_000
 TEXTS = ("calibration", "manuals", "code")
@@ -60,13 +61,12 @@ def main() -> None:
         [texts / "handbook.txt", texts / "documentation.txt"],
         max_tokens=EVALUATION_TOKENS,
     )
-    with RESULTS.open("a", encoding="utf-8") as file:
-        for result in results:
-            row = {**machine(), "command": record["heal"]["command"], **result.as_dict()}
-            row |= {"name": Path(result.name).name, "seconds": record["heal"]["run"]["seconds"]}
-            file.write(json.dumps(row) + "\n")
-            print(f"{row['name']:8} {row['text']:20} {row['perplexity']:8.3f} "
-                  f"nats lost {row['nats_lost']:.3f} ± {row['nats_lost_error']:.3f}")  # fmt: skip
+    for result in results:
+        row = {**machine(), "command": record["heal"]["command"], **result.as_dict()}
+        row |= {"name": Path(result.name).name, "seconds": record["heal"]["run"]["seconds"]}
+        append_text(RESULTS, json.dumps(row) + "\n")
+        print(f"{row['name']:8} {row['text']:20} {row['perplexity']:8.3f} "
+              f"nats lost {row['nats_lost']:.3f} ± {row['nats_lost_error']:.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

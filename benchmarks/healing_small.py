@@ -20,8 +20,10 @@ from typing import Any
 
 from fold_quality import machine
 from kvfold import convert, evaluate, heal
+from kvfold.files import write_text
 from kvfold.quality.text import python_topics
 from kvfold.report.demo import CONTEXT, split_topics
+from kvfold.report.plots import save
 
 METHODS = ("random", "first", "mean", "auto")
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -37,7 +39,7 @@ def training_text(folder: Path) -> Path:
     """The topics that the demo trains on, one document each."""
     path = folder / "training.jsonl"
     topics = split_topics(python_topics()).training.values()
-    path.write_text("".join(json.dumps({"text": topic}) + "\n" for topic in topics))
+    write_text(path, "".join(json.dumps({"text": topic}) + "\n" for topic in topics))
     return path
 
 
@@ -95,7 +97,7 @@ def main() -> None:
         })  # fmt: skip
         print(f"{method:8} {kv_heads} KV heads, {share:6.1%}: perplexity {own.perplexity:8.3f}, "
               f"{own.ratio:.4f} ± {own.ratio_error:.4f} of the source's", flush=True)  # fmt: skip
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     draw(rows, RESULTS.with_suffix(".png"))
 
 
@@ -135,7 +137,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(1, color="#666666", linewidth=1)
         axes.grid(axis="y", color="#dddddd")
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fold_quality import machine, source_folder
 from kvfold.bench.here import measure_here
 from kvfold.bench.probe import Prober
 from kvfold.bench.timing import measure
+from kvfold.files import append_text
 from kvfold.plan.model import read_model
 from kvfold.plan.roofline import Load, decode_step
 from kvfold.quality.run import load_model
@@ -111,8 +112,7 @@ def main() -> None:
                     "expected_over_measured": expected / found,
                     **machine(),
                 }
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_text(RESULTS, json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
         del model
         gc.collect()

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import kvfold
 from fold_quality import machine
 from kvfold.bench.timing import measure, ratio
+from kvfold.files import append_text, write_text
 
 HEADS, HEAD_DIM = 32, 128
 KV_HEADS = (32, 8, 4, 1)
@@ -80,11 +81,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with RESULTS.open("w") as file, torch.no_grad():
+    write_text(RESULTS, "")
+    with torch.no_grad():
         for context in CONTEXTS:
             for kv_heads in KV_HEADS:
                 row = {**case(kv_heads, context, options.rounds), **machine()}
-                file.write(json.dumps(row) + "\n")
+                append_text(RESULTS, json.dumps(row) + "\n")
                 print(context, kv_heads, row["speed"], row["wrong"], row["path"], flush=True)
 
 

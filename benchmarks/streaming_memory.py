@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 
 from fold_quality import machine
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
+from kvfold.files import append_text, write_text
 
 CONFIG = LlamaConfig(
     hidden_size=2560,
@@ -68,7 +69,7 @@ def make_source(folder: Path) -> int:
             write_tensors(folder / file, shard, (random_tensor(spec) for spec in shard))
         weight_map = {s.name: f for f, shard in zip(files, shards, strict=True) for s in shard}
         index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        write_text(folder / "model.safetensors.index.json", json.dumps(index))
         save_tokenizer(folder)
     return max((folder / file).stat().st_size for file in files)
 
@@ -108,29 +109,25 @@ def main() -> None:
     largest = make_source(arguments.work / "large")
     limit = 2 * largest + 500 * 10**6
     text = arguments.work / "words.txt"
-    text.write_text("word " * 4000)
+    write_text(text, "word " * 4000)
     calibrated = ("--fit", "none", "--calibration", str(text), "--calibration-tokens", "2048")
     cases = {
         "mean": ("--method", "mean"),
         "pca, data-free": ("--method", "pca", "--no-calibration"),
         "pca, calibrated": ("--method", "pca", *calibrated),
     }
-    with RESULTS.open("a", encoding="utf-8") as file:
-        for name, options in cases.items():
-            if arguments.only not in (None, name):
-                continue
-            run = measure(arguments.work / "large", arguments.work / "out", *options)["run"]
-            assert isinstance(run, dict)
-            line = {
-                "benchmark": "streaming_memory", "case": name, **machine(), "run": run,
-                "largest_shard_bytes": largest, "limit_bytes": limit,
-            }  # fmt: skip
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            peak = run["peak_memory_bytes"]
-            print(
-                f"| {name} | {peak / 1e9:.2f} GB | {limit / 1e9:.2f} GB | {run['seconds']:.0f} s |"
-            )
+    for name, options in cases.items():
+        if arguments.only not in (None, name):
+            continue
+        run = measure(arguments.work / "large", arguments.work / "out", *options)["run"]
+        assert isinstance(run, dict)
+        line = {
+            "benchmark": "streaming_memory", "case": name, **machine(), "run": run,
+            "largest_shard_bytes": largest, "limit_bytes": limit,
+        }  # fmt: skip
+        append_text(RESULTS, json.dumps(line) + "\n")
+        peak = run["peak_memory_bytes"]
+        print(f"| {name} | {peak / 1e9:.2f} GB | {limit / 1e9:.2f} GB | {run['seconds']:.0f} s |")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from kvfold.files import write_text
+
 HELD_OUT_EVERY = 5
 MANUALS = (
     "usr/share/debian-reference/debian-reference.en.txt.gz",
@@ -110,7 +112,7 @@ def main() -> None:
         ("manuals", manuals(arguments.handbook)),
         ("code", [code()]),
     ):
-        (arguments.out / f"{name}.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        write_text(arguments.out / f"{name}.txt", "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

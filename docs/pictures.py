@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from kvfold.report.plots import save
+
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 HEADS = 8
@@ -77,4 +79,4 @@ def _draw(axes: Axes, points: np.ndarray, colour: str, label: str) -> None:
 if __name__ == "__main__":
     mpl.rcParams["svg.hashsalt"] = "kvfold"  # the same file every time
     for name, figure in (("heads", heads()), ("gauges", gauges())):
-        figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+        save(figure, HERE / f"{name}.svg")

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.bench.timing import Spread
-from kvfold.errors import InputError, RunError
+from kvfold.errors import InputError
+from kvfold.files import append_text, check_file
 
+_LONGEST_LINE = 1 << 20
 OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
 _SPREADS = ("seconds", "floor_fraction", "vs_own_bf16", "vs_best_peer", "vs_first", "first_token")
 
@@ -137,28 +139,37 @@ def check_save(path: Path | None) -> None:
     """Refuse a file that cannot be added to, before the work.
 
     Raises:
-        InputError: if it is a folder, or its folder does not exist.
+        InputError: if it holds anything but rows of benchmarks, or cannot be written.
     """
     if path is None:
         return
-    if path.is_dir():
-        raise InputError(f"--save {path} is a folder", "name a file, for instance bench.jsonl")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--save {path}: no such folder {path.parent}", "make the folder first")
+    check_file(path, force=True)
+    if path.is_file() and path.stat().st_size:
+        first, last = _ends(path)
+        for where, line in (("first", first), ("last", last)):
+            _row(path, where, line)
+
+
+def _ends(path: Path) -> tuple[str, str]:
+    """The first and the last line."""
+    with path.open("rb") as file:
+        first = file.readline(_LONGEST_LINE)
+        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+        end = file.read()
+    if not end.endswith(b"\n"):
+        raise InputError(f"{path} ends in half a line", "name a new file, or mend this one")
+    return first.decode("utf-8", "replace"), end.splitlines()[-1].decode("utf-8", "replace")
 
 
 def save(results: Results, path: Path) -> None:
     """Add the rows to a file of JSON lines.
 
     Raises:
-        RunError: if it cannot be written.
+        InputError: if it holds anything else. WriteError: if it cannot be written.
     """
+    check_save(path)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in results.as_dicts()]
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}", "free some space") from error
+    append_text(path, "".join(lines))
 
 
 def load(path: Path) -> list[Row]:
@@ -181,7 +192,7 @@ def load(path: Path) -> list[Row]:
 _HOW = "give files written by `kvfold bench attention --save FILE` or `bench model --save FILE`"
 
 
-def _row(path: Path, number: int, line: str) -> Row:
+def _row(path: Path, number: int | str, line: str) -> Row:
     try:
         found = json.loads(line)
         values = {f.name: found[f.name] for f in fields(Row) if f.name in found}
@@ -192,5 +203,6 @@ def _row(path: Path, number: int, line: str) -> Row:
         if not isinstance(row.case, dict) or not isinstance(row.implementation, str):
             raise TypeError
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"line {number} of {path} is not a row of a benchmark", _HOW) from error
+        which = f"line {number}" if isinstance(number, int) else f"the {number} line"
+        raise InputError(f"{which} of {path} is not a row of a benchmark", _HOW) from error
     return row

@@ -9,6 +9,7 @@ from kvfold import numbers
 from kvfold.cli.options import Location, Number, Source
 from kvfold.cli.output import say
 from kvfold.errors import InputError
+from kvfold.files import check_file, write_bytes, write_text
 
 if TYPE_CHECKING:
     from kvfold.report.look import Picture
@@ -51,18 +52,19 @@ def command(
     if html is None and png is None:
         png = Path("attention.png")
     written = _paths(png, layers) + ([html] if html else [])
+    if len(set(written)) < len(written):
+        raise InputError("--png and --html name the same file", "give each its own name")
     for path in written:
-        if path.exists() and not force:
-            raise InputError(f"{path} exists already", "choose another name, or add --force")
+        check_file(path, force=force)
     words = _text(text, file)
     pictures = _pictures([model] + ([against] if against else []), words, layers, max_tokens)
     if png is not None:
         for picture in pictures:
             path = png if len(pictures) == 1 else _numbered(png, picture.layer)
-            path.write_bytes(picture.png)
+            write_bytes(path, picture.png, force=force)
             say(f"{path}  {picture.summary}")
     if html is not None:
-        html.write_text(_page(model, against, pictures), encoding="utf-8")
+        write_text(html, _page(model, against, pictures), force=force)
         say(str(html))
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from kvfold.errors import InputError, RunError
+from kvfold.files import append_text, write_text
 
 Row = dict[str, Any]
 Watch = Callable[[Row], None]
@@ -33,11 +34,10 @@ class MetricsFile:
         self._path = path
         rows = read_metrics(path) if path.is_file() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= resume_step]
-        path.write_text("".join(kept) if resume_step else "", encoding="utf-8")
+        write_text(path, "".join(kept) if resume_step else "")
 
     def __call__(self, row: Row) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self._path, json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[Row]:

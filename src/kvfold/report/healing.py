@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kvfold.report.labels import label
+from kvfold.report.plots import save
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -29,7 +30,7 @@ def plot_healing(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     draw_healing(figure.subplots(), rows)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_healing(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:

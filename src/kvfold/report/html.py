@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.documents import open_regular
 from kvfold.errors import InputError
+from kvfold.files import check_file, write_text
 from kvfold.report.figures import (
     captured_energy,
     decode_times,
@@ -18,14 +20,15 @@ from kvfold.report.figures import (
     kv_memory,
     layer_errors,
 )
-from kvfold.report.page import Figure, Section, Table, render
+from kvfold.report.page import Figure, Section, Table, embedded, render
 from kvfold.report.tables import size
 
 if TYPE_CHECKING:
     from kvfold.bench.records import Row
     from kvfold.bench.timing import Spread
 
-RECORD, METRICS, DEMO = "kvfold.json", "healing.jsonl", "demo.json"
+RECORD, METRICS, DEMO, _PLOT = "kvfold.json", "healing.jsonl", "demo.json", "demo.svg"
+_LARGEST_PLOT = 1 << 23  # bytes; the demo's own has 60,000
 
 
 def write_report(runs: Sequence[str | Path], out: Path, *, force: bool = False) -> None:
@@ -36,15 +39,17 @@ def write_report(runs: Sequence[str | Path], out: Path, *, force: bool = False) 
 
     >>> write_report(["healed", "bench.jsonl"], Path("report.html"))  # doctest: +SKIP
     """
-    if out.exists() and not force:
-        raise InputError(f"{out} exists already", "choose another file, or --force to replace it")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise InputError(f"{out} cannot be written", "name a file in a folder that exists")
-    sections = [section for run in runs for section in sections_of(Path(run).expanduser())]
-    page = render("kvfold report", sections)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    check_file(out, force=force)
+    folders = [Path(run).expanduser() for run in runs]
+    for path in (path for run in folders for path in _what_is_read(run)):
+        if out.exists() and path.exists() and out.samefile(path):
+            raise InputError(f"{out} is read for the report", "choose another file to write")
+    sections = [section for run in folders for section in sections_of(run)]
+    write_text(out, render("kvfold report", sections), force=force)
+
+
+def _what_is_read(run: Path) -> list[Path]:
+    return [run, *(run / name for name in (RECORD, METRICS, DEMO, _PLOT))]
 
 
 def sections_of(run: Path) -> list[Section]:
@@ -172,11 +177,11 @@ def _of_demo(run: Path) -> Section:
     record = _json(run / DEMO)
     rows = [{**row["quality"], "name": f"{row['method']}, {row['kv_heads']} KV heads"}
             for row in record["rows"]]  # fmt: skip
-    plot = run / "demo.svg"
-    figure = plot.read_text(encoding="utf-8") if plot.is_file() else ""
     parts: list[Table | Figure | str] = []
-    if figure:
-        parts.append(Figure(_svg_only(figure), "Perplexity against the size of the KV cache."))
+    if (run / _PLOT).is_file():
+        # As an image, not as a part of the page: whoever wrote it, nothing in it is run or fetched.
+        plot = embedded(_plot(run / _PLOT), "image/svg+xml", "the demo's plot")
+        parts.append(Figure(plot, "Perplexity against the size of the KV cache."))
     parts.append(_quality(rows))
     parts.append(_code(f"kvfold demo --seed {record['seed']} --out {run.name}"))
     return Section(f"Demo: {run.name}", parts)
@@ -258,6 +263,9 @@ def _code(command: str) -> str:
     return f"$ {command}"
 
 
-def _svg_only(text: str) -> str:
-    """An SVG file without its XML head, as it stands in a page."""
-    return text[text.index("<svg") :]
+def _plot(path: Path) -> bytes:
+    with open_regular(path, "run kvfold demo again") as file:
+        found = file.read(_LARGEST_PLOT + 1)
+    if len(found) > _LARGEST_PLOT:
+        raise InputError(f"{path} is larger than {size(_LARGEST_PLOT)}", "run kvfold demo again")
+    return found

@@ -1,6 +1,5 @@
 """Drawings of attention maps: heads that share a KV head stand together."""
 
-import base64
 import io
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 
 from kvfold.report.labels import label
 from kvfold.report.maps import Seen, divergences, pooled
+from kvfold.report.page import embedded
 
 _WORDS = 32  # texts up to so many tokens are labelled word by word
 _CELL = 1.9  # inches of a map's side
@@ -34,10 +34,7 @@ class Picture:
     @property
     def tag(self) -> str:
         """An HTML image that holds its own data."""
-        data = base64.b64encode(self.png).decode()
-        return (
-            f'<img alt="attention maps" style="max-width:100%" src="data:image/png;base64,{data}">'
-        )
+        return embedded(self.png, "image/png", "attention maps")
 
 
 def draw_layer(

@@ -1,5 +1,6 @@
 """A report's page: headings, tables, drawings and commands in one HTML file, and how they look."""
 
+import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing as SVG, and what it shows."""
+    """A drawing, and what it shows.
 
-    svg: str
+    Attributes:
+        markup: SVG drawn here, or what :func:`embedded` makes of a file.
+    """
+
+    markup: str
     caption: str
 
 
@@ -35,6 +40,8 @@ class Section:
     parts: Sequence[Table | Figure | str] = field(default_factory=list)
 
 
+# Whatever else goes wrong, a report runs no script and fetches nothing.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --rule: #ccc; --soft: #666; }
 @media (prefers-color-scheme: dark) {
@@ -63,6 +70,16 @@ def _escape(text: str) -> str:
     return html.escape(printable(text))
 
 
+def embedded(data: bytes, kind: str, words: str) -> str:
+    """An image that holds its own data; browsers run and fetch nothing in it.
+
+    Args:
+        kind: of the data, for instance ``image/png``. words: for those who cannot see it.
+    """
+    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<img alt="{html.escape(words)}" style="max-width:100%" src="{source}">'
+
+
 def render(title: str, sections: Sequence[Section]) -> str:
     """The page, as one string."""
     body = "\n".join(_section(section) for section in sections)
@@ -71,6 +88,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         body = body.replace("<h2>", f'<h2 id="s{index}">', 1)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
@@ -86,7 +104,7 @@ def _section(section: Section) -> str:
         elif isinstance(part, Figure):
             caption = _escape(part.caption)
             parts.append(
-                f"<figure><div>{part.svg}</div><figcaption>{caption}</figcaption></figure>"
+                f"<figure><div>{part.markup}</div><figcaption>{caption}</figcaption></figure>"
             )
         elif part.startswith("$ "):
             parts.append(f"<pre>{_escape(part)}</pre>")

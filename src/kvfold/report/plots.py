@@ -1,5 +1,6 @@
 """Plots: quality against KV cache size."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from kvfold.files import write_bytes
 from kvfold.report.demo import DemoRow
 from kvfold.report.tables import size
 
@@ -54,8 +56,15 @@ def plot_demo(rows: Sequence[DemoRow], path: Path, seed: int = 0) -> None:
     _end_labels(axes, lines)
     _words(figure, rows, seed)
     with matplotlib.rc_context({"svg.hashsalt": "kvfold"}):  # the same bytes each time
-        figure.savefig(path, dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        save(figure, path)
+        save(figure, path.with_suffix(".svg"))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a drawing as PNG or SVG, by the name's end: whole, or not at all."""
+    buffer, kind = io.BytesIO(), path.suffix[1:]
+    figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write_bytes(path, buffer.getvalue())
 
 
 def _lines(rows: Sequence[DemoRow]) -> list[_Line]:
