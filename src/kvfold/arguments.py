@@ -7,11 +7,13 @@ names the argument in what it complains of.
 import difflib
 import os
 from collections.abc import Callable, Collection, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvfold.errors import InputError
 from kvfold.names import shown
+from kvfold.numbers import iterated
 
 T = TypeVar("T")
 _LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow
@@ -105,10 +107,8 @@ def several(values: object, name: str, each: Callable[[object, str], T]) -> tupl
     >>> several(["mean", "pca"], "methods", text)
     ('mean', 'pca')
     """
-    if isinstance(values, str | bytes | os.PathLike) or not isinstance(values, Iterable):
-        raise InputError(f"{name} {shown(values)}: expected a list", f"{name}=[...], even of one")
     found: list[T] = []
-    for value in values:
+    for value in iterated(values, name):
         if len(found) == _MANY:
             raise InputError(f"{name}: expected at most {_MANY:,}, got more", "give fewer")
         found.append(each(value, name))
@@ -153,15 +153,23 @@ def flag(value: object, name: str) -> bool:
     return value
 
 
-def callback(value: Any, name: str) -> Any:
-    """Something that can be called.
+def callback(value: Any, name: str, takes: int = 3) -> None:
+    """Something that can be called with so many arguments.
 
     Raises:
         InputError: for anything else.
     """
-    if not callable(value):
-        raise InputError(f"{name} {shown(value)}: expected a function", "leave it out for none")
-    return value
+    try:
+        if not callable(value):
+            raise TypeError
+        signature(value).bind(*[None] * takes)
+    except ValueError:  # some of C's functions do not tell
+        pass
+    except TypeError as error:
+        raise InputError(
+            f"{name} {shown(value)}: expected a function of {takes} arguments",
+            "leave it out for none",
+        ) from error
 
 
 def check_options(given: Iterable[str], known: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from math import isqrt
 
 from kvfold.errors import InputError
+from kvfold.numbers import KV_HEADS, Whole
 
 
 def divisors(number: int) -> list[int]:
@@ -15,6 +16,13 @@ def divisors(number: int) -> list[int]:
     small = [n for n in range(1, isqrt(max(0, number)) + 1) if number % n == 0]
     large = [number // n for n in reversed(small) if n * n != number]
     return small + large
+
+
+_HINT = "check the model's head counts"
+HEADS = Whole(1, 1 << 16, _HINT)
+_FIELDS = {"num_layers": Whole(1, 10_000, _HINT), "hidden_size": Whole(1, 1 << 22, _HINT)}
+_BITS = Whole(1, 64, "16 and 8 are usual")
+_SOME_TOKENS = Whole(0, 1 << 50, "for instance 512")
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,7 @@ class AttentionGeometry:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise InputError(
-                    f"{name} must be at least 1, got {value}", "check the model's head counts"
-                )
+            _FIELDS.get(name, HEADS).check(value, name)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
@@ -63,6 +68,7 @@ class AttentionGeometry:
 
     def kv_bytes_per_token(self, bits: int = 16) -> int:
         """Bytes the KV cache grows by for each token of one sequence, over all layers."""
+        bits = _BITS.check(bits, "bits")
         elements = self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim)
         return elements * bits // 8
 
@@ -73,7 +79,9 @@ class AttentionGeometry:
             kv_hidden_size: width of what keys and values are made from, if it is not
                 ``hidden_size`` (cross-attention).
         """
-        width = self.hidden_size if kv_hidden_size is None else kv_hidden_size
+        width = self.hidden_size
+        if kv_hidden_size is not None:
+            width = _FIELDS["hidden_size"].check(kv_hidden_size, "kv_hidden_size")
         return (
             self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * (width + bias)
         )
@@ -117,7 +125,8 @@ class AttentionGeometry:
                 (cross-attention; 0 when they are cached).
             kv_hidden_size: see ``kv_parameters``.
         """
-        kv_tokens = tokens if kv_tokens is None else kv_tokens
+        tokens = _SOME_TOKENS.check(tokens, "tokens")
+        kv_tokens = tokens if kv_tokens is None else _SOME_TOKENS.check(kv_tokens, "kv_tokens")
         kv_side = self.kv_parameters(kv_hidden_size=kv_hidden_size)
         return 2 * (tokens * self.query_parameters() + kv_tokens * kv_side)
 
@@ -128,6 +137,8 @@ class AttentionGeometry:
         causal mask does not halve it, as in PyTorch's ``FlopCounterMode``. The number of KV heads
         changes what is read, not what is computed.
         """
+        _SOME_TOKENS.check(tokens, "tokens")
+        _SOME_TOKENS.check(context, "context")
         dims = self.head_dim + self.v_head_dim
         return 2 * self.num_layers * self.num_heads * tokens * context * dims
 
@@ -146,7 +157,7 @@ class AttentionGeometry:
         >>> AttentionGeometry(1, 8, 2, 16, 16, 64).decode_flops(context=1000)
         552960
         """
-        return self.forward_flops(1, context)
+        return self.forward_flops(1, _SOME_TOKENS.check(context, "context"))
 
     def with_kv_heads(self, num_kv_heads: int) -> "AttentionGeometry":
         """Return the geometry after folding to ``num_kv_heads``.
@@ -154,6 +165,7 @@ class AttentionGeometry:
         Raises:
             InputError: if ``num_kv_heads`` is not a divisor of this geometry's.
         """
+        num_kv_heads = KV_HEADS.check(num_kv_heads, "--kv-heads")
         allowed = divisors(self.num_kv_heads)
         if num_kv_heads not in allowed:
             problem = (

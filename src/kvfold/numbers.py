@@ -8,8 +8,9 @@ they are there so that no slip of a key becomes a loop without end.
 
 import math
 import numbers
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -142,11 +143,7 @@ class Wholes:
         Raises:
             InputError: if it is none or empty, or holds one out of range.
         """
-        if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-            raise InputError(
-                f"{name} {shown(values)}: expected several whole numbers", "for instance [512]"
-            )
-        return self._some((self.each.check(value, name) for value in values), name)
+        return self._some((self.each.check(value, name) for value in iterated(values, name)), name)
 
     def _some(self, numbers: Iterable[int], name: str) -> tuple[int, ...]:
         found: dict[int, None] = {}
@@ -180,6 +177,22 @@ def _float(value: object) -> float:
         return float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:
         return math.inf
+
+
+def iterated(values: object, name: str) -> Iterator[object]:
+    """The values of a list, a tuple, a generator … but of no string or path.
+
+    Raises:
+        InputError: for what has none.
+    """
+    try:
+        if isinstance(values, str | bytes | os.PathLike):
+            raise TypeError
+        return iter(values)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise InputError(
+            f"{name} {shown(values)}: expected a list", f"{name}=[...], even of one"
+        ) from error
 
 
 def _check_count(count: int, name: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arguments import callback, flag, new_folder
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint, resolve
@@ -105,7 +106,10 @@ def convert(
         calibrate=calibrate, calibration_tokens=calibration_tokens, context=context, seed=seed,
         max_shard_bytes=max_shard_bytes,
     )  # fmt: skip
-    return run_request(request, Path(out), resume=resume, force=force, progress=progress)
+    place = new_folder(out, "OUT")
+    resume, force = flag(resume, "resume"), flag(force, "force")
+    callback(progress, "progress")
+    return run_request(request, place, resume=resume, force=force, progress=progress)
 
 
 def run_request(

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvfold.arguments import callback
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO, check_method
 from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
 from kvfold.fold.request import check_fit
+from kvfold.numbers import KV_HEADS, SEED
+from kvfold.quality.given import check_model, check_windows
 from kvfold.quality.scores import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -50,6 +53,11 @@ def fold_model(
     check_fit(fit)
     if windows is None and fit != "none":
         raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
+    check_model(model)
+    windows = None if windows is None else check_windows(windows, model)
+    num_kv_heads = KV_HEADS.check(num_kv_heads, "num_kv_heads")
+    seed = SEED.check(seed, "seed")
+    callback(progress, "progress")
     config = model.config.to_dict()
     checkpoint = Checkpoint(type(model).__name__, config, TensorDict(model.state_dict()))
     checkpoint.geometry.with_kv_heads(num_kv_heads)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,14 @@ def make_heal_request(
     )
     _check_together(request)
     return replace(request, batch_tokens=max(request.batch_tokens, request.context))
+
+
+# What `heal` takes beyond its own arguments.
+OPTIONS = tuple(
+    name
+    for name, parameter in signature(make_heal_request).parameters.items()
+    if parameter.kind is Parameter.KEYWORD_ONLY
+)
 
 
 def _text_source(value: object, name: str) -> TextSource:

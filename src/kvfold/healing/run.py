@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvfold.arguments import callback, check_options, flag, new_folder
 from kvfold.checkpoint.inputs import take_prints
 from kvfold.checkpoint.places import full_path, working_folder
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
@@ -33,6 +34,7 @@ from kvfold.healing.parallel import World, distribute, launched_rank, world
 from kvfold.healing.record import METRICS, heal_record, model_card
 from kvfold.healing.request import (
     CHANGEABLE,
+    OPTIONS,
     HealRequest,
     check_heal,
     files_to_read,
@@ -81,8 +83,13 @@ def heal(
 
     >>> heal("folded", "healed", "source", ["text.txt"], tokens=1_000_000)  # doctest: +SKIP
     """
+    check_options(options, OPTIONS)
     request = make_heal_request(folded, teacher, texts, **options)
-    return run_heal(request, Path(out), resume=resume, force=force, progress=progress, watch=watch)
+    place = new_folder(out, "OUT")
+    resume, force = flag(resume, "resume"), flag(force, "force")
+    callback(progress, "progress")
+    callback(watch, "watch", takes=1)
+    return run_heal(request, place, resume=resume, force=force, progress=progress, watch=watch)
 
 
 def run_heal(

@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass
 from math import exp
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arguments import callback, several
+from kvfold.arguments import text as words
 from kvfold.errors import InputError
+from kvfold.names import shown
+from kvfold.quality.given import check_model, check_windows
 
 if TYPE_CHECKING:
     import torch
@@ -63,11 +67,21 @@ def compare(
 ) -> list[Quality]:
     """Score every model on ``windows`` (``[N, T]`` int64) and compare it with the first.
 
+    Raises:
+        InputError: for models that are none or do not share a vocabulary, or windows of another
+            shape or dtype, or with ids beyond the vocabulary.
+
     >>> compare([("source", model), ("folded", folded)], windows)  # doctest: +SKIP
     """
     import torch
 
+    models = several(models, "models", _named_model)
+    if not models:
+        raise InputError("no models to compare", "the first is the one to compare with")
     _check_vocabularies(models)
+    windows = check_windows(windows, models[0][1])
+    words(text, "text")
+    callback(progress, "progress")
     samples: list[list[dict[str, torch.Tensor]]] = [[] for _ in models]
     with torch.inference_mode():
         for index, window in enumerate(windows):
@@ -82,6 +96,12 @@ def compare(
         _summary(name, text, model, rows, first)
         for (name, model), rows in zip(models, samples, strict=True)
     ]
+
+
+def _named_model(value: object, name: str) -> "tuple[str, PreTrainedModel]":
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InputError(f"{name} {shown(value)}: expected pairs", 'models=[("a name", model)]')
+    return words(value[0], name), check_model(value[1], name)
 
 
 def _check_vocabularies(models: "Sequence[tuple[str, PreTrainedModel]]") -> None:
