@@ -91,8 +91,7 @@ def _flex() -> "Attend":
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-        out = compiled(q, k, v, enable_gqa=True)
-        assert isinstance(out, torch.Tensor)
+        out: Tensor = compiled(q, k, v, enable_gqa=True)
         return out
 
     return attend

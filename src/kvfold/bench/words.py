@@ -33,10 +33,8 @@ def times(found: Spread | None) -> str:
 
 def seconds(value: float) -> str:
     """A time for people."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * scale >= 1 or unit == "µs":
-            return f"{value * scale:.3g} {unit}"
-    raise AssertionError
+    unit, scale = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
+    return f"{value * scale:.3g} {unit}"
 
 
 def median(values: list[float]) -> float:

@@ -76,8 +76,11 @@ def _scores(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
     q_new, q_new_rest = group.pairs.split(shared.q)
     (k_old, k_rest), (k_new, k_new_rest) = group.pairs.split(k_old), group.pairs.split(k_new)
     still = _still_scores(group.moment, q_rest, q_new_rest, k_rest, k_new_rest)
-    measure = _rotating_scores if group.key_moments is None else _attended_scores
-    size, error = measure(group, (q_old, q_new), (k_old, k_new))
+    queries, rotating = (q_old, q_new), (k_old, k_new)
+    if group.key_moments is None:
+        size, error = _rotating_scores(group, queries, rotating)
+    else:
+        size, error = _attended_scores(group.moment, group.key_moments, queries, rotating)
     return size + still[0], max(error, 0.0) + still[1]
 
 
@@ -100,15 +103,15 @@ def _rotating_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float
     return size, size - 2 * cross + new
 
 
-def _attended_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float, float]:
+def _attended_scores(
+    moment: torch.Tensor, key_moments: torch.Tensor, queries: Both, keys: Both
+) -> tuple[float, float]:
     """Complex pairs, with the keys' covariance within the attention of each head's queries.
 
     The folded key is written as k' = sum_a b_a k_a plus a rest, and the folded queries as
     conj(m_h) q_h; then head h errs by e_h - m_h b in the coordinates of ``key_moments``.
     """
-    assert group.key_moments is not None
     (q_old, q_new), (k_old, k_new) = queries, keys
-    moment = group.moment
     if not k_old.shape[-2]:
         return 0.0, 0.0
     rows, new = k_old.transpose(0, 1), k_new[0][:, None]  # [F, g, X], [F, 1, X]
@@ -116,13 +119,11 @@ def _attended_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float
     floor = 1e-12 * gram.diagonal(dim1=1, dim2=2).real.sum(-1) + _TINY
     gram = gram + floor[:, None, None] * torch.eye(len(k_old), dtype=gram.dtype)
     b = torch.linalg.solve(gram.mT, (through(new, moment) @ rows.mH).mT)[..., 0]  # [F, g]
-    rest = energy(new - b[:, None] @ rows, group.moment) / energy(new, group.moment).clamp_min(
-        _TINY
-    )
+    rest = energy(new - b[:, None] @ rows, moment) / energy(new, moment).clamp_min(_TINY)
     asked = (through(q_old, moment) * q_old.conj()).real.sum((1, 3))
     agreed = (through(q_new, moment) * q_old.conj()).sum((1, 3))  # [g, F]
     m = agreed.conj() / asked.clamp_min(_TINY)
-    moments = group.key_moments.transpose(0, 1)  # [F, h, g, g]
+    moments = key_moments.transpose(0, 1)  # [F, h, g, g]
     own = torch.eye(len(k_old), dtype=b.dtype)
     errors = own - m.T[..., None] * b[:, None]  # [F, h, g]
     error = torch.einsum("fha,fhab,fhb->fh", errors, moments, errors.conj()).real

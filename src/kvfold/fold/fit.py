@@ -8,6 +8,7 @@ from math import cos, pi
 import torch
 from torch import nn
 
+from kvfold.errors import UnsupportedError
 from kvfold.fold.stream import LiveLayer, batches
 from kvfold.quality.scores import Progress
 
@@ -51,7 +52,10 @@ class FitTask:
 
     def linear(self, name: str) -> nn.Linear:
         module = self.live.module.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        if not isinstance(module, nn.Linear):
+            raise UnsupportedError(
+                f"{name} is a {type(module).__name__}; fitting needs a linear layer", "--fit none"
+            )
         return module
 
     @torch.no_grad()

@@ -57,14 +57,13 @@ class NormWeights:
 
     def free_phases(self, pairs: Pairs) -> torch.Tensor:
         """``[r/2]``, true where a phase commutes with both norms: equal weights on the pair."""
-        free = None
-        for weight in (self.q, self.k):
-            complex_weight, _ = pairs.split(weight[:, None])
-            real, imag = complex_weight.real[:, 0], complex_weight.imag[:, 0]
-            equal = (real - imag).abs() <= 1e-6 * (real.abs() + imag.abs())
-            free = equal if free is None else free & equal
-        assert free is not None
-        return free
+        return _equal_on_pairs(self.q, pairs) & _equal_on_pairs(self.k, pairs)
+
+
+def _equal_on_pairs(weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    complex_weight, _ = pairs.split(weight[:, None])
+    real, imag = complex_weight.real[:, 0], complex_weight.imag[:, 0]
+    return (real - imag).abs() <= 1e-6 * (real.abs() + imag.abs())
 
 
 @dataclass

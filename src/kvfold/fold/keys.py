@@ -7,19 +7,18 @@ agree, and averaged; what cannot be aligned this way is left to the fit and to h
 
 import torch
 
-from kvfold.fold.heads import HeadGroup
+from kvfold.fold.heads import HeadGroup, NormWeights
 from kvfold.fold.subspace import energy, through
 
 _ROUNDS = 10  # alternating phases and their mean converges in a few rounds
 
 
-def normalised_keys(group: HeadGroup) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised_keys(group: HeadGroup, norm: NormWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """Shared key rows ``[D, X]`` and turned queries ``[g, R, D, X]``."""
-    assert group.norm is not None
     size = energy(group.k, group.moment).sqrt()
     keys = group.k / size[:, None, None]
     pairs, rest = group.pairs.split(keys)
-    free = group.norm.free_phases(group.pairs)
+    free = norm.free_phases(group.pairs)
     turns = _turns(pairs, group.moment, free)
     shared = (turns.conj()[..., None] * pairs).mean(0)
     q_pairs, q_rest = group.pairs.split(group.q)

@@ -63,19 +63,18 @@ def fold_layer(
     heads = load_heads(checkpoint, layer)
     methods = all_methods()
     names = [name for name, m in methods.items() if m.candidate] if method == AUTO else [method]
-    found: list[list[int]] | None = None
-    best: tuple[Energy, str, list[list[int]], list[SharedHead]] | None = None
-    for name in names:
-        if methods[name].regroups and num_kv_heads > 1:
-            found = found or find_groups(pair_losses(heads, statistics), num_kv_heads)
-            groups = found
-        else:
-            groups = consecutive_groups(checkpoint.geometry, num_kv_heads)
+    neighbours = consecutive_groups(checkpoint.geometry, num_kv_heads)
+    alike = neighbours
+    if num_kv_heads > 1 and any(methods[name].regroups for name in names):
+        alike = find_groups(pair_losses(heads, statistics), num_kv_heads)
+
+    def candidate(name: str) -> tuple[Energy, str, list[list[int]], list[SharedHead]]:
+        groups = alike if methods[name].regroups else neighbours
         folded, energy = _run(methods[name], heads, groups, statistics, seed + layer)
-        if best is None or energy.captured > best[0].captured:
-            best = energy, name, groups, folded
-    assert best is not None
-    energy, name, groups, folded = best
+        return energy, name, groups, folded
+
+    candidates = (candidate(name) for name in names)
+    energy, name, groups, folded = max(candidates, key=lambda found: found[0].captured)
     report = LayerReport(layer, name, groups, energy.captured_value, energy.captured_key)
     return heads.weights(folded), report
 

@@ -114,14 +114,15 @@ class CalibratedFolder:
 
     def fold(self, index: int, progress: Progress = no_progress) -> FoldedLayer:
         """Fold the next layer; layers must come in order."""
-        statistics = self._run_source(index, collect=True)
-        assert statistics is not None
+        pairs = layer_pairs(self._checkpoint, index)
+        collector = StatisticsCollector(self._checkpoint.geometry.hidden_size, pairs)
+        self._run_source(index, collector)
         weights, report = fold_layer(
             self._checkpoint,
             index,
             self._plan.num_kv_heads,
             self._plan.method,
-            statistics,
+            collector.result(),
             self._plan.seed,
         )
         folded = FoldedLayer(index, stored_attention(self._checkpoint, index, weights), report)
@@ -130,7 +131,7 @@ class CalibratedFolder:
 
     def take(self, folded: FoldedLayer, progress: Progress = no_progress) -> FoldedLayer:
         """Fit the next layer, which has been folded before."""
-        self._run_source(folded.index, collect=False)
+        self._run_source(folded.index)
         self._finish(folded, progress)
         return folded
 
@@ -141,21 +142,19 @@ class CalibratedFolder:
             tensors = {n: t.clone() for n, t in self._folded_tensors(folded).items()}
             with self._folded.layer(folded.index, tensors) as live:
                 self._fit(live, folded, progress)
-            self._run_folded(folded)
+            self._run_folded(self._folded, folded)
         self._advance()
 
     def replay(self, folded: FoldedLayer) -> None:
         """Pass over a layer that an interrupted run has folded already."""
-        self._run_source(folded.index, collect=False)
+        self._run_source(folded.index)
         if self._folded is not None:
-            self._run_folded(folded)
+            self._run_folded(self._folded, folded)
         self._advance()
 
     @torch.no_grad()
-    def _run_source(self, index: int, collect: bool) -> LayerStatistics | None:
-        """Compute the source layer's outputs; with ``collect``, its statistics too."""
-        pairs = layer_pairs(self._checkpoint, index)
-        collector = StatisticsCollector(self._checkpoint.geometry.hidden_size, pairs)
+    def _run_source(self, index: int, collector: StatisticsCollector | None = None) -> None:
+        """Compute the source layer's outputs; with a collector, its statistics too."""
         tensors = layer_tensors(self._checkpoint, index)
         with self._source.layer(index, tensors) as live:
             for rows, sampled in zip(batches(self._inputs), _samples(self._inputs), strict=True):
@@ -165,12 +164,11 @@ class CalibratedFolder:
                         self._attention[rows] = output
 
                 with live.listening(
-                    call=collector.call if collect and sampled else None,
-                    attention_input=collector.attention_input,
+                    call=collector.call if collector and sampled else None,
+                    attention_input=collector.attention_input if collector else None,
                     attention_output=keep,
                 ):
                     self._outputs[rows] = live(self._inputs[rows])
-        return collector.result() if collect else None
 
     def _folded_tensors(self, folded: FoldedLayer) -> Tensors:
         """All tensors of a folded layer, named below it."""
@@ -214,10 +212,9 @@ class CalibratedFolder:
                 folded.tensors[prefix + name] = parameter.detach().to(dtype).contiguous()
 
     @torch.no_grad()
-    def _run_folded(self, folded: FoldedLayer) -> None:
+    def _run_folded(self, stream: LayerStream, folded: FoldedLayer) -> None:
         """Advance the folded stream with the weights as they are stored."""
-        assert self._folded is not None
-        with self._folded.layer(folded.index, self._folded_tensors(folded)) as live:
+        with stream.layer(folded.index, self._folded_tensors(folded)) as live:
             for rows in batches(self._folded_inputs):
                 self._folded_inputs[rows] = live(self._folded_inputs[rows])
         folded.drift = self._drift()

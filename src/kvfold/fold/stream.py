@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvfold.checkpoint.source import Checkpoint
+from kvfold.errors import CheckpointError
 from kvfold.files import reserve
 
 BATCH_TOKENS = 4096  # tokens run through a layer at once
@@ -167,7 +168,10 @@ class LayerStream:
             {name: tensor.float() for name, tensor in tensors.items()}, strict=False, assign=True
         )
         missing = [name for name, p in module.named_parameters() if p.is_meta]
-        assert not missing, f"layer {index} got no {missing}"
+        if missing:
+            raise CheckpointError(
+                f"layer {index} has no {missing[0]}", "the checkpoint is incomplete; copy it again"
+            )
         args, kwargs = self._arguments[index]
         try:
             yield LiveLayer(module, module.get_submodule(self._attention), args, kwargs)

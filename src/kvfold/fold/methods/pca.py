@@ -26,7 +26,7 @@ def pca(group: HeadGroup, generator: torch.Generator) -> SharedHead:
     metric = torch.einsum("hrcd,hrce->hde", group.o, group.o)
     v, mix = shared_subspace(group.v, group.value_moment, metric)
     o = torch.einsum("hrcd,hde->hrce", group.o, mix)
-    q, k = normalised_keys(group) if group.norm else principal_keys(group)
+    q, k = normalised_keys(group, group.norm) if group.norm else principal_keys(group)
     return SharedHead(q, k, v, o)
 
 
