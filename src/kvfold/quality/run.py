@@ -12,6 +12,7 @@ from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
+from kvfold.names import shown
 from kvfold.numbers import EVAL_WINDOW, NEEDLE, TOKENS, Wholes
 from kvfold.quality.device import pick_device
 from kvfold.quality.needle import Retrieval, retrieve
@@ -173,12 +174,23 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_name(folder)
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{folder} has no tokenizer that transformers can load",
             "copy tokenizer.json and tokenizer_config.json of the source beside the weights",
+        ) from error
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the name of {shown(str(folder))} is not UTF-8, and transformers cannot open it",
+            "rename the folder, or link to it by another name",
         ) from error
 
 

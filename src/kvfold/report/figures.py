@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kvfold.report.healing import draw_healing
-from kvfold.report.labels import label
+from kvfold.report.labels import any_letters, label
 from kvfold.report.tables import size
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "kvfold", "svg.fonttype": "none"}):
+    style = {"svg.hashsalt": "kvfold", "svg.fonttype": "none"}
+    with matplotlib.rc_context(style), any_letters():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

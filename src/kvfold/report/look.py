@@ -1,7 +1,6 @@
 """Drawings of attention maps: heads that share a KV head stand together."""
 
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kvfold.report.labels import label
+from kvfold.report.labels import any_letters, label
 from kvfold.report.maps import Seen, divergences, pooled
 from kvfold.report.page import embedded
 
@@ -71,8 +70,7 @@ def draw_layer(
                 title += f" · KL {float(apart[head]):.2f}"
             _draw(axes, heads_maps[head], title, words if labelled else [])
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph")
+    with any_letters():
         figure.savefig(buffer, format="png", dpi=110)
     return Picture(layer, buffer.getvalue(), _summary(layer, apart))
 

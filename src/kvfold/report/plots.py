@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from kvfold.files import write_bytes
 from kvfold.report.demo import DemoRow
+from kvfold.report.labels import any_letters
 from kvfold.report.tables import size
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
@@ -63,7 +64,9 @@ def plot_demo(rows: Sequence[DemoRow], path: Path, seed: int = 0) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a drawing as PNG or SVG, by the name's end: whole, or not at all."""
     buffer, kind = io.BytesIO(), path.suffix[1:]
-    figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    metadata = {"Date": None} if kind == "svg" else None
+    with any_letters():
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     write_bytes(path, buffer.getvalue())
 
 

@@ -20,7 +20,7 @@ def print_table(
     """Print a table to stdout: the first column to the left, numbers to the right."""
     table = Table(
         title=_words(title, "table.title") if title else None,
-        caption=_words(caption, "table.caption") if caption else None,
+        caption=_lines(caption) if caption else None,
         box=box.SIMPLE_HEAD,
         title_justify="left",
         show_header=any(columns),
@@ -37,7 +37,11 @@ def print_table(
 
 def _words(text: str, style: str = "") -> Text:
     """Words as they stand: brackets are no markup, and nothing in them is obeyed."""
-    return Text("\n".join(map(printable, text.split("\n"))), style=style)
+    return Text(printable(text), style=style)
+
+
+def _lines(text: str) -> Text:
+    return Text("\n".join(map(printable, text.split("\n"))), style="table.caption")
 
 
 def size(number: float) -> str:
