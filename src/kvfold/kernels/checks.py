@@ -5,7 +5,7 @@ import math
 import torch
 
 from kvfold.errors import InputError
-from kvfold.ops.options import Options, Window, reach
+from kvfold.ops.options import Options, Window, constant, reach
 
 Shape = tuple[int, int, int, int]  # batch, query heads, queries, keys
 
@@ -33,6 +33,8 @@ def check_options(
     _check_window(window, causal)
     if sinks < 0:
         raise InputError(f"sinks={sinks}: expected 0 or more")
+    scale = None if scale is None else constant(scale)
+    softcap = None if softcap is None else constant(softcap)
     if scale is not None and not math.isfinite(scale):
         raise InputError(f"scale={scale}: expected a finite number")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):

@@ -14,7 +14,7 @@ from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
 from kvfold.kernels.sink import LEAST_SCALE, with_sink
 from kvfold.ops.mask import alibi, visible
-from kvfold.ops.options import Options, Window
+from kvfold.ops.options import Options, Window, constant
 from kvfold.ops.reference import attend
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -308,7 +308,7 @@ def _sdpa(call: _Call) -> torch.Tensor:
     if bias is not None and seen is not None:
         bias = bias.masked_fill(~seen, -torch.inf)
     mask = seen if bias is None else bias.to(q.dtype)
-    scale = q.shape[3] ** -0.5 if o.scale is None else o.scale
+    scale = constant(q.shape[3] ** -0.5) if o.scale is None else o.scale
     v_head_dim = v.shape[3]
     if o.sink_logits is not None:
         q, k, v, mask = with_sink(q, k, v, mask, is_causal, scale, o.sink_logits)
@@ -324,7 +324,7 @@ def _sdpa(call: _Call) -> torch.Tensor:
         dropout_p=call.dropout,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=True if q.shape[1] != k.shape[1] else False,  # noqa: SIM210 (no symbol)
     )
     out = out[..., :v_head_dim]
     if is_causal and o.sink_logits is not None:

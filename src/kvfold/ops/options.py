@@ -41,6 +41,16 @@ class Options(NamedTuple):
         return self.right == 0
 
 
+def constant(number: float) -> float:
+    """The number, which ``torch.compile`` takes as a constant even where all is dynamic.
+
+    PyTorch's own attention has no symbols for scales; keys of dictionaries never are symbols.
+    """
+    if not torch.compiler.is_compiling():
+        return number
+    return next(iter({number: None}))
+
+
 def reach(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     """How many keys before and after its own a query sees.
 
