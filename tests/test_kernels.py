@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kvfold
+from kvfold.cache.half import Half
 from kvfold.cache.kv import KVCache
-from kvfold.cache.store import Half
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall
 from kvfold.ops.options import Options

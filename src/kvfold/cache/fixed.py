@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvfold.cache.checks import check_rows, check_sizes, refuse_gradients
+from kvfold.cache.half import normal_tensors
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM
@@ -78,11 +79,23 @@ class FixedKVCache:
                 f"a fixed cache on {self.device} has no kernels",
                 "it needs Triton and a GPU; kvfold.KVCache works everywhere",
             )
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        self._offered = torch.zeros_like(self.lengths)
-        self._table = torch.arange(batch, dtype=torch.int32, device=self.device)[:, None]
+        with normal_tensors():
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
+            self._offered = torch.zeros_like(self.lengths)
+            self._table = torch.arange(batch, dtype=torch.int32, device=self.device)[:, None]
         self._rotary: Rotary | None = None
+        self._see()
+
+    def _see(self) -> None:
+        """Look at the store as the kernels do."""
         self._sides = self._store.keys.gpu_rows(), self._store.values.gpu_rows()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name != "_sides"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._see()
 
     @property
     def nbytes(self) -> int:

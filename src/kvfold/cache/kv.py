@@ -10,8 +10,9 @@ from kvfold.cache.checks import (
     refuse_gradients,
 )
 from kvfold.cache.gpu import attend_on_gpu, suits_gpu_kernel
+from kvfold.cache.half import CPU
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
-from kvfold.cache.store import CPU, Shape, Store
+from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
@@ -43,6 +44,9 @@ class KVCache:
             unless ``max_length`` reserves it at once. ``paged``: pages of ``page_size`` tokens,
             which sequences can share (``fork``). ``sliding``: pages that have left the last
             ``window`` tokens are freed, except the first ``sinks`` tokens.
+        slack: how far ``truncate`` can take a sliding cache back from the longest it was, besides
+            its last append; it keeps so many tokens more than its window, which are
+            ``slack * bytes_per_token`` bytes a sequence.
         page_size: tokens per page; multiples of 16 are read fastest.
         exact_first, exact_recent: tokens kept in bfloat16 at both ends when keys or values are
             INT4; 0 switches that off. At most 32 tokens more than ``exact_recent`` are.
@@ -70,6 +74,7 @@ class KVCache:
         page_size: int = 64,
         window: int | None = None,
         sinks: int = 0,
+        slack: int = 0,
         exact_first: int | None = None,
         exact_recent: int | None = None,
         device: str | torch.device = "cpu",
@@ -87,11 +92,13 @@ class KVCache:
             max_length=max_length,
             window=window,
             sinks=sinks,
+            slack=slack,
             exact_first=exact_first,
             exact_recent=exact_recent,
         )
         self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
         self.kind, self.max_length, self.window, self.sinks = kind, max_length, window, sinks
+        self.slack = slack
         self.formats, self.device = formats, torch.device(device)
         self.lengths = [0] * batch
         self._freed = [0] * batch  # positions below, but for sinks, are gone (sliding)
@@ -194,8 +201,8 @@ class KVCache:
         if self.window is not None and self.kind == "sliding":
             skipped = kept[-1][0] if kept[-1][0] > old else 0
             for b in rows:
-                self._storage.release(b, self.sinks, old - self.window + 1)
-                self._freed[b] = max(self._freed[b], old - self.window + 1, skipped)
+                self._free(b, old - max(0, self.slack - tokens) - self.window + 1)
+                self._freed[b] = max(self._freed[b], skipped)
         for low, high in kept:
             if high - low < tokens:
                 cut = slice(low - old, high - old)
@@ -209,11 +216,24 @@ class KVCache:
         """Which of the positions ``old <= j < new`` queries to come can see."""
         if self.kind != "sliding" or self.window is None:
             return [(old, new)]
-        first = new - max(queries, 1) - self.window + 1
+        first = new - max(queries, self.slack, 1) - self.window + 1
         if first <= old:  # everything new, and what is there already
             return [(old, new)]
         sinks = min(self.sinks, new)
         return [(old, sinks), (first, new)] if old < sinks < first else [(first, new)]
+
+    def _free(self, b: int, end: int) -> None:
+        """Free what no query to come can see: all but sinks below ``end``, whole pages of it."""
+        if end > self.sinks:
+            self._freed[b] = max(self._freed[b], self._storage.release(b, self.sinks, end))
+
+    def trim(self) -> None:
+        """Free what a sliding cache kept so that ``truncate`` could go back to it (``slack``)."""
+        if self.window is None:
+            return
+        for b, length in enumerate(self.lengths):
+            self._free(b, length - self.window + 1)
+        self._storage.shrink()
 
     def attend(
         self,
@@ -281,10 +301,10 @@ class KVCache:
         return attention_of(q, k, v, options._replace(lengths=ends), return_lse)
 
     def _check_window(self, rows: list[int], queries: int) -> None:
-        if self.kind != "sliding" or self.window is None:
+        if self.window is None:
             return
         for b in rows:
-            if self.lengths[b] - queries - self.window + 1 < self._freed[b] and self._freed[b]:
+            if self._lacks(b, self.lengths[b] - queries - self.window + 1, self.lengths[b]):
                 raise InputError(
                     f"{queries} queries see further back than the sliding cache still holds",
                     "attend with the tokens of the last append, or fewer",
@@ -326,22 +346,32 @@ class KVCache:
         """Forget all tokens from position ``length`` on, as speculative decoding must.
 
         Raises:
-            InputError: if a sliding cache would need tokens that it has freed.
+            InputError: if a sliding cache would need tokens that it has freed; nothing changes.
         """
         if length < 0:
             raise InputError(f"cannot truncate to {length} tokens: expected 0 or more")
-        for b in self._rows(sequences):
-            old = self.lengths[b]
-            if length >= old:
-                continue
-            if length and length - (self.window or length) + 1 < self._freed[b]:
-                raise InputError(
-                    f"cannot go back from {old} to {length} tokens: the window has moved on",
-                    "a sliding cache can only forget tokens of its last append",
-                )
+        rows = [b for b in self._rows(sequences) if length < self.lengths[b]]
+        if not self.can_truncate(length, rows):
+            longest = max(self.lengths[b] for b in rows)
+            raise InputError(
+                f"cannot go back from {longest} to {length} tokens: the window's keys are freed",
+                "it can forget the tokens of its last append, and slack= tokens before",
+            )
+        for b in rows:
             self._storage.truncate(b, length)
             self.lengths[b] = length
-            self._freed[b] = self._freed[b] if length else 0
+            self._freed[b] = self._freed[b] if length > self.sinks else 0
+
+    def can_truncate(self, length: int, sequences: list[int] | None = None) -> bool:
+        """Whether ``truncate`` can: a sliding cache still holds what the next token will see."""
+        if self.window is None:
+            return True
+        rows = [b for b in self._rows(sequences) if length < self.lengths[b]]
+        return not any(self._lacks(b, length - self.window + 1, length) for b in rows)
+
+    def _lacks(self, b: int, low: int, high: int) -> bool:
+        """Whether any of the positions ``low <= j < high`` are gone."""
+        return max(low, self.sinks) < min(high, self._freed[b])
 
     def clear(self, sequences: list[int] | None = None) -> None:
         """Forget everything; the memory is kept for new tokens."""

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvfold.cache.store import CPU, Store
+from kvfold.cache.half import CPU
+from kvfold.cache.store import Store
 from kvfold.kernels.call import KernelCall
 from kvfold.kernels.library import Part
 from kvfold.kernels.pointer import Int32s
@@ -36,9 +37,17 @@ class Uniform:
         """Write positions ``low <= j < high`` of sequences that were ``old`` tokens long."""
         write(self.main, k, v, rows, low, low, high)
 
-    def release(self, b: int, low: int, high: int) -> None:
+    def release(self, b: int, low: int, high: int) -> int:
+        """Free what lies in ``low <= j < high``, whole pages of it; which positions are gone.
+
+        Returns:
+            the end of what is gone: nothing from there on is.
+        """
+        return self.main.release(b, low, high)
+
+    def shrink(self) -> None:
         for store in self.stores:
-            store.release(b, low, high)
+            store.shrink()
 
     def parts(self, rows: list[int], lengths: list[int], call: KernelCall) -> list[Part]:
         """The stores as a kernel call reads them."""
@@ -91,6 +100,12 @@ class ExactEnds(Uniform):
 
     def state(self, b: int) -> int:
         return self.tails[b]
+
+    def release(self, b: int, low: int, high: int) -> int:
+        tail = self.tails[b]
+        main, ends = self.main.release(b, low, high), self.ends.release(b, low, high)
+        main = min(main, tail) if main > self.first else 0  # it holds first <= j < tail
+        return max(main, ends if ends > tail else min(ends, self.first))
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, rows: list[int], low: int, high: int, old: int

@@ -8,24 +8,28 @@ j % page_size of page table[b, j // page_size].
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvfold.cache.half import CPU, Half, normal_tensors
 from kvfold.cache.layout import BLOCK, Layout
 from kvfold.errors import RunError
 from kvfold.kernels.backend import backend_of
 from kvfold.kernels.library import Append, Part, Side, Tensor, library
 from kvfold.kernels.pointer import Buffer, Int32s
-from kvfold.ops.quantize import Format, decode, encode, rotate, rotation_size
+from kvfold.ops.quantize import Format
 
 if TYPE_CHECKING:
-    from kvfold.kernels.triton.launch import GpuPart, Rows
+    from kvfold.kernels.triton.launch import GpuPart
 
 _GROWTH = 1.5
-CPU = torch.device("cpu")
-_DATA, _SCALES = Buffer("pages", torch.uint8), Buffer("scales", torch.bfloat16)
 _KEYS, _VALUES = Buffer("k"), Buffer("v")
+
+
+def _empty_table(sequences: int, pages: int) -> torch.Tensor:
+    with normal_tensors():
+        return torch.full((sequences, pages), -1, dtype=torch.int32, device=CPU)
 
 
 @dataclass(frozen=True)
@@ -48,77 +52,6 @@ class Shape:
     device: torch.device = CPU
 
 
-class Half:
-    """The pages of keys, or of values."""
-
-    def __init__(self, layout: Layout, heads: int, pages: int, device: torch.device = CPU) -> None:
-        self.layout, self.heads, self.device = layout, heads, device
-        self.rotation = rotation_size(layout.fmt, layout.dim) if layout.key else 0
-        shape = pages, heads
-        self.data = torch.zeros(*shape, layout.page_bytes, dtype=torch.uint8, device=device)
-        self.scales = torch.zeros(*shape, layout.page_scales, dtype=torch.bfloat16, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + self.scales.nbytes
-
-    def resized(self, pages: int, page_size: int) -> "Half":
-        """A copy with more or longer pages."""
-        old = self.layout
-        layout = Layout(old.fmt, old.dim, page_size, old.packed, old.key)
-        new = Half(layout, self.heads, pages, self.device)
-        count = self.data.shape[0]
-        new.data[:count, :, : old.page_bytes] = self.data
-        new.scales[:count, :, : old.page_scales] = self.scales
-        return new
-
-    def side(self) -> Side:
-        layout = self.layout
-        return Side(
-            layout.fmt.code,
-            layout.packed,
-            layout.dim,
-            self.rotation,
-            _DATA.address(self.data, (len(self.data), self.heads, layout.page_bytes)),
-            self.data.stride(0),
-            self.data.stride(1),
-            layout.fmt.row_bytes(layout.dim),
-            _SCALES.address(self.scales, (len(self.data), self.heads, layout.page_scales)),
-            self.scales.stride(0),
-            self.scales.stride(1),
-        )
-
-    def gpu_rows(self) -> "Rows":
-        """The pages as Triton kernels read them (unpacked pages only)."""
-        from kvfold.kernels.triton.launch import Rows
-
-        layout = self.layout
-        data = self.data.unflatten(-1, (layout.page_size, -1))
-        stored = torch.int8 if layout.fmt.name == "int8" else layout.fmt.dtype or torch.uint8
-        scales = self.scales.unflatten(-1, (layout.page_size, layout.fmt.groups(layout.dim)))
-        return Rows(layout.fmt, data.view(stored), scales, layout.dim)
-
-    def write(self, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Write rows ``[n, H, D]`` at slots ``[n]`` of pages ``[n]`` (unpacked pages only)."""
-        rows = rows.float()
-        if self.rotation:
-            padding = self.layout.padded - rows.shape[-1]
-            rows = rotate(torch.nn.functional.pad(rows, (0, padding)), self.rotation)
-        data, scales = encode(rows, self.layout.fmt)
-        size = self.layout.page_size
-        self.data.unflatten(-1, (size, -1))[pages, :, slots] = data
-        if scales.shape[-1]:
-            self.scales.unflatten(-1, (size, -1))[pages, :, slots] = scales
-
-    def read(self, pages: torch.Tensor) -> torch.Tensor:
-        """Decode whole pages ``[n]``: float32 ``[H, n * page_size, D]``."""
-        rows = self.layout.rows(self.data[pages])
-        scales = self.layout.scales(self.scales[pages])
-        dim = self.layout.padded if self.rotation else self.layout.dim
-        numbers = rotate(decode(rows, scales, self.layout.fmt, dim), self.rotation)
-        return numbers[..., : self.layout.dim].transpose(0, 1).flatten(1, 2)
-
-
 class Store:
     """Pages shared by the sequences of a batch, with reference counts."""
 
@@ -132,8 +65,12 @@ class Store:
         self.values = self._half(shape.v_format, shape.v_head_dim, packed, key=False)
         self.references = [0] * shape.reserve
         self._free = list(range(shape.reserve - 1, -1, -1))
-        self.table = torch.full((shape.batch, 0), -1, dtype=torch.int32, device=CPU)
+        self.table = _empty_table(shape.batch, 0)
         self._sides: tuple[Side, Side] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: everything but pointers into this store's memory."""
+        return {**vars(self), "_sides": None}
 
     def _half(self, fmt: Format, dim: int, packed: bool, key: bool) -> Half:
         layout = Layout(fmt, dim, self.page_size, packed, key)
@@ -191,7 +128,7 @@ class Store:
         first, last = low // self.page_size, (high - 1) // self.page_size
         if last >= self.table.shape[1]:
             width = max(last + 1, math.ceil(self.table.shape[1] * _GROWTH))
-            wider = torch.full((len(self.table), width), -1, dtype=torch.int32, device=CPU)
+            wider = _empty_table(self.table.shape[0], width)
             wider[:, : self.table.shape[1]] = self.table
             self.table = wider
         row = self.table.numpy()[sequence]  # the same memory; reading one number is much faster
@@ -211,13 +148,30 @@ class Store:
         self._drop_page(page)
         return copy
 
-    def release(self, sequence: int, low: int, high: int) -> None:
-        """Free the pages that lie wholly within ``low <= j < high``."""
+    def release(self, sequence: int, low: int, high: int) -> int:
+        """Free the pages that lie wholly within ``low <= j < high``; where the last one ends."""
         first, last = -(-low // self.page_size), high // self.page_size
-        held = self.table[sequence, first : max(first, last)]
+        if last <= first:
+            return 0
+        held = self.table[sequence, first:last]
         for page in held[held >= 0].tolist():
             self._drop_page(page)
         held.fill_(-1)
+        return last * self.page_size
+
+    def shrink(self) -> None:
+        """Give memory back where more than two thirds of the pages are free."""
+        used = [page for page, count in enumerate(self.references) if count]
+        if 3 * len(used) >= len(self.references) or self.shape.reserve:
+            return
+        pages = torch.tensor(used, dtype=torch.long, device=CPU)
+        moved = torch.full((len(self.references) + 1,), -1, dtype=torch.int32, device=CPU)
+        moved[pages] = torch.arange(len(used), dtype=torch.int32, device=CPU)
+        self.table.copy_(moved[self.table.long()])  # -1 reads the last one, which is -1
+        pages = pages.to(self.shape.device)
+        self.keys, self.values = self.keys.only(pages), self.values.only(pages)
+        self.references = [self.references[page] for page in used]
+        self._free, self._sides = [], None
 
     def clear(self, sequence: int) -> None:
         self.release(sequence, 0, self.table.shape[1] * self.page_size)
@@ -234,12 +188,13 @@ class Store:
     def select(self, sequences: list[int]) -> None:
         """Make sequence i what sequence ``sequences[i]`` was, as beam search does."""
         old = self.table
-        table = old[sequences]
+        with normal_tensors():
+            table = old[sequences].contiguous()
         for page in table[table >= 0].tolist():
             self.references[page] += 1
         for page in old[old >= 0].tolist():
             self._drop_page(page)
-        self.table = table.contiguous()
+        self.table = table
 
     def write(self, k: torch.Tensor, v: torch.Tensor, first: int, rows: list[int]) -> None:
         """Write tokens ``[B, Hkv, T, D]`` of sequences ``rows`` from position ``first`` on.

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvfold.cache.kv import Dtype
 from kvfold.cache.kv import KVCache as LayerCache
@@ -13,6 +13,7 @@ from kvfold.errors import InputError, UnsupportedError
 from kvfold.kernels.library import MAX_TOKENS
 
 _PAGE, _SLIDING_PAGE = 256, 64  # longer pages read faster; shorter ones are freed sooner
+_EVERYTHING = (1 << 31) - 1  # tokens of slack
 
 
 class Stored:
@@ -85,6 +86,11 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._dtype, self._window = dtype, window
         self.is_sliding = window is not None
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Let a window free nothing until ``crop``, which can go back to any token until then."""
+        self.record_past = True
 
     @property
     def held(self) -> LayerCache:
@@ -147,6 +153,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         cache, past, tokens = self.held, self.get_seq_length(), key_states.shape[2]
         # A long first prompt attends over the tensors at hand, so a window need not store it all.
         queries = tokens if past or tokens <= MAX_TOKENS else 0
+        cache.slack = _EVERYTHING if self.record_past else 0
         cache.append(key_states, value_states, queries=queries)
         sides = (key_states, value_states)
         keys, values = (
@@ -168,16 +175,51 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         self.cache, self.is_initialized = None, False
 
+    def cropped(self, tokens_to_remove: int) -> int:
+        """How many tokens ``crop`` would leave: what transformers' own layer leaves of as many.
+
+        Raises:
+            InputError: for what that layer refuses, and where a window has freed what is needed.
+        """
+        left = DynamicLayer()
+        left.lazy_initialization(empty := torch.empty(1, 1, 0, 0), empty)
+        left.keys = left.values = torch.empty(1, 1, self.get_seq_length(), 0)
+        try:
+            left.crop(tokens_to_remove)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"crop({tokens_to_remove!r}): {error}", "crop(-n) removes the last n tokens"
+            ) from error
+        length: int = left.keys.shape[2]
+        if self.cache is not None and not self.cache.can_truncate(length):
+            raise InputError(
+                f"cannot go back to {length} tokens: a window has freed what they see",
+                "call activate_past_recording() before the tokens that crop may remove",
+            )
+        return length
+
     def crop(self, tokens_to_remove: int) -> None:
-        if self.cache is not None and tokens_to_remove:
-            self.cache.truncate(max(0, self.get_seq_length() - abs(tokens_to_remove)))
+        """Remove the last tokens, as transformers' own layers do; a window frees what it can."""
+        length = self.cropped(tokens_to_remove)
+        if self.cache is not None:
+            self.cache.truncate(length)
+            if self.record_past:
+                self.cache.trim()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.cache is not None:
-            self.cache.reorder(indices.tolist())
+        """Keep some sequences, as indexing a tensor with ``indices`` would."""
+        if self.cache is None:
+            return
+        try:
+            rows = torch.arange(self.cache.batch)[indices].tolist()
+        except (IndexError, TypeError) as error:
+            raise InputError(
+                f"indices {indices!r} of {self.cache.batch} sequences: {error}"
+            ) from error
+        self.cache.reorder(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.cache is not None:
@@ -223,6 +265,12 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         text = config.get_text_config(decoder=True)
         layers = [KVLayer(dtype, window) for window in _windows(text)]
         Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as transformers' own caches do; all layers or none."""
+        for layer in self.layers:
+            layer.cropped(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:
