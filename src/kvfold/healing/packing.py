@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from kvfold.errors import InputError
+from kvfold.errors import CheckpointError, InputError
 from kvfold.healing.sources import Corpus, fingerprint
-from kvfold.quality.text import Tokenizer, opening_tokens
+from kvfold.quality.text import Tokenizer, check_ids, opening_tokens
 
 _HELD_OUT_EVERY = 16  # of a source's documents, until there is enough
 
@@ -65,9 +65,14 @@ def _whole(numbers: list[list[int]]) -> torch.Tensor:
 
 @dataclass
 class Tokens:
-    """A tokenizer, and what it puts around a document."""
+    """A tokenizer, and what it puts around a document.
+
+    Attributes:
+        vocabulary: of the model, whose embedding has no row for larger ids.
+    """
 
     tokenizer: Tokenizer
+    vocabulary: int | None = None
     opening: list[int] = field(init=False)
     closing: list[int] = field(init=False)
 
@@ -75,10 +80,12 @@ class Tokens:
         self.opening = opening_tokens(self.tokenizer)
         end = getattr(self.tokenizer, "eos_token_id", None)
         self.closing = [] if end is None else [int(end)]
+        check_ids([*self.opening, *self.closing], self.vocabulary)
 
     def of(self, text: str) -> list[int]:
         """A document's tokens, ending with the end-of-text token."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        check_ids(ids, self.vocabulary)
         return [*ids, *self.closing]
 
 
@@ -129,6 +136,7 @@ class _Stream:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.epoch, self.document, self.left = state["epoch"], state["document"], state["left"]
+        check_ids(self.left, self.tokens.vocabulary)
         self._documents = None
 
 
@@ -170,7 +178,17 @@ class TrainingStream:
         return {"sequence": self._sequence, "streams": [s.state() for s in self._streams]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where :meth:`state` was taken."""
+        """Go on from where :meth:`state` was taken.
+
+        Raises:
+            CheckpointError: if it is the state of other corpora.
+        """
+        if len(state["streams"]) != len(self._streams):
+            raise CheckpointError(
+                f"the checkpoint's state is of {len(state['streams'])} texts; there are "
+                f"{len(self._streams)} now",
+                "--force to start over",
+            )
         self._sequence = state["sequence"]
         for stream, own in zip(self._streams, state["streams"], strict=True):
             stream.restore(own)

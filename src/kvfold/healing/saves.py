@@ -1,17 +1,18 @@
 """Training checkpoints: written whole or not at all, the last few kept.
 
-The tensors go through ``torch.distributed.checkpoint``, one process or many; what JSON can hold
-(step, place in the text, history of the loss) lies beside them in ``state.json``.
+The tensors go through ``torch.distributed.checkpoint``, one process or many (see ``manifest`` for
+how they are read); what JSON can hold (step, place in the text, history of the loss) lies beside
+them in ``state.json``. A resumed run makes the optimizer's settings anew, so they are not kept.
 """
 
-import json
 import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le, MaxLen
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,12 +22,39 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from typing_extensions import TypedDict
 
+from kvfold.documents import MEGABYTE, Document, open_ended
 from kvfold.errors import CheckpointError, InputError
 from kvfold.files import write_json
+from kvfold.healing.manifest import HINT, Reader, read_index
 from kvfold.healing.parallel import World
 
 _STATE = "state.json"
+_Number = Annotated[int, Ge(0), Le(1 << 40)]
+
+
+class _StreamState(TypedDict):
+    epoch: _Number
+    document: _Number
+    left: list[_Number]
+
+
+class _TextState(TypedDict):
+    sequence: _Number
+    streams: list[_StreamState]
+
+
+@open_ended
+class _State(TypedDict):
+    step: Annotated[int, Ge(1), Le(99_999_999)]
+    processes: Annotated[int, Ge(1), Le(1 << 20)]
+    stream: _TextState
+    history: Annotated[list[float], MaxLen(1024)]
+
+
+# A document that was begun may be left over, token by token.
+_STATE_FILE = Document(_State, HINT, largest=1024 * MEGABYTE)
 _NAME = re.compile(r"step-(\d{8})")
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -53,7 +81,7 @@ def save(
     world.barrier()
     with warnings.catch_warnings():  # that a process alone saves alone
         warnings.simplefilter("ignore", UserWarning)
-        save_distributed(_tensors(model, optimizer), checkpoint_id=temporary)
+        save_distributed(_stored(_tensors(model, optimizer)), checkpoint_id=str(temporary))
     world.barrier()
     if world.first:
         write_json(temporary / _STATE, {**state, "processes": world.size})
@@ -84,15 +112,14 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, world: World)
             f"{path} was saved by {state['processes']} processes; there are {world.size} now",
             f"resume with torchrun --nproc-per-node {state['processes']} (or as many in all)",
         )
+    read_index(path)  # its reasons are clearer than those that come out of PyTorch
     tensors = _tensors(model, optimizer)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            load_distributed(tensors, checkpoint_id=path)
+            load_distributed(_stored(tensors), storage_reader=Reader(path))
     except (CheckpointException, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read", "remove it to resume from the one before"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read", HINT) from error
     set_state_dict(
         model,
         optimizer,
@@ -105,13 +132,12 @@ def load(path: Path, model: Any, optimizer: torch.optim.Optimizer, world: World)
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    try:
-        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged", "remove it to resume from the one before"
-        ) from error
-    return state
+    return dict(_STATE_FILE.read(path / _STATE))
+
+
+def _stored(tensors: dict[str, Any]) -> dict[str, Any]:
+    """What goes to disk of the training state: tensors alone, which can be read safely."""
+    return {"model": tensors["model"], "optimizer": tensors["optimizer"]["state"]}
 
 
 def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

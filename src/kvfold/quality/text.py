@@ -67,8 +67,26 @@ def python_topics() -> dict[str, str]:
     return dict(sorted(topics.items()))
 
 
+def check_ids(ids: Sequence[int], vocabulary: int | None) -> None:
+    """Refuse token ids that a model of ``vocabulary`` tokens has no embedding for.
+
+    Raises:
+        InputError: naming the id.
+    """
+    if vocabulary is not None and ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise InputError(
+            f"the tokenizer gives the id {wrong}; the model's vocabulary has {vocabulary}",
+            "the tokenizer files belong to another model; copy those of the source",
+        )
+
+
 def token_windows(
-    tokenizer: Tokenizer, text: str, context: int, max_tokens: int | None = None
+    tokenizer: Tokenizer,
+    text: str,
+    context: int,
+    max_tokens: int | None = None,
+    vocabulary: int | None = None,
 ) -> "torch.Tensor":
     """Cut a text into windows ``[N, context]`` of token ids (int64).
 
@@ -76,13 +94,17 @@ def token_windows(
     text. Models whose tokenizer puts a beginning-of-sequence token first get one at the start
     of every window.
 
+    Args:
+        vocabulary: tokens that the model knows.
+
     Raises:
-        InputError: if the text does not fill one window.
+        InputError: if the text does not fill one window, or holds ids beyond the vocabulary.
     """
     import torch
 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     opening = opening_tokens(tokenizer)
+    check_ids([*opening, *ids], vocabulary)
     body = context - len(opening)
     count = len(ids) // body
     if count == 0:
