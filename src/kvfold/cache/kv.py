@@ -18,6 +18,7 @@ from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.library import MAX_TOKENS, library
+from kvfold.kernels.outside import python_state
 from kvfold.ops.options import Window
 from kvfold.ops.quantize import FORMATS, Format, format_of
 
@@ -143,6 +144,7 @@ class KVCache:
             total += self._storage.step_bytes(b, seen)
         return total
 
+    @python_state
     def append(
         self,
         k: torch.Tensor,
@@ -227,6 +229,7 @@ class KVCache:
         if end > self.sinks:
             self._freed[b] = max(self._freed[b], self._storage.release(b, self.sinks, end))
 
+    @python_state
     def trim(self) -> None:
         """Free what a sliding cache kept so that ``truncate`` could go back to it (``slack``)."""
         if self.window is None:
@@ -235,6 +238,7 @@ class KVCache:
             self._free(b, length - self.window + 1)
         self._storage.shrink()
 
+    @python_state
     def attend(
         self,
         q: torch.Tensor,
@@ -319,6 +323,7 @@ class KVCache:
                 "pad on the right, or use sinks=0",
             )
 
+    @python_state
     def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What the cache holds of a sequence, decoded: float32 ``[Hkv, S, D]``, ``[Hkv, S, Dv]``.
 
@@ -327,6 +332,7 @@ class KVCache:
         length = self.lengths[self._rows([sequence])[0]]
         return self._storage.read(sequence, length)
 
+    @python_state
     def tensors(
         self, dtype: torch.dtype, sequences: list[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,6 +348,7 @@ class KVCache:
             v[i, :, : self.lengths[b]] = values
         return k, v
 
+    @python_state
     def truncate(self, length: int, sequences: list[int] | None = None) -> None:
         """Forget all tokens from position ``length`` on, as speculative decoding must.
 
@@ -373,12 +380,14 @@ class KVCache:
         """Whether any of the positions ``low <= j < high`` are gone."""
         return max(low, self.sinks) < min(high, self._freed[b])
 
+    @python_state
     def clear(self, sequences: list[int] | None = None) -> None:
         """Forget everything; the memory is kept for new tokens."""
         for b in self._rows(sequences):
             self._storage.clear(b)
             self.lengths[b] = self._freed[b] = 0
 
+    @python_state
     def fork(self, source: int, target: int) -> None:
         """Make ``target`` a copy of ``source`` that shares its pages until either changes.
 
@@ -394,6 +403,7 @@ class KVCache:
         self.lengths[target] = self.lengths[source]
         self._freed[target] = self._freed[source]
 
+    @python_state
     def reorder(self, sequences: list[int]) -> None:
         """Make sequence i what sequence ``sequences[i]`` was (beam search). Pages are shared.
 

@@ -12,6 +12,7 @@ from kvfold.cache.kv import Dtype, KVCache
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
 from kvfold.kernels.dispatch import attention, explain
+from kvfold.kernels.outside import python_state
 from kvfold.ops.mask import visible
 from kvfold.ops.options import Options, reach
 from kvfold.ops.reference import attend
@@ -183,8 +184,20 @@ class GroupedQueryAttention(nn.Module):
             InputError: for shapes, dtypes or options that do not fit, naming them; for a cache
                 where gradients are needed.
         """
+        given = x, context, _Hidden(start, lengths, mask), positions, cache, need_weights
+        return self._attend(*given) if cache is None else self._attend_outside_graphs(*given)
+
+    def _attend(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None,
+        hidden: _Hidden,
+        positions: torch.Tensor | None,
+        cache: KVCache | None,
+        need_weights: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        start, lengths = hidden.start, hidden.lengths
         _check_inputs(self, x, context)
-        hidden = _Hidden(start, lengths, mask)
         if cache is not None:
             _check_cache(self, cache, x, context, hidden)
         first = cache is None or not any(cache.lengths)
@@ -210,6 +223,8 @@ class GroupedQueryAttention(nn.Module):
         assert isinstance(out, torch.Tensor)
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         return out if weights is None else (out, weights)
+
+    _attend_outside_graphs = python_state(_attend)
 
     def _cos_sin(
         self, x: torch.Tensor, positions: torch.Tensor | None, cache: KVCache | None

@@ -8,6 +8,7 @@ from torch import nn
 from kvfold.errors import UnsupportedError
 from kvfold.kernels.dispatch import attention
 from kvfold.kernels.library import MAX_TOKENS
+from kvfold.kernels.outside import python_state
 from kvfold.transformers.cache import Stored, plain
 
 
@@ -104,6 +105,7 @@ def _attend_plain(
     return attention(query, key, value, **options)
 
 
+@python_state
 def _attend_stored(query: torch.Tensor, key: Stored, value: Stored, options: dict[str, Any]) -> Any:
     cache, tokens = key.layer.held, query.shape[2]
     if key.new is not None and value.new is not None and tokens > MAX_TOKENS:

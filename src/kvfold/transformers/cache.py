@@ -11,6 +11,7 @@ from kvfold.cache.kv import Dtype
 from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.kernels.library import MAX_TOKENS
+from kvfold.kernels.outside import python_state
 
 _PAGE, _SLIDING_PAGE = 256, 64  # longer pages read faster; shorter ones are freed sooner
 _EVERYTHING = (1 << 31) - 1  # tokens of slack
@@ -126,6 +127,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             return None
         return Stored(self, side, self.get_seq_length(), self.dtypes[side])
 
+    @python_state
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the cache for keys ``[B, Hkv, T, D]`` and values of these sizes and dtypes."""
         batch, heads, _, head_dim = key_states.shape
@@ -144,6 +146,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         )
         self.is_initialized = True
 
+    @python_state
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Stored, Stored]:
@@ -162,9 +165,11 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         )
         return keys, values
 
+    @python_state
     def get_seq_length(self) -> int:
         return 0 if self.cache is None else self.cache.lengths[0] if self.cache.lengths else 0
 
+    @python_state
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks are made for all positions, whatever a window keeps."""
         return self.get_seq_length() + query_length, 0

@@ -1,5 +1,7 @@
 """The GPU kernels as PyTorch operators, which ``torch.compile`` takes as they are."""
 
+from typing import Any
+
 import torch
 
 from kvfold.kernels.triton.launch import Angles, GpuPart, Rows, append, attend
@@ -66,8 +68,7 @@ def gpu_attend(
 
 
 @gpu_attend.register_fake
-def _(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-    v_head_dim = others[10]
-    assert isinstance(v_head_dim, int)
+def _(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    v_head_dim = others[10]  # a symbol, perhaps
     out = q.new_empty(*q.shape[:3], v_head_dim)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
