@@ -263,3 +263,15 @@ def test_the_fixed_caches_operators_are_well_behaved(monkeypatch: pytest.MonkeyP
     options = sinks, 8, 0, 1, 0.3, 2.0, None
     read = (q, *stored, *where, None, None, "int8", "int8", 16, *options)
     torch.library.opcheck(gpu_attend, read, test_utils=tests)
+
+
+def test_ragged_sequences_are_attended_between_graphs() -> None:
+    q, k, begins = noise(7, 4, 16), noise(7, 2, 16), torch.tensor([0, 3, 7])
+
+    def step(q: torch.Tensor, k: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(kvfold.attention_varlen(q, k, k, begins, begins, causal=True)) + 1
+
+    broken = torch.compile(step, dynamic=True, backend="eager")
+    torch.testing.assert_close(broken(q, k, begins), step(q, k, begins))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="reads cu_seqlens"):
+        compiled(step)(q, k, begins)

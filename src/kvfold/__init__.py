@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvfold.geometry import AttentionGeometry
     from kvfold.healing.run import heal
     from kvfold.kernels.dispatch import attention, explain
+    from kvfold.kernels.varlen import attention_varlen
     from kvfold.ops.reference import merge
     from kvfold.quality.run import evaluate
     from kvfold.quality.scores import Quality, compare
@@ -32,6 +33,7 @@ _HOMES = {
     "KVFoldError": "kvfold.errors",
     "Quality": "kvfold.quality.scores",
     "attention": "kvfold.kernels.dispatch",
+    "attention_varlen": "kvfold.kernels.varlen",
     "compare": "kvfold.quality.scores",
     "convert": "kvfold.fold.convert",
     "evaluate": "kvfold.quality.run",
@@ -54,6 +56,7 @@ __all__ = [
     "Quality",
     "__version__",
     "attention",
+    "attention_varlen",
     "compare",
     "convert",
     "evaluate",
