@@ -23,8 +23,9 @@ from torch.nn import functional
 
 import kvfold.transformers as drop_in
 from fold_quality import machine, source_folder
+from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.files import append_text
-from kvfold.quality.run import load_model, load_tokenizer
+from kvfold.quality.run import load_model
 from kvfold.quality.text import token_windows
 
 CONTEXT, PROMPT, PIECE = 4096, 3072, 16

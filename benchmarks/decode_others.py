@@ -17,8 +17,8 @@ from typing import Any
 
 from decode_slope import RESULTS, read_bandwidth, slope
 from fold_quality import machine, source_folder
+from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.files import append_text, write_text
-from kvfold.quality.run import load_tokenizer
 
 CONTEXTS = (512, 2048, 4096)  # reading 7,900 tokens takes it many minutes
 TOKENS = 32

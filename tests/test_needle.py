@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.errors import InputError
 from kvfold.quality.needle import DEPTHS, KEYS, prompt, retrieve
-from kvfold.quality.run import load_tokenizer
 from kvfold.report.demo import train_tokenizer
 from tests.conftest import Kvfold
 

@@ -26,11 +26,12 @@ from kvfold.bench.contestant import (
 from kvfold.bench.model_cases import GATE_STEPS, ModelRequest
 from kvfold.bench.records import OK, SKIPPED, WRONG, Results, Row, is_cold, machine
 from kvfold.bench.timing import Timing, measure, ratio
+from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.checkpoint.source import open_checkpoint
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import AttentionGeometry
 from kvfold.ops.quantize import format_of
-from kvfold.quality.run import load_model, load_tokenizer, local_folder
+from kvfold.quality.run import load_model, local_folder
 from kvfold.quality.scores import Progress, no_progress
 from kvfold.quality.text import read_texts, token_windows
 

@@ -167,7 +167,7 @@ def _made_up(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
     with _without_initializing():
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="kvfold"
+            config, dtype=dtype, attn_implementation="kvfold", trust_remote_code=False
         )
     for parameter in model.parameters():
         parameter.fill_(0.01)

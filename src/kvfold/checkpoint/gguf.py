@@ -4,11 +4,14 @@ transformers knows each architecture's GGUF names and permutations; kvfold does 
 repeat them. The folder lets everything else stream as it does for any other source.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.errors import CheckpointError
 from kvfold.geometry import AttentionGeometry
+
+_ALONE = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,11 @@ def transcode(path: Path, folder: Path) -> None:
 
     The whole model is in memory while this runs; everything after it streams.
     """
-    import torch
-    import transformers
+    from kvfold.checkpoint.pretrained import load_gguf
 
-    gguf = {"gguf_file": path.name}
-    config = transformers.GgufConfig(dequantize=True)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, quantization_config=config, dtype=torch.float32, **gguf
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **gguf)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"transformers could not read {path.name}: {lines[0][:160]}",
-            "convert it to a Hugging Face folder with the tool that made it",
-        ) from error
+    # transformers also looks at what lies beside the file: a folder of its own has nothing else.
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
+        (Path(apart) / _ALONE).symlink_to(path.resolve())
+        model, tokenizer = load_gguf(Path(apart), _ALONE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

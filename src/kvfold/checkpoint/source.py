@@ -5,6 +5,7 @@ before anything heavy starts.
 """
 
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+_TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model")
+_LARGEST_TEXT = 1 << 28  # tokenizers of 250,000 words have 35 MB
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
@@ -167,7 +171,41 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             "fold the original checkpoint, or load it in transformers, call model.dequantize() "
             "and save_pretrained() first",
         )
+    other = config.get("transformers_weights")
+    if other not in (None, SINGLE, INDEX):
+        raise UnsupportedError(
+            f"config.json names other weights ({shortened(other)}); expected {SINGLE}",
+            "load it in transformers and save_pretrained() it",
+        )
+    check_folder(folder)
     return Checkpoint(str(folder), config, TensorFiles(_entries(folder)))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder where opening a file might wait, or that names weights elsewhere.
+
+    Raises:
+        CheckpointError: naming what is in the way.
+    """
+    for path in folder.iterdir():
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a link to nothing, for instance: it counts as missing
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CheckpointError(
+                f"{path} is neither a file nor a folder", "give the folder of a checkpoint"
+            )
+        if path.suffix in _TEXT_SUFFIXES and path.stat().st_size > _LARGEST_TEXT:
+            raise CheckpointError(
+                f"{path} is larger than {_LARGEST_TEXT >> 20} MiB",
+                "give the folder of a checkpoint",
+            )
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({_ADAPTER}), which is no part of the weights",
+            "merge it first: peft's merge_and_unload(), then save_pretrained()",
+        )
 
 
 def resolve(source: str | Path) -> Path:

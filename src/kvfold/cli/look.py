@@ -96,7 +96,9 @@ def _pictures(
 
     import torch
 
-    from kvfold.quality.run import load_tokenizer, local_folder
+    from kvfold.checkpoint.pretrained import load_tokenizer
+    from kvfold.quality.run import local_folder
+    from kvfold.quality.text import check_ids
     from kvfold.report.look import draw_layer
     from kvfold.report.maps import attention_layers, look
 
@@ -110,6 +112,7 @@ def _pictures(
         )
         for folder in folders:
             model = _load(folder)
+            check_ids(ids.tolist(), model.config.get_text_config().vocab_size)
             chosen = layers or (sorted(attention_layers(model))[len(attention_layers(model)) // 2],)
             seen.append(look(model, ids, chosen))
     words = [tokenizer.decode([token]).strip() or "·" for token in ids.tolist()]
@@ -119,15 +122,10 @@ def _pictures(
 def _load(folder: Path) -> Any:
     """Any causal language model that transformers opens, foldable or not."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(
-            f"transformers cannot open {folder} ({first[:160]})", "give a causal language model"
-        ) from error
+    from kvfold.checkpoint.pretrained import load_model
+
+    return load_model(folder, torch.float32, foldable=False).eval()
 
 
 def _page(model: str, against: str | None, pictures: "list[Picture]") -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.arguments import callback, flag, new_folder
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
+from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
 from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint, resolve
 from kvfold.checkpoint.tensors import (
     TensorEntry,
@@ -53,7 +54,6 @@ from kvfold.fold.request import (
     make_request,
     preview,
 )
-from kvfold.quality.run import load_tokenizer
 from kvfold.quality.scores import Progress, no_progress
 from kvfold.quality.text import token_windows
 
@@ -123,13 +123,19 @@ def run_request(
     """Do what :func:`convert` describes."""
     preview(request, out, force=force, resume=resume)
     files = _files(request)
+    text = calibration_text(request)
+    windows = None
+    if not is_gguf(request.source):  # what can be known before there is a working folder
+        folder = resolve(request.source)
+        checkpoint = open_checkpoint(folder)
+        windows = _windows(checkpoint, folder, request, text)
     started = time.monotonic()
     with opened(out) as work:
         if not work.start(request.as_dict(), resume=resume, force=force, files=files):
             work.begin(request.as_dict(), take_prints(files, progress))
         if work.finished:
             return read_record(work.out)
-        record = _run(request, calibration_text(request), work, progress)
+        record = _run(request, text, windows, work, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
@@ -152,12 +158,20 @@ def _files(request: Request) -> Files:
     return {_SOURCE: source, **texts}
 
 
-def _run(request: Request, text: str | None, work: Workspace, progress: Progress) -> dict[str, Any]:
+def _run(
+    request: Request,
+    text: str | None,
+    windows: "torch.Tensor | None",
+    work: Workspace,
+    progress: Progress,
+) -> dict[str, Any]:
     folder = _local_source(request, work.folder)
     checkpoint = open_checkpoint(folder)
     _verify(checkpoint, progress)
     same = request.num_kv_heads == checkpoint.geometry.num_kv_heads
-    windows = None if text is None or same else _windows(checkpoint, folder, request, text)
+    if is_gguf(request.source):
+        check_complete(checkpoint)
+        windows = _windows(checkpoint, folder, request, text)
     layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
     shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
@@ -200,10 +214,21 @@ def _verify(checkpoint: Checkpoint, progress: Progress) -> None:
         progress("checking the source", index, len(names))
 
 
-def _windows(checkpoint: Checkpoint, folder: Path, request: Request, text: str) -> "torch.Tensor":
+def _windows(
+    checkpoint: Checkpoint, folder: Path, request: Request, text: str | None
+) -> "torch.Tensor | None":
+    """The calibration text as tokens; None if none is needed."""
+    if text is None or request.num_kv_heads == checkpoint.geometry.num_kv_heads:
+        return None
     longest = checkpoint.config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
-    windows = token_windows(load_tokenizer(folder), text, context, request.calibration_tokens)
+    windows = token_windows(
+        load_tokenizer(folder),
+        text,
+        context,
+        request.calibration_tokens,
+        checkpoint.config.get("vocab_size"),
+    )
     if windows.numel() < LEAST_TOKENS:
         raise InputError(
             f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",

@@ -84,7 +84,7 @@ def _build(
 
     with init_empty_weights(include_buffers=False):
         built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config), dtype=torch.float32
+            AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False
         )
     own = {name: tensor.clone() for name, tensor in state.items()}
     built.load_state_dict(own, assign=True)

@@ -14,6 +14,7 @@ from kvfold.arguments import choice, flag, location, several
 from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
+from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config, resolve
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
@@ -169,6 +170,8 @@ def preview(request: Request, out: Path, *, force: bool = False, resume: bool = 
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
     needed = output + changed + transcoded + hidden
     free = check_disk(out, needed)
+    if not is_gguf(request.source):
+        check_complete(checkpoint)  # last: it imports torch
     return Preview(request, geometry, folded, output, needed, free)
 
 

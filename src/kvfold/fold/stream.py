@@ -133,7 +133,10 @@ class LayerStream:
         hf_config = AutoConfig.for_model(**arguments)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION
+                hf_config,
+                dtype=torch.float32,
+                attn_implementation=IMPLEMENTATION,
+                trust_remote_code=False,
             )
         self.model.eval().requires_grad_(False)
         self._base_name, _, rest = layer_path.partition(".")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvfold.checkpoint.families import Family, family_of
+from kvfold.checkpoint.pretrained import load_config, load_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict, resolve
 from kvfold.errors import InputError
 from kvfold.healing.balance import balanced_tensors
@@ -49,14 +50,12 @@ def load_student(
 
 
 def _load(source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = resolve(source)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     for name in vars(config):  # healing is deterministic: distillation needs no dropout
         if re.fullmatch(r"(attention|attn|resid|embd|hidden|residual)_?(dropout|pdrop)", name):
             setattr(config, name, 0.0)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).eval()
+    return load_model(folder, dtype, config).eval()
 
 
 def _own(model: "PreTrainedModel") -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from kvfold.arguments import callback, check_options, flag, new_folder
 from kvfold.checkpoint.inputs import take_prints
 from kvfold.checkpoint.places import full_path, working_folder
+from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
 from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
@@ -42,7 +43,7 @@ from kvfold.healing.request import (
 )
 from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
-from kvfold.quality.run import load_model, load_tokenizer
+from kvfold.quality.run import load_model
 from kvfold.quality.scores import Progress, Quality, compare, no_progress
 from kvfold.quality.text import python_topics, read_texts, token_windows
 
@@ -110,6 +111,7 @@ def run_heal(
         work: of ``out``, if it is locked already.
     """
     check_heal(request, out, force=force, resume=resume)
+    models = _Models(request)
     first = launched_rank() == 0
     with ExitStack() as stack:
         if first and work is None:  # before the processes meet: a second run is told at once
@@ -121,7 +123,7 @@ def run_heal(
         finished = peers.sum([float(work is not None and work.finished)])
         if any(finished):
             return read_record(full_path(out))
-        return _heal(request, out, work, peers, resume, progress, watch, draw)
+        return _heal(request, models, out, work, peers, resume, progress, watch, draw)
 
 
 def _start(
@@ -134,6 +136,7 @@ def _start(
 
 def _heal(
     request: HealRequest,
+    models: "_Models",
     out: Path,
     work: Workspace | None,
     peers: World,
@@ -144,7 +147,7 @@ def _heal(
 ) -> dict[str, Any]:
     """All stages, in every process; only the first has the working folder locked, and writes."""
     started = time.monotonic()
-    run = _Run(request, working_folder(out), peers, progress, watch)
+    run = _Run(request, models, working_folder(out), peers, progress, watch)
     changed, layers = run.local()
     trained = run.distil(changed)
     record: dict[str, Any] = {}
@@ -182,43 +185,60 @@ def _memory_errors() -> Iterator[None]:
         raise RunError("out of memory", hint) from error
 
 
+class _Models:
+    """The two models and the text, checked before there is a working folder.
+
+    Raises:
+        InputError: for weights that are missing, a broken tokenizer, or text that is too short.
+    """
+
+    def __init__(self, request: HealRequest) -> None:
+        self.folder, self.teacher_folder = resolve(request.folded), resolve(request.teacher)
+        self.folded = open_checkpoint(self.folder)
+        check_complete(self.folded)
+        check_complete(open_checkpoint(self.teacher_folder))
+        self.words = self.folded.config.get("vocab_size")
+        self.tokens = Tokens(load_tokenizer(self.folder), self.words)
+        self.corpora: list[tuple[str, Corpus, float]] = [
+            (source.name, open_corpus(source, request.seed), source.weight)
+            for source in request.texts
+        ]
+        self.held_out, self.chosen = hold_out(
+            self.corpora, self.tokens, request.context, request.held_out_tokens
+        )
+        self.others = self._other_texts(request)
+
+    def _other_texts(self, request: HealRequest) -> dict[str, torch.Tensor]:
+        """Windows of text that is not trained on, by name."""
+        texts: dict[str, str] = {}
+        if request.eval_texts is not None:
+            texts = {Path(p).name: read_texts([p], request.context) for p in request.eval_texts}
+        else:
+            with suppress(RunError):  # a Python without its documentation
+                texts = {"Python documentation": "\n\n".join(python_topics().values())}
+        size = max(request.held_out_tokens, request.context)
+        return {
+            name: token_windows(self.tokens.tokenizer, text, request.context, size, self.words)
+            for name, text in texts.items()
+        }
+
+
 @dataclass
 class _Run:
     """One healing run in one process."""
 
     request: HealRequest
+    models: _Models
     partial: Path
     peers: World
     progress: Progress
     watch: Watch
 
     def __post_init__(self) -> None:
-        r = self.request
-        self.folder, self.teacher_folder = resolve(r.folded), resolve(r.teacher)
-        self.folded = open_checkpoint(self.folder)
-        self.tokens = Tokens(load_tokenizer(self.folder))
-        self.corpora: list[tuple[str, Corpus, float]] = [
-            (source.name, open_corpus(source, r.seed), source.weight) for source in r.texts
-        ]
-        self.held_out, self.chosen = hold_out(
-            self.corpora, self.tokens, r.context, r.held_out_tokens
-        )
-        self.others = self._other_texts()
-
-    def _other_texts(self) -> dict[str, torch.Tensor]:
-        """Windows of text that is not trained on, by name."""
-        r = self.request
-        texts: dict[str, str] = {}
-        if r.eval_texts is not None:
-            texts = {Path(path).name: read_texts([path], r.context) for path in r.eval_texts}
-        else:
-            with suppress(RunError):  # a Python without its documentation
-                texts = {"Python documentation": "\n\n".join(python_topics().values())}
-        size = max(r.held_out_tokens, r.context)
-        return {
-            name: token_windows(self.tokens.tokenizer, text, r.context, size)
-            for name, text in texts.items()
-        }
+        models = self.models
+        self.folder, self.teacher_folder = models.folder, models.teacher_folder
+        self.folded, self.tokens, self.corpora = models.folded, models.tokens, models.corpora
+        self.held_out, self.chosen, self.others = models.held_out, models.chosen, models.others
 
     # -- stages -----------------------------------------------------------------------------
 

@@ -187,12 +187,18 @@ def _load_dataset(name: str, path: Path) -> Any:
     try:
         if path.is_file():
             return datasets.load_dataset(
-                "parquet", data_files=str(path), split="train", streaming=True
+                "parquet",
+                data_files=str(path),
+                split="train",
+                streaming=True,
+                trust_remote_code=False,
             )
         if path.is_dir():
             return datasets.load_from_disk(str(path)).to_iterable_dataset()
         bare, _, config = name.partition(":")
-        return datasets.load_dataset(bare, config or None, split="train", streaming=True)
+        return datasets.load_dataset(
+            bare, config or None, split="train", streaming=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import InputError
 from kvfold.quality.scores import Progress, no_progress
-from kvfold.quality.text import Tokenizer, opening_tokens
+from kvfold.quality.text import Tokenizer, check_ids, opening_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ def retrieve(
         for depth in DEPTHS:
             prompts = [prompt(tokenizer, length, depth, key) for key in _keys(seed, length, depth)]
             for name, model in models:
+                for asked, answer in prompts:
+                    check_ids([*asked.tolist(), *answer.tolist()], model.config.vocab_size)
                 with torch.inference_mode():
                     scores = [_score(model, *each) for each in prompts]
                 found = sum(score[0] for score in scores) / len(scores)

@@ -4,15 +4,15 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvfold.arguments import callback, choice, location, several
 from kvfold.arguments import source as source_name
-from kvfold.checkpoint.families import family_of
+from kvfold.checkpoint import pretrained
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
+from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
-from kvfold.names import shown
 from kvfold.numbers import EVAL_WINDOW, NEEDLE, TOKENS, Wholes
 from kvfold.quality.device import pick_device
 from kvfold.quality.needle import Retrieval, retrieve
@@ -57,9 +57,10 @@ def evaluate(
     callback(progress, "progress")
     contents = [read_texts([text], context) for text in texts]
     with ExitStack() as stack:
-        folders = [local_folder(source, stack) for source in sources]
+        folders = ready_folders(sources, stack)
         tokenizer = load_tokenizer(folders[0])
-        windows = [token_windows(tokenizer, text, context, max_tokens) for text in contents]
+        words = read_config(folders[0]).get("vocab_size")
+        windows = [token_windows(tokenizer, text, context, max_tokens, words) for text in contents]
         models = _load_models(sources, folders, *how)
         results: list[Quality] = []
         for path, rows in zip(texts, windows, strict=True):
@@ -85,7 +86,7 @@ def find_needles(
     how = choice(dtype, "--dtype", DTYPES), pick_device(device)
     callback(progress, "progress")
     with ExitStack() as stack:
-        folders = [local_folder(source, stack) for source in sources]
+        folders = ready_folders(sources, stack)
         tokenizer = load_tokenizer(folders[0])
         models = _load_models(sources, folders, *how)
         return retrieve(models, tokenizer, lengths, progress=progress)
@@ -166,32 +167,16 @@ def local_folder(source: str | Path, stack: ExitStack) -> Path:
     return folder
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.
+def ready_folders(sources: Sequence[str | Path], stack: ExitStack) -> list[Path]:
+    """The folders of checkpoints that hold every tensor their models need.
 
     Raises:
-        InputError: if it has none.
+        CheckpointError: naming what one of them lacks.
     """
-    from transformers import AutoTokenizer
-
-    _check_name(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"{folder} has no tokenizer that transformers can load",
-            "copy tokenizer.json and tokenizer_config.json of the source beside the weights",
-        ) from error
-
-
-def _check_name(folder: Path) -> None:
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the name of {shown(str(folder))} is not UTF-8, and transformers cannot open it",
-            "rename the folder, or link to it by another name",
-        ) from error
+    folders = [local_folder(source, stack) for source in sources]
+    for folder in folders:
+        check_complete(open_checkpoint(folder))
+    return folders
 
 
 def load_model(
@@ -199,9 +184,6 @@ def load_model(
 ) -> "PreTrainedModel":
     """The folder's model, ready to evaluate."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    family_of(read_config(folder))
     where = pick_device(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model.to(where).eval()
+    return pretrained.load_model(folder, getattr(torch, dtype)).to(where).eval()

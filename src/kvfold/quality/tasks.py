@@ -58,7 +58,9 @@ def run_tasks(
     lm_eval = harness()
     scores: list[TaskScore] = []
     for name, folder in folders:
-        arguments = {"pretrained": str(folder), "dtype": dtype}
+        arguments: dict[str, Any] = {
+            "pretrained": str(folder), "dtype": dtype, "trust_remote_code": False
+        }  # fmt: skip
         if device:
             arguments["device"] = device
         try:

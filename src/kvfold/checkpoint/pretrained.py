@@ -1,0 +1,249 @@
+"""The one place that has transformers open something: no code of a checkpoint runs here.
+
+``trust_remote_code=False`` everywhere (None would ask on the terminal), safetensors only, files of
+the folder only. A model is compared with its files by their headers before weights are read, and
+with transformers' own report afterwards: what is missing would otherwise be filled with random
+numbers.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.checkpoint.families import FAMILIES
+from kvfold.checkpoint.source import Checkpoint, check_folder, open_checkpoint, read_config
+from kvfold.checkpoint.tensors import FLOATING
+from kvfold.documents import shortened
+from kvfold.errors import CheckpointError, InputError, KVFoldError, UnsupportedError
+from kvfold.names import shown
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# Keys of a config that name code, other files or kernels, or say how weights are stored.
+_NOT_ARCHITECTURE = {
+    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "transformers_weights", "quantization_config", "dtype", "torch_dtype",
+}  # fmt: skip
+FOLDABLE = {name for family in FAMILIES for name in family.model_types}
+_INCOMPLETE = "the checkpoint is incomplete; download it again"
+_NO_CODE = "kvfold runs no code from checkpoints; "
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        InputError: if it has none, or one that does not work or needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    check_folder(folder)
+    _check_name(folder)
+    hint = "copy tokenizer.json and tokenizer_config.json of the source beside the weights"
+    with _in_words(f"{folder} has no tokenizer that transformers can load", hint):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        ids = tokenizer("a")["input_ids"]
+        if not all(isinstance(token, int) for token in ids):
+            raise TypeError(f"it makes {shortened(ids)} of 'a'")
+    return tokenizer
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the name of {shown(str(folder))} is not UTF-8, and transformers cannot open it",
+            "rename the folder, or link to it by another name",
+        ) from error
+
+
+def load_config(folder: Path) -> Any:
+    """transformers' config of a folder, without what would fetch code or other files."""
+    from transformers import AutoConfig
+
+    read_config(folder)  # within bounds
+    _check_name(folder)
+    with _in_words(f"transformers cannot read {folder / 'config.json'}", _hint(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kernel = getattr(config, "_attn_implementation", None)
+    if kernel is not None and ("/" in str(kernel) or not isinstance(kernel, str)):
+        config._attn_implementation = None  # a kernel that would come from the hub
+    return config
+
+
+def load_model(
+    folder: Path, dtype: "torch.dtype", config: Any = None, *, foldable: bool = True
+) -> "PreTrainedModel":
+    """The folder's causal language model, every weight from its files.
+
+    Args:
+        config: instead of the folder's own. foldable: refuse architectures that kvfold does not
+            know; those are checked by transformers' report alone.
+
+    Raises:
+        CheckpointError: for weights that are missing or have another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    known = read_config(folder).get("model_type") in FOLDABLE
+    if foldable or known:
+        check_complete(open_checkpoint(folder))
+    check_folder(folder)
+    config = load_config(folder) if config is None else config
+    with _in_words(f"transformers cannot open {folder}", _hint(folder)):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    unset = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    if unset:
+        raise CheckpointError(f"{folder}: {_listed(unset)} missing from the weights", _INCOMPLETE)
+    return model
+
+
+def load_gguf(folder: Path, name: str) -> "tuple[PreTrainedModel, Any]":
+    """The model, in float32, and the tokenizer of a GGUF file in a folder that holds no other.
+
+    Raises:
+        CheckpointError: if transformers cannot read it, or misses tensors.
+    """
+    import torch
+    import transformers
+
+    how: dict[str, Any] = {
+        "gguf_file": name, "trust_remote_code": False, "local_files_only": True
+    }  # fmt: skip
+    hint = "convert it to a Hugging Face folder with the tool that made it"
+    with _in_words(f"transformers could not read {name}", hint):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+            **how,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+    unset = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    if unset:
+        raise CheckpointError(f"{name}: {_listed(unset)} missing from the weights", _INCOMPLETE)
+    return model, tokenizer
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint's headers with the model that transformers would build of its config.
+
+    Tensors that the model has no place for are let be (older files hold rotary tables), but not
+    in attention: folding would take them for biases.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing, or have another shape.
+        UnsupportedError: for one that is not stored in floating point.
+    """
+    model = _skeleton(checkpoint)
+    names = _Names(checkpoint, model.base_model_prefix)
+    needed: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        needed.setdefault(id(tensor), []).append(name)  # tied tensors are one
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        tied[0]
+        for tied in needed.values()
+        if not any(names.stored(name) for name in tied)
+        and not any(pattern.search(tied[0]) for pattern in ignored)
+    ]
+    if missing:
+        raise CheckpointError(f"{checkpoint.label}: {_listed(missing)} missing", _INCOMPLETE)
+    for name, tensor in state.items():
+        found = names.stored(name)
+        if found:
+            _check(checkpoint, found, tuple(tensor.shape))
+    taken = {names.stored(name) for name in state}
+    for layer in range(checkpoint.geometry.num_layers):
+        stray = sorted(checkpoint.attention_shapes(layer).keys() - taken)
+        if stray:
+            raise CheckpointError(
+                f"{checkpoint.label} holds {stray[0]}, for which its config has no place",
+                "the config belongs to another checkpoint",
+            )
+
+
+class _Names:
+    """What a checkpoint calls a model's tensors: old ones lack the base model's name."""
+
+    def __init__(self, checkpoint: Checkpoint, base: str) -> None:
+        self._names, self._prefix = checkpoint.names, f"{base}."
+        self._has_base = any(name.startswith(self._prefix) for name in self._names)
+
+    def stored(self, name: str) -> str | None:
+        own = name if self._has_base else name.removeprefix(self._prefix)
+        return own if own in self._names else None
+
+
+def _skeleton(checkpoint: Checkpoint) -> Any:
+    """The model of a config without memory for its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = {k: v for k, v in checkpoint.config.items() if k not in _NOT_ARCHITECTURE}
+    what = f"transformers cannot build a model of the config of {checkpoint.label}"
+    with _in_words(what, "is this the config of a language model? download it again"):
+        config = AutoConfig.for_model(**arguments)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    found, dtype = checkpoint.store.shape(name), checkpoint.store.dtype(name)
+    if found != shape:
+        raise CheckpointError(
+            f"config.json implies {name} of shape {list(shape)}, the file has {list(found)}",
+            "the config belongs to another checkpoint",
+        )
+    if dtype not in FLOATING:
+        raise UnsupportedError(
+            f"{name} is stored as {dtype}; expected {', '.join(FLOATING)}",
+            "take the original checkpoint, or dequantize this one in transformers first",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """So many names as a line can hold, with the verb."""
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more + (" are" if len(names) > 1 else " is")
+
+
+def _hint(folder: Path) -> str:
+    wants_code = "auto_map" in read_config(folder)
+    known = "give a causal language model of an architecture that transformers knows"
+    return f"{_NO_CODE}{known}" if wants_code else known
+
+
+@contextmanager
+def _in_words(what: str, hint: str) -> Iterator[None]:
+    """Whatever transformers raises about a checkpoint's files, as one error."""
+    try:
+        yield
+    except (KVFoldError, MemoryError):
+        raise
+    except BaseException as error:
+        # Rust's panics are no Exceptions; interruptions are not about files.
+        about_files = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not about_files or "allocate memory" in str(error) or "out of memory" in str(error):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            first, hint = "it needs code of its own", f"{_NO_CODE}use one that needs none"
+        raise InputError(f"{what} ({first[:160]})", hint) from error
