@@ -110,7 +110,7 @@ def _no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.report.demo.train_demo_model", _enough)
     monkeypatch.setattr("kvfold.healing.run._Run.local", _enough)
     monkeypatch.setattr("kvfold.bench.attention.measure", _enough)
-    monkeypatch.setattr("kvfold.bench.model.measure", _enough)
+    monkeypatch.setattr("kvfold.bench.model._prefill", _enough)
     monkeypatch.setattr("kvfold.bench.here._ROUNDS", 1)
     monkeypatch.setattr("kvfold.bench.here._BYTES", 1 << 20)
     monkeypatch.setattr("kvfold.bench.here._SIZE", 64)

@@ -64,13 +64,15 @@ def tensorboard(folder: Path) -> Watch:
             "--tensorboard needs the tensorboard library, which is not installed",
             "pip install 'kvfold[heal]', or read the metrics.jsonl that is always written",
         ) from error
-    writer = SummaryWriter(str(folder))
+    writers: list[Any] = []  # made with the first step: a run that is refused leaves no file
 
     def write(row: Row) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder)))
         for name, value in row.items():
             if isinstance(value, float):
-                writer.add_scalar(f"heal/{name}", value, row["tokens"])
-        writer.flush()
+                writers[0].add_scalar(f"heal/{name}", value, row["tokens"])
+        writers[0].flush()
 
     return write
 
