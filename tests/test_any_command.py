@@ -239,3 +239,38 @@ def _resolved(place: Place, line: list[str]) -> list[str]:
 def test_any_input(words: tuple[str, ...], data: Any, kvfold: Kvfold, place: Place) -> None:
     line = data.draw(command_lines(words))
     attempt(kvfold, place, words, line)
+
+
+def _refused(run: Run, *words: str) -> None:
+    check(run, 0, words)
+    assert run.code == 2, run.out
+    for word in words:
+        assert word in run.err, run.err
+
+
+def test_options_that_would_be_ignored_are_refused(kvfold: Kvfold, place: Place) -> None:
+    model, text = place.path("MODEL"), place.path("TEXT")
+    _refused(kvfold("eval", model, "--needle", 64, "--max-kl", 0.1), "--max-kl", "--text")
+    _refused(kvfold("eval", model, "--text", text, "--limit", 3), "--limit", "--tasks")
+    _refused(kvfold("look", model, "w3", "--png", ".", "--layer", 0, "--layer", 1), "--png")
+    _refused(kvfold("heal", model, "out", "--teacher", model, "--text", text, "--stages", ","),
+             "--stages", "empty")  # fmt: skip
+
+
+def test_repeated_options_are_one(kvfold: Kvfold, place: Place) -> None:
+    png = place.path("one.png")
+    run = kvfold("look", place.path("MODEL"), "w3 w4", "--layer=1", "--layer=1", "--png", png)
+    assert (run.code, len(run.out.splitlines())) == (0, 1), run.err
+
+
+def test_numbers_correct_this_machine_too(kvfold: Kvfold, place: Place) -> None:
+    run = kvfold("plan", place.path("MODEL"), "--gpu", "here", "--memory", 7, "--json")
+    found: Any = run.json()
+    assert found["hardware"]["memory"] == 7e9
+
+
+def test_demo_trains_nothing_for_a_folder_that_cannot_be(kvfold: Kvfold, place: Place) -> None:
+    for out in ("TEXT", "TEXT/x", "n" * 300, "DEVICE", "FIFO"):
+        if out != "DEVICE" or (place.root / out).exists():
+            run = kvfold("demo", "--out", place.path(out))
+            assert (run.code, "enough" in run.err) == (2, False), run.err

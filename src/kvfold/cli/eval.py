@@ -8,6 +8,7 @@ import click
 from kvfold import numbers
 from kvfold.cli.options import Location, Number, Source
 from kvfold.cli.output import emit
+from kvfold.errors import InputError
 from kvfold.numbers import Wholes, parts
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ def command(
     from kvfold.quality.tasks import harness
     from kvfold.quality.text import read_texts
 
+    if not texts and (max_kl is not None or max_ppl_ratio is not None):
+        raise InputError("--max-kl and --max-ppl-ratio are measured on text", "name it with --text")
+    if limit is not None and tasks is None:
+        raise InputError("--limit is of --tasks", "leave it out, or name some tasks")
     sources = (source, *outs)
     lengths = needle or ()
     names = parts(tasks, "--tasks") if tasks is not None else ()

@@ -11,6 +11,7 @@ from kvfold import numbers
 from kvfold.cli.options import Location, NewFolder, Number, Source
 from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
+from kvfold.numbers import parts
 
 if TYPE_CHECKING:
     from kvfold.checkpoint.workspace import Workspace
@@ -170,7 +171,7 @@ def command(
         folded,
         teacher,
         texts,
-        stages=None if stages is None else [s for s in stages.split(",") if s],
+        stages=None if stages is None else parts(stages, "--stages"),
         eval_texts=eval_texts or None,
         **options,
     )

@@ -51,6 +51,9 @@ def command(
     """
     if html is None and png is None:
         png = Path("attention.png")
+    if png is not None and png.name in ("", ".."):
+        raise InputError(f"--png {png} is a folder", "name a file, for instance attention.png")
+    layers = tuple(dict.fromkeys(layers))
     written = _paths(png, layers) + ([html] if html else [])
     if len(set(written)) < len(written):
         raise InputError("--png and --html name the same file", "give each its own name")

@@ -94,12 +94,13 @@ def _prober(source: str, model: "Model") -> "Callable[[int, Load], float]":
 def _machine(
     gpu: str | None, memory: float | None, bandwidth: float | None, flops: float | None
 ) -> "Hardware":
-    from kvfold.plan.hardware import hardware_of
+    from kvfold.plan.hardware import corrected, hardware_of
 
     if gpu == "here":
         from kvfold.bench.here import measure_here
 
-        return measure_here()
+        here = measure_here()
+        return corrected(here, memory=memory, bandwidth=bandwidth, flops=flops)
     return hardware_of(gpu, memory=memory, bandwidth=bandwidth, flops=flops)
 
 

@@ -96,6 +96,17 @@ def hardware_of(
             )
         return _of("custom", memory, bandwidth, flops, "given")
     known = TABLE[choice(name.lower() if isinstance(name, str) else name, "--gpu", TABLE)]
+    return corrected(known, memory=memory, bandwidth=bandwidth, flops=flops)
+
+
+def corrected(
+    known: Hardware,
+    *,
+    memory: float | None = None,
+    bandwidth: float | None = None,
+    flops: float | None = None,
+) -> Hardware:
+    """A machine with some of its numbers replaced; see :func:`hardware_of`."""
     return Hardware(
         known.name,
         known.memory if memory is None else memory * GB,

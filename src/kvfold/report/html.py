@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arguments import flag, location, several
 from kvfold.documents import open_regular
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_text
@@ -39,8 +40,11 @@ def write_report(runs: Sequence[str | Path], out: Path, *, force: bool = False) 
 
     >>> write_report(["healed", "bench.jsonl"], Path("report.html"))  # doctest: +SKIP
     """
-    check_file(out, force=force)
-    folders = [Path(run).expanduser() for run in runs]
+    out = location(out, "--out")
+    check_file(out, force=flag(force, "force"))
+    folders = several(runs, "RUN", location)
+    if not folders:
+        raise InputError("no runs to report on", "name one or more folders")
     for path in (path for run in folders for path in _what_is_read(run)):
         if out.exists() and path.exists() and out.samefile(path):
             raise InputError(f"{out} is read for the report", "choose another file to write")

@@ -14,6 +14,8 @@ from torch import nn
 
 from kvfold.errors import InputError
 from kvfold.fold.stream import IMPLEMENTATION, AttentionCall
+from kvfold.names import shown
+from kvfold.numbers import LAYER, Wholes
 
 ROWS = 256  # queries whose weights are computed together
 BINS = 128  # of a map's side; shorter texts have a bin for each token
@@ -92,6 +94,10 @@ def look(model: Any, ids: torch.Tensor, layers: Sequence[int]) -> dict[int, Seen
     Raises:
         InputError: for layers the model does not have, or attention that cannot be heard.
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise InputError(f"model {shown(model)}: expected a model of transformers", "see --help")
+    layers = Wholes(LAYER).check(layers, "--layer")
+    _check_ids(ids, getattr(model.config, "n_positions", None))  # GPT-2's, learned
     modules = attention_layers(model)
     missing = [layer for layer in layers if layer not in modules]
     if missing:
@@ -100,13 +106,25 @@ def look(model: Any, ids: torch.Tensor, layers: Sequence[int]) -> dict[int, Seen
         )
     heard: dict[int, Seen] = {}
     with _listening({layer: modules[layer] for layer in layers}, heard), _implementation(model):
-        model(ids[None].to(model.device), use_cache=False)
+        call: Any = model
+        call(ids[None].to(call.device), use_cache=False)
     if len(heard) < len(layers):
         raise InputError(
             f"{type(model).__name__} computes attention in a way that cannot be listened to",
             "kvfold look needs models whose attention implementation can be set",
         )
     return heard
+
+
+def _check_ids(ids: Any, positions: int | None) -> None:
+    whole = isinstance(ids, torch.Tensor) and ids.dtype in (torch.int64, torch.int32)
+    if not whole or ids.ndim != 1 or not len(ids):
+        raise InputError("the text makes no tokens [T]", "give a longer text")
+    if positions is not None and len(ids) > positions:
+        raise InputError(
+            f"the text has {len(ids)} tokens; the model has {positions} positions",
+            f"--max-tokens {positions} looks at its beginning",
+        )
 
 
 @contextmanager
