@@ -112,6 +112,7 @@ def test_a_model_that_goes_wrong_has_no_speed(
         (("--rounds", "0"), ("--rounds 0",)),
         (("--threads", "0"), ("--threads 0",)),
         (("--head-dim", "2k"), ("2k", "1,024")),
+        (("--context", "1", "--working-set", "1G"), ("caches", "--working-set")),
         (("--context", "1G"), ("memory", "--working-set")),
         (("--save", "nowhere/rows.jsonl"), ("nowhere",)),
         (("--json", "--markdown"), ("exclude",)),

@@ -18,6 +18,7 @@ from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREA
 CACHE_DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 DEFAULT_WORKING_SET = 1 << 30  # bytes: several times any last-level cache
 MOST_CASES = 1000
+MOST_CACHES = 1 << 17  # that one competitor rotates over: each is an object too
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,14 @@ class AttentionRequest:
 
     def _check_memory(self) -> None:
         """Every competitor keeps buffers of its own, so that none warms another's."""
+        smallest = min(case.kv_bytes for case in self.cases()) // 4  # in 4 bits
+        caches = self.working_set // max(1, smallest)
+        if caches > MOST_CACHES:
+            raise InputError(
+                f"--working-set {self.working_set} would be {caches:,} caches; expected at most "
+                f"{MOST_CACHES:,}",
+                "a longer --context, or a smaller --working-set",
+            )
         largest = max(case.kv_bytes for case in self.cases())
         # One set for PyTorch's peers and one per cache dtype, and float32 rows for the gate.
         sets = max(self.working_set, largest) * (1 + len(self.dtypes)) + 2 * largest
