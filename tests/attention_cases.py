@@ -147,7 +147,7 @@ def naive(
             lengths = seen.get("lengths")
             end = keys if lengths is None else int(lengths[b])
             position = end - tokens + torch.arange(tokens)[:, None]
-            distance = (position - torch.arange(keys)).to(dtype)
+            distance = (position - torch.arange(keys)).abs().to(dtype)
             scores[b] -= alibi_slopes.detach().to(dtype)[:, None, None] * distance
         scores[b].masked_fill_(hidden_keys(b, tokens, keys, **seen), -torch.inf)
     if mask is not None and mask.dtype == torch.bool:
@@ -229,29 +229,30 @@ def one_byte_weights(cache: KVCache, v: torch.Tensor) -> float:
 def allowed_error(
     cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> float:
-    """A bound on what the kernels' own rounding does to the output, for float32 queries.
+    """A bound on what the kernels' own rounding does to the output, before its dtype rounds it.
 
     Scores: where keys are integers, a query is one of 16 bits, off by at most half a unit, max|q|
-    / 32512, in each dimension; a bfloat16 instruction has queries rounded by 2^-9; everything has
-    sums of D float32 products. As max|q| <= |q| and sum |k| <= sqrt(D) |k|, whether rotated or not,
-    scores are off by at most d. Weights then are off by exp(2 d) - 1 of the largest value in all.
-    Weights become integers of 1/65280 of a tile's largest: 64 of them are off by at most half of
-    that each, times a value; bfloat16 instructions round them by 2^-9. INT4 values have weights of
-    one byte where none is above 16 times the mean: off by at most 16 / 510 of the mean each. Four
-    more 2^-20 are for exp, sums and scales in float32.
+    / 32512, in each dimension; everything has sums of D float32 products. As max|q| <= |q| and
+    sum |k| <= sqrt(D) |k|, whether rotated or not, scores are off by at most d. Weights then are
+    off by exp(2 d) - 1 of the largest value in all. Weights become integers of 1/65280 of a tile's
+    largest: 64 of them are off by at most half of that each, times a value; bfloat16 instructions,
+    which queries of bfloat16 get over keys and values of bfloat16, round them by 2^-9. INT4 values
+    have weights of one byte where none is above 16 times the mean: off by at most 16 / 510 of the
+    mean each. Four more 2^-20 are for exp, sums and scales in float32.
     """
     names = [fmt.name for fmt in cache.formats]
     if len(stores(cache)) > 1:
         names += ["bf16"]
     best = kernels().isa.startswith("avx512_")
     integers = best and any(name.startswith("int") for name in names)
-    brains = best and "bf16" in names
+    own = q.dtype is torch.bfloat16
+    brains = own and kernels().isa == "avx512_bf16" and "bf16" in names
     dim = 32 * -(-cache.head_dim // 32)
     if 0 in (q.numel(), k.numel()):
         return 0.0
     size = abs(cache.head_dim**-0.5 if scale is None else scale)
     size *= float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
-    unit = dim * 2**-24 + (dim**0.5 / 65024 if integers else 0) + (2**-9 if brains else 0)
+    unit = dim * 2**-24 + (dim**0.5 / 65024 if integers else 0)
     shift = math.expm1(2 * unit * size)
     weights = (64 / 130560 if integers else 0) + (2**-9 if brains else 0) + 4 * 2**-20
     if best and cache.formats[1].name == "int4":

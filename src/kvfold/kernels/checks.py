@@ -48,6 +48,7 @@ def check_options(
         raise InputError(f"sink_logits has shape {list(sink_logits.shape)}, expected [{heads}]")
     if mask is not None:
         _check_mask(mask, shape)
+        mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
     left, right = reach(causal, window)
     return Options(
         left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes, sink_logits

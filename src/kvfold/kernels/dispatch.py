@@ -13,7 +13,7 @@ from kvfold.kernels.flex import flex
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
 from kvfold.kernels.sink import LEAST_SCALE, with_sink
-from kvfold.ops.mask import alibi, visible
+from kvfold.ops.mask import alibi, split_hidden, used_keys, visible, without_unseen
 from kvfold.ops.options import Options, Window, constant
 from kvfold.ops.reference import attend
 
@@ -85,10 +85,13 @@ def attention(
             others are padding (on the left, on the right). The last query stands at position
             ``lengths[b] - 1``. For a right-padded prefill leave ``lengths`` out: causal queries
             never see padding after them.
-        mask: boolean (True: may be seen) or additive, broadcastable to ``[B, Hq, T, S]``.
+        mask: boolean (True: may be seen) or additive (-inf: hidden), broadcastable to
+            ``[B, Hq, T, S]``; ``[S]`` is one for all queries. Keys and values that the options hide
+            from every query may hold anything, NaN too.
         scale: of the scores, ``D ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``, before masks and bias.
-        alibi_slopes: ``[Hq]``; a score loses ``slope`` times the distance (arXiv 2108.12409).
+        alibi_slopes: ``[Hq]``; a score loses ``slope`` times the distance ``|position - j|``, of
+            later keys too where they are seen (arXiv 2108.12409).
         dropout: probability of dropping a weight, for training.
         sink_logits: ``[Hq]``, a logit per head that joins the softmax's denominator as a key
             whose value is zero would; it is not scaled, capped or hidden (gpt-oss).
@@ -218,6 +221,14 @@ def _suits_flex(call: _Call) -> bool:
     return call.q.is_cuda and bent and free and call.q.dtype is not torch.float64
 
 
+def _needs_wide_bias(call: _Call) -> bool:
+    """Whether a bias has digits that q's dtype lacks; on CPUs PyTorch's kernels keep them."""
+    q, mask = call.q, call.options.mask
+    wide = mask is not None and mask.is_floating_point() and mask.dtype != q.dtype
+    halves = q.dtype in (torch.float16, torch.bfloat16)
+    return halves and (wide or call.options.alibi_slopes is not None)
+
+
 def _choose(call: _Call) -> Path:
     q, k, o = call.q, call.k, call.options
     tensors = (q, k, call.v, o.mask, o.alibi_slopes, o.sink_logits)
@@ -238,6 +249,8 @@ def _choose(call: _Call) -> Path:
             return Path("matmul", "few queries, of a dtype or head size without a kernel")
     if _suits_flex(call):
         return Path("flex", "a window, softcap or bias on a GPU: FlexAttention skips and fuses")
+    if q.is_cuda and _needs_wide_bias(call):
+        return Path("matmul", "a bias of more digits than q has, which PyTorch's kernels round off")
     if not plain:
         return Path("matmul", "PyTorch's kernels have no softcap and return no log-sum-exp")
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
@@ -260,31 +273,42 @@ def _seen(call: _Call) -> torch.Tensor | None:
 
 
 def _bias(call: _Call) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Visibility (boolean) and additive bias, from all options."""
+    """Visibility (boolean) and additive bias, from all options.
+
+    The bias is float32 at least, as the kernels have it: in bfloat16 a score is off by 2^-9 of it.
+    """
     seen, bias, o = _seen(call), None, call.options
     if o.mask is not None:
         if o.mask.dtype == torch.bool:
             seen = o.mask if seen is None else seen & o.mask
         else:
-            bias = o.mask
+            bias = o.mask.to(torch.promote_types(call.q.dtype, torch.float32))
     if o.alibi_slopes is not None:
-        tokens, keys = call.q.shape[2], call.k.shape[2]
-        distance = alibi(o.alibi_slopes, tokens, keys)
-        if o.lengths is not None:  # queries stand further left
-            shift = (keys - o.lengths).view(-1, 1, 1, 1)
-            distance = distance + o.alibi_slopes.view(1, -1, 1, 1) * shift
-        bias = distance if bias is None else bias + distance
-    return seen, bias
+        distance = alibi(o.alibi_slopes, call.q.shape[2], call.k.shape[2], o.lengths)
+        bias = distance.to(torch.promote_types(call.q.dtype, torch.float32)) + (
+            0.0 if bias is None else bias
+        )
+    return split_hidden(seen, bias)
+
+
+def _seen_rows(call: _Call, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, with zeros where the options hide them from every query."""
+    o = call.options
+    all_used = o.left is None and o.start is None and o.lengths is None and o.mask is None
+    if seen is None or all_used:
+        return call.k, call.v
+    return without_unseen(call.k, seen), without_unseen(call.v, seen)
 
 
 def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     seen, bias = _bias(call)
+    k, v = _seen_rows(call, seen)
     found = attend(
         call.q,
-        call.k,
-        call.v,
+        k,
+        v,
         seen=seen,
-        bias=None if bias is None else bias.to(call.q.dtype),
+        bias=bias,
         scale=call.options.scale,
         softcap=call.options.softcap,
         sink_logits=call.options.sink_logits,
@@ -295,19 +319,18 @@ def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
 
 def _sdpa(call: _Call) -> torch.Tensor:
     """PyTorch's kernels; a query that sees nothing gets zeros here too."""
-    q, k, v, o = call.q, call.k, call.v, call.options
-    square = o.causal and q.shape[2] == k.shape[2] and o.left is None
-    if square and o.start is None and o.lengths is None:
-        seen, bias, is_causal = None, None, True
-        if o.mask is not None or o.alibi_slopes is not None:
-            seen, bias = _bias(call)
-            is_causal = False
-    else:
-        seen, bias = _bias(call)
-        is_causal = False
-    if bias is not None and seen is not None:
-        bias = bias.masked_fill(~seen, -torch.inf)
-    mask = seen if bias is None else bias.to(q.dtype)
+    q, o = call.q, call.options
+    square = o.causal and q.shape[2] == call.k.shape[2] and o.left is None
+    is_causal = square and all(x is None for x in (o.start, o.lengths, o.mask, o.alibi_slopes))
+    seen, bias = (None, None) if is_causal else _bias(call)
+    k, v = _seen_rows(call, seen)
+    mask, nothing = bias, None
+    if seen is not None:
+        # A softmax over nothing is NaN, and so are its gradients: such queries see everything, and
+        # what they get is thrown away.
+        nothing = ~seen.any(-1, keepdim=True)
+        shown = seen | nothing
+        mask = shown if bias is None else bias.masked_fill(~shown, -torch.inf)
     scale = constant(q.shape[3] ** -0.5) if o.scale is None else o.scale
     v_head_dim = v.shape[3]
     if o.sink_logits is not None:
@@ -329,13 +352,15 @@ def _sdpa(call: _Call) -> torch.Tensor:
     out = out[..., :v_head_dim]
     if is_causal and o.sink_logits is not None:
         out = out[:, :, 1:]
-    if seen is not None:
-        out = torch.where(seen.any(-1, keepdim=True), out, 0.0)
-    return out
+    return out if nothing is None else out.masked_fill(nothing, 0.0)
 
 
 def _flex(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    found = flex(call.q, call.k, call.v, call.options)
+    o, (k, v) = call.options, (call.k, call.v)
+    if o.left is not None or o.start is not None or o.lengths is not None:
+        used = used_keys(call.q.shape[2], k.shape[2], o, k.device)
+        k, v = without_unseen(k, used), without_unseen(v, used)
+    found = flex(call.q, k, v, o)
     return found if call.return_lse else found[0]
 
 

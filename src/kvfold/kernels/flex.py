@@ -26,6 +26,8 @@ def flex(
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     start, lengths, slopes = options.start, options.lengths, options.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
     left, right, softcap = options.left, options.right, options.softcap
     batch, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     first = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
@@ -44,7 +46,7 @@ def flex(
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         if slopes is not None:
-            score = score - slopes[h] * (end[b] - tokens + i - j)
+            score = score - slopes[h] * (end[b] - tokens + i - j).abs()
         return score
 
     padded = start is not None or lengths is not None

@@ -37,8 +37,58 @@ def visible(
     return seen[:, None].expand(-1, -1, tokens, -1)
 
 
-def alibi(slopes: torch.Tensor, tokens: int, keys: int) -> torch.Tensor:
-    """ALiBi's bias (arXiv 2108.12409), ``[1, Hq, tokens, keys]``: -slope * distance."""
-    position = keys - tokens + torch.arange(tokens, device=slopes.device)
-    distance = position[:, None] - torch.arange(keys, device=slopes.device)
+def alibi(
+    slopes: torch.Tensor, tokens: int, keys: int, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """ALiBi's bias (arXiv 2108.12409), ``[B or 1, Hq, tokens, keys]``: -slope * distance.
+
+    The distance has no sign: later keys lose as earlier ones do. Float32, or float64 as slopes.
+
+    >>> alibi(torch.tensor([0.5]), 2, 3)[0, 0].tolist()
+    [[-0.5, -0.0, -0.5], [-1.0, -0.5, -0.0]]
+    """
+    slopes = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
+    end = keys if lengths is None else lengths.view(-1, 1, 1, 1)
+    t = torch.arange(tokens, dtype=torch.long, device=slopes.device)
+    j = torch.arange(keys, dtype=torch.long, device=slopes.device)
+    distance = (end - tokens + t[:, None] - j).abs()
     return -slopes.view(1, -1, 1, 1) * distance
+
+
+def split_hidden(
+    seen: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Visibility and bias so that a bias of -inf is a key that is not seen, and all are finite."""
+    if bias is None:
+        return seen, bias
+    hidden = bias == -torch.inf
+    return ~hidden if seen is None else seen & ~hidden, bias.masked_fill(hidden, 0.0)
+
+
+def without_unseen(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Keys or values ``[B, Hkv, S, D]`` with zeros where no query sees them.
+
+    What lies there may be anything, and a weight of zero times NaN would be NaN.
+
+    Args:
+        seen: broadcastable to ``[B, Hq, T, S]``.
+    """
+    shape = (1,) * (4 - seen.dim()) + tuple(seen.shape)
+    used = seen.view(shape).any(2)
+    if used.shape[1] > 1:  # by query head
+        used = used.unflatten(1, (x.shape[1], -1)).any(2)
+    return x.masked_fill(~used[..., None], 0.0)
+
+
+def used_keys(tokens: int, keys: int, options: Options, device: torch.device) -> torch.Tensor:
+    """``visible(...).any(-2, keepdim=True)`` in closed form, ``[B or 1, 1, 1, keys]``."""
+    lengths, start = options.lengths, options.start
+    j = torch.arange(keys, dtype=torch.long, device=device)
+    end = torch.full_like(j[:1], keys) if lengths is None else lengths.long()
+    first = torch.zeros_like(end) if start is None else start.long()
+    end, first = end.view(-1, 1), first.view(-1, 1)
+    used = (j >= first) & (j < end)
+    if options.left is not None:
+        earliest = end - tokens - options.left
+        used = used & ((j >= earliest) | (j < first + options.sinks))
+    return used[:, None, None]

@@ -24,11 +24,7 @@ static constexpr ValueKernel generic_values() { return {add_generic<Step>}; }
 static const KeyKernel KEYS[KVF_FORMATS] = {
     generic_keys<StepF32>(),
     generic_keys<StepF16>(),
-#if defined(__AVX512BF16__)
-    {prepare_bf16, score_bf16},
-#else
     generic_keys<StepBF16>(),
-#endif
     generic_keys<StepFP8>(),
 #if defined(__AVX512VNNI__)
     {prepare_int8, score_int8},
@@ -41,11 +37,7 @@ static const KeyKernel KEYS[KVF_FORMATS] = {
 static const ValueKernel VALUES[KVF_FORMATS] = {
     generic_values<StepF32>(),
     generic_values<StepF16>(),
-#if defined(__AVX512BF16__)
-    {add_bf16},
-#else
     generic_values<StepBF16>(),
-#endif
     generic_values<StepFP8>(),
 #if defined(__AVX512VNNI__)
     {add_int8},
@@ -55,6 +47,25 @@ static const ValueKernel VALUES[KVF_FORMATS] = {
     generic_values<StepINT4>(),
 #endif
 };
+
+// Queries that are bfloat16 themselves may have its instruction, which rounds queries and weights to
+// it; all others ask for more digits, and get floats.
+static const KeyKernel& keys_of(int format, int query_format) {
+#if defined(__AVX512BF16__)
+  static const KeyKernel pairs = {prepare_bf16, score_bf16};
+  if (format == KVF_BF16 && query_format == KVF_BF16) return pairs;
+#endif
+  (void)query_format;
+  return KEYS[format];
+}
+static const ValueKernel& values_of(int format, int query_format) {
+#if defined(__AVX512BF16__)
+  static const ValueKernel pairs = {add_bf16};
+  if (format == KVF_BF16 && query_format == KVF_BF16) return pairs;
+#endif
+  (void)query_format;
+  return VALUES[format];
+}
 
 constexpr float LOG2E = 1.44269504f;  // logits are kept in base 2
 
@@ -86,7 +97,8 @@ static int visible(const KvfAttend& call, const KvfPart& part, int b, Range out[
   int count = 0;
   if (call.left >= 0) {
     const int64_t first = (int64_t)length - call.tokens - call.left;
-    const int sinks_end = start + call.sinks < high ? start + call.sinks : high;
+    const int64_t sinks = (int64_t)start + call.sinks;
+    const int sinks_end = sinks < high ? (int)sinks : high;
     if (first > sinks_end) {
       if (low < sinks_end) out[count++] = {low, sinks_end};
       if (first > low) low = (int)(first < high ? first : high);
@@ -170,7 +182,7 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
   q.low = a.low.data();
   q.unit = a.unit.data();
   q.sums = a.sums.data();
-  if (!ready) KEYS[keys.format].prepare(q);
+  if (!ready) keys_of(keys.format, call.q.format).prepare(q);
   a.sequence = unit.b;
   a.head = unit.head;
   a.part = unit.part;
@@ -189,17 +201,18 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
     if (call.softcap > 0)
       for (int j = 0; j < count; ++j) x[j] = call.softcap * LOG2E * std::tanh(x[j] / call.softcap);
     if (call.slopes)
-      for (int j = 0; j < count; ++j) x[j] -= call.slopes[head] * LOG2E * (float)(position - (first + j));
+      for (int j = 0; j < count; ++j) x[j] -= call.slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
     if (call.mask) {
       const float* mask = call.mask + unit.b * call.mask_batch_stride + head * call.mask_head_stride +
                           t * call.mask_token_stride + first;
-      for (int j = 0; j < count; ++j)
-        if (first + j >= unit.low && first + j < unit.high) x[j] += mask[j] * LOG2E;
+      for (int j = 0; j < count; ++j)  // a hidden key's score may be NaN
+        if (first + j >= unit.low && first + j < unit.high)
+          x[j] = mask[j] == -INFINITY ? -INFINITY : x[j] + mask[j] * LOG2E;
     }
     int64_t low = unit.low, high = unit.high, sinks_end = 0;
     if (call.right >= 0 && position + call.right + 1 < high) high = position + call.right + 1;
     if (call.left >= 0) {
-      sinks_end = start + call.sinks;
+      sinks_end = (int64_t)start + call.sinks;
       if (position - call.left > low) low = position - call.left;
     }
     if (first >= low && first + count <= high) continue;
@@ -209,6 +222,19 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
       if (at >= high || (at < low && !sink)) x[j] = -INFINITY;
     }
   }
+}
+
+// Which of a tile's tokens no row sees, bit by bit: their values may be anything, as 0 times NaN is
+// NaN. Without a mask there are none within the unit.
+static uint64_t unseen(const Plan& plan, int count, const float* s) {
+  uint64_t found = 0;
+  if (!plan.call->mask) return found;
+  for (int j = 0; j < count; ++j) {
+    bool hidden = true;
+    for (int row = 0; row < plan.rows && hidden; ++row) hidden = s[row * TILE + j] == -INFINITY;
+    found |= (uint64_t)hidden << j;
+  }
+  return found;
 }
 
 // Scores to weights 2^(s - max), row by row; what was summed so far must decay.
@@ -293,13 +319,14 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
     Tile keys{}, values{};
     const int left = (unit.high - first + BLOCK - 1) / BLOCK;
     keys.blocks = values.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
-    gather(part, true, unit, first, a.spare, keys);
-    KEYS[part.k.format].score(q, keys, a.s.data());
+    gather(part, true, unit, first, 0, a.spare, keys);
+    keys_of(part.k.format, call.q.format).score(q, keys, a.s.data());
     const int count = keys.blocks * BLOCK;
     finish_scores(plan, unit, first, count, a.s.data());
+    const uint64_t without = unseen(plan, count, a.s.data());
     soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
-    gather(part, false, unit, first, a.spare, values);
-    VALUES[part.v.format].add(rows, a.s.data(), a.decay.data(), values, a.o.data());
+    gather(part, false, unit, first, without, a.spare, values);
+    values_of(part.v.format, call.q.format).add(rows, a.s.data(), a.decay.data(), values, a.o.data());
   }
   HeadWork& work = plan.heads[(size_t)unit.b * call.num_kv_heads + unit.head];
   if (work.units == 1) {

@@ -1,6 +1,6 @@
 // bfloat16 with AVX512-BF16: a register holds two dimensions of 16 keys, or 16 dimensions of two
 // values, and one instruction multiplies and adds both. Weights are rounded to bfloat16, as
-// FlashAttention does; sums are floats.
+// FlashAttention does; sums are floats. For queries of bfloat16 only (see attend.h).
 #pragma once
 #include "generic.h"
 

@@ -24,22 +24,23 @@ static void clear_block(const KvfSide& side, bool key, uint8_t* to, uint16_t* sc
   memset(scales, 0, 2 * scale_groups(side.format, side.dim) * BLOCK);
 }
 
-// Copy a packed block of values without the tokens outside the unit.
-static void copy_inside(const KvfSide& side, const Unit& unit, int position, const Tile& tile, int i,
-                        uint8_t* to, uint16_t* scales) {
+// Copy a packed block of values without the tokens outside the unit, or that nobody sees.
+static void copy_inside(const KvfSide& side, const Unit& unit, int position, uint32_t without,
+                        const Tile& tile, int i, uint8_t* to, uint16_t* scales) {
   const int groups = scale_groups(side.format, side.dim);
   memcpy(to, tile.block[i], value_block_bytes(side.format, side.dim));
   if (groups) memcpy(scales, tile.scales[i], 2 * groups * BLOCK);
   for (int slot = 0; slot < BLOCK; ++slot) {
-    if (position + slot >= unit.low && position + slot < unit.high) continue;
+    const bool inside = position + slot >= unit.low && position + slot < unit.high;
+    if (inside && !(without >> slot & 1)) continue;
     clear_value(side.format, side.dim, to, slot);
     for (int g = 0; g < groups; ++g) scales[g * BLOCK + slot] = 0;
   }
 }
 
 // Pack the rows of the unit that fall into a block.
-static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int position, uint8_t* to,
-                         uint16_t* scales) {
+static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int position,
+                         uint32_t without, uint8_t* to, uint16_t* scales) {
   const KvfSide& side = key ? part.k : part.v;
   const int groups = scale_groups(side.format, side.dim);
   const int32_t* table = part.table + unit.b * part.table_stride;
@@ -48,7 +49,7 @@ static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int po
   clear_block(side, key, to, scales);
   for (int slot = 0; slot < BLOCK; ++slot) {
     const int at = position + slot;
-    const bool inside = at >= unit.low && at < unit.high;
+    const bool inside = at >= unit.low && at < unit.high && !(without >> slot & 1);
     const int32_t page = inside ? table[at / part.page_size] : -1;
     rows[slot] = nullptr;
     if (page < 0) continue;
@@ -94,8 +95,9 @@ static void set_next(const KvfSide& side, const Unit& unit, int64_t bytes, int g
 
 // One side's blocks of a tile. Whole packed blocks are used where they lie; others (at the ends,
 // unpacked, or missing) are put together in scratch, with zeros for tokens outside the unit, whose
-// memory may hold anything.
-static void gather(const KvfPart& part, bool key, const Unit& unit, int first, Spare& spare, Tile& tile) {
+// memory may hold anything, and for those of `unseen`, bits of the tile's tokens.
+static void gather(const KvfPart& part, bool key, const Unit& unit, int first, uint64_t unseen,
+                   Spare& spare, Tile& tile) {
   const KvfSide& side = key ? part.k : part.v;
   const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
   const int groups = scale_groups(side.format, side.dim);
@@ -104,7 +106,8 @@ static void gather(const KvfPart& part, bool key, const Unit& unit, int first, S
   Walk at(part, unit, first);
   for (int i = 0; i < tile.blocks; ++i, at.step()) {
     const int position = first + i * BLOCK;
-    const bool whole = position >= unit.low && position + BLOCK <= unit.high;
+    const uint32_t without = unseen >> (i * BLOCK) & 0xffff;
+    const bool whole = position >= unit.low && position + BLOCK <= unit.high && !without;
     const bool here = side.packed && *at.page >= 0;
     if (here) {
       tile.block[i] = page_of(side, *at.page, unit.head) + at.block * bytes;
@@ -113,8 +116,8 @@ static void gather(const KvfPart& part, bool key, const Unit& unit, int first, S
     }
     uint8_t* to = spare.blocks.data() + (key ? 0 : half) + i * bytes;
     uint16_t* scales = spare.scales.data() + (key ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
-    if (here) copy_inside(side, unit, position, tile, i, to, scales);
-    else if (!side.packed) collect_rows(part, key, unit, position, to, scales);
+    if (here) copy_inside(side, unit, position, without, tile, i, to, scales);
+    else if (!side.packed) collect_rows(part, key, unit, position, without, to, scales);
     else clear_block(side, key, to, scales);
     tile.block[i] = to;
     tile.scales[i] = scales;

@@ -163,7 +163,7 @@ def attend_kernel(
             scores = tl.where(scores < 0, -bent, bent)
         if HAS_SLOPES:
             slope = tl.load(SLOPES + head, mask=real, other=0.0)
-            scores -= slope[:, None] * (position[:, None] - j[None, :]).to(tl.float32)
+            scores -= slope[:, None] * tl.abs(position[:, None] - j[None, :]).to(tl.float32)
         seen = inside[None, :] & real[:, None]
         if HAS_RIGHT:
             seen = seen & (j[None, :] <= position[:, None] + right)
@@ -176,7 +176,9 @@ def attend_kernel(
             if MASK_KIND == 1:
                 seen = seen & (given != 0)
             else:
+                seen = seen & (given != float("-inf"))
                 scores += given
+            inside = inside & (tl.max(seen.to(tl.int32), 0) > 0)  # 0 times NaN would be NaN
         scores = tl.where(seen, scores * _LOG2E, float("-inf"))
 
         new = tl.maximum(top, tl.max(scores, 1))
