@@ -29,6 +29,11 @@ class _Hidden:
     lengths: torch.Tensor | None
     mask: torch.Tensor | None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``attention`` is given. (Dynamo before PyTorch 2.12 cannot trace ``vars``.)"""
+        return {"start": self.start, "lengths": self.lengths, "mask": self.mask}
+
 
 class GroupedQueryAttention(nn.Module):
     """Multi-head attention whose query heads share key/value heads (GQA, arXiv 2305.13245).
@@ -210,7 +215,7 @@ class GroupedQueryAttention(nn.Module):
             # Causal queries never see the padding on their right, and stand where they are.
             hidden = replace(hidden, lengths=None) if self.causal else hidden
             dropout = self.dropout if self.training and cache is None else 0.0
-            out = attention(q, k, v, **vars(hidden), **always, dropout=dropout)
+            out = attention(q, k, v, **hidden.options, **always, dropout=dropout)
             weights = self._weights(q, k, v, hidden) if need_weights else None
             if cache is not None:
                 _append(cache, k, v, lengths)
@@ -337,7 +342,7 @@ def _check_call(layer: GroupedQueryAttention, x: torch.Tensor, keys: int, hidden
         like.expand(x.shape[0], g.num_kv_heads, keys, g.v_head_dim),
         **layer._sight,
         **layer._scoring,
-        **vars(hidden),
+        **hidden.options,
         dropout=layer.dropout,
     )
 
