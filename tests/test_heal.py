@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from kvfold import convert, heal
 from kvfold.checkpoint.places import working_folder
+from kvfold.checkpoint.workspace import Workspace
 from kvfold.errors import InputError, RunError
 from kvfold.files import write_json
 from kvfold.healing import saves
@@ -131,15 +133,52 @@ def test_a_resumed_run_equals_one_without_interruption(
     assert len(kept) == 2
     heal(folded, out, source, [text], resume=True, **OPTIONS)
     assert same(out, healed)
+    assert untimed(out) == untimed(healed)
+
+
+@pytest.mark.parametrize("moment", ["after the checkpoint", "after the scores", "by Ctrl-C"])
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_no_step_is_missing_from_the_metrics(
+    moment: str, step: int, healed: Path, source: Path, folded: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Wherever a step's checkpoint, its evaluation and its line are torn apart."""
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    def ended(name: str) -> Callable[..., Any]:
+        honest = getattr(Distillation, name)
+
+        def once(self: Distillation, *arguments: Any) -> Any:
+            result = honest(self, *arguments)
+            if self.step == step:
+                raise Killed
+            return result
+
+        return once
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == step - 1 and moment == "by Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        if moment != "by Ctrl-C":
+            name = "save" if moment == "after the checkpoint" or step == 2 else "evaluate"
+            patch.setattr(Distillation, name, ended(name))
+        with pytest.raises((Killed, KeyboardInterrupt)):
+            heal(folded, out, source, [text], watch=stop, **OPTIONS)
+    heal(folded, out, source, [text], resume=True, **OPTIONS)
+    assert untimed(out) == untimed(healed)
+    assert same(out, healed)
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """The metrics, without what two runs may differ in."""
     timing = {"tokens_per_second", "overhead"}
-    rows, whole = (
-        [
-            {name: value for name, value in row.items() if name not in timing}
-            for row in read_metrics(folder / "healing.jsonl")
-        ]
-        for folder in (out, healed)
-    )
-    assert rows == whole
+    rows = read_metrics(folder / "healing.jsonl")
+    return [{name: row[name] for name in row if name not in timing} for row in rows]
 
 
 def test_micro_batches_add_up(source: Path, folded: Path, text: Path, tmp_path: Path) -> None:
@@ -440,6 +479,27 @@ def test_convert_can_heal_in_one_go(
     refused = kvfold("convert", source, tmp_path / "no", "--kv-heads", 2, "--heal", "1k")
     assert refused.code == 2
     assert "needs text" in refused.err
+
+
+def test_out_appears_with_everything_in_it(
+    kvfold: Kvfold, source: Path, folded: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The curve was drawn into OUT after it had appeared."""
+    names: list[set[str]] = []
+    honest = Workspace.publish
+
+    def publish(self: Workspace, *arguments: Any) -> None:
+        names.append({path.name for path in self.new.iterdir()})
+        honest(self, *arguments)
+
+    monkeypatch.setattr(Workspace, "publish", publish)
+    out = tmp_path / "out"
+    arguments = [folded, out, "--teacher", source, "--text", text, "--stages", "kl"]
+    arguments += ["--tokens", 512, "--batch-tokens", 256, "--context", 64, "--eval-text", text]
+    assert kvfold("heal", *arguments).code == 0
+    assert "healing.png" in names[0]
+    assert {path.name for path in out.iterdir()} == names[0]
 
 
 def test_metrics_go_to_tensorboard_and_the_curve_is_drawn(

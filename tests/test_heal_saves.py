@@ -19,6 +19,7 @@ from kvfold.healing.parallel import world
 STATE: dict[str, Any] = {
     "step": 3,
     "stream": {"sequence": 2, "streams": [{"epoch": 1, "document": 4, "left": [5, 6]}]},
+    "row": {"step": 3, "loss": 1.5},
     "history": [1.5, 1.25],
 }
 

@@ -28,6 +28,7 @@ _HINTS = {
     errno.ENOENT: "name a file in a folder that exists",
     errno.ENOTDIR: "name a file in a folder that exists",
 }
+_FROM_RUST = re.compile(r"\(os error (\d+)\)")
 _TEMPORARY = re.compile(r"\..*\.kvfold-[0-9a-f]{16}", re.DOTALL)  # a file that is being made
 _OWN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -49,6 +50,17 @@ def _words(path: Path, error: OSError) -> tuple[str, str]:
     """What went wrong, and what to do about it."""
     why = "the disk is full" if error.errno in FULL else (error.strerror or str(error)).lower()
     return f"{path} cannot be written: {why}", _HINTS.get(error.errno or 0, "is the disk in order?")
+
+
+def of_full_disk(error: BaseException | None) -> OSError | None:
+    """The system's complaint of a full disk that led to an error, however it was wrapped."""
+    while error is not None:
+        told = _FROM_RUST.search(str(error))  # safetensors and tokenizers
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in FULL:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_file(path: Path, *, force: bool = False) -> None:

@@ -38,8 +38,8 @@ from kvfold.checkpoint.places import (
     is_older,
     working_folder,
 )
-from kvfold.errors import InputError, KVFoldError, RunError
-from kvfold.files import FULL, is_temporary, write_json
+from kvfold.errors import InputError, RunError
+from kvfold.files import is_temporary, of_full_disk, write_json
 
 REQUEST, NEW, OLD = "request.json", "out", "old"
 # What is worth going on from: a layer, a checkpoint, a shard, a dequantized source, an older OUT.
@@ -291,12 +291,8 @@ def opened(out: Path, *, older: str = CONFIG) -> Iterator[Workspace]:
     work = Workspace(place, older)
     try:
         yield work
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise _full_disk(work) from error
-    except KVFoldError as error:
-        if getattr(error, "errno", None) not in FULL:
+    except Exception as error:
+        if of_full_disk(error) is None:
             raise
         raise _full_disk(work) from error
     finally:

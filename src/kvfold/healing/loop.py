@@ -28,7 +28,8 @@ class Distillation:
     Attributes:
         student, teacher: as ``parallel.distribute`` returns them.
         held_out: name -> batch, evaluated every ``request.eval_tokens`` tokens.
-        folder: where checkpoints are kept. step: updates made so far.
+        folder: where checkpoints are kept. step: updates made so far. last: what was measured
+            at the step that was taken up.
     """
 
     request: HealRequest
@@ -42,6 +43,7 @@ class Distillation:
     folder: Path
     watch: Watch
     step: int = 0
+    last: Row = field(default_factory=dict)
     guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class Distillation:
         r = self.request
         if self.step == 0:
             self.report(self.evaluate())
+        elif self.last:  # the run may have been killed before it was reported, or evaluated
+            self.report(self.last | (self.evaluate() if self._is_due() else {}))
         with StopSignal().listening() as stop:
             self.stopwatch.reset()
             while self.step < r.steps:
@@ -73,13 +77,18 @@ class Distillation:
                 progress("healing", self.step * r.sequences * r.context, r.tokens)
                 if row["stop"] or done or self.step % r.every(r.save_tokens) == 0:
                     with self.stopwatch.apart():
-                        self.save()
-                if not row["stop"] and (done or self.step % r.every(r.eval_tokens) == 0):
+                        self.save(row)
+                if not row["stop"] and self._is_due():
                     with self.stopwatch.apart():
                         row |= self.evaluate()
                 self.report(row)
                 if row["stop"]:
                     raise KeyboardInterrupt
+
+    def _is_due(self) -> bool:
+        """Whether this step is one after which to evaluate."""
+        r = self.request
+        return self.step == r.steps or self.step % r.every(r.eval_tokens) == 0
 
     def one_step(self, stop: StopSignal) -> Row:
         """Read a batch, compute, look, update."""
@@ -196,12 +205,13 @@ class Distillation:
     def report(self, row: Row) -> None:
         """Tell the watchers, in the first process."""
         if self.world.first:
-            self.watch({name: value for name, value in row.items() if name != "stop"})
+            self.watch(_told(row))
 
-    def save(self) -> None:
-        """Keep everything needed to go on from this step."""
+    def save(self, row: Row) -> None:
+        """Keep everything needed to go on from this step, of which ``row`` tells."""
         state = {
             "step": self.step,
+            "row": _told(row),
             "stream": self.stream.state(),
             "history": self.guard.history,
         }
@@ -224,8 +234,13 @@ class Distillation:
                 "raise --tokens, or --force to start over",
             )
         self.step, self.guard.history = state["step"], state["history"]
+        self.last = state["row"]
         self.stream.restore(state["stream"])
         return True
+
+
+def _told(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "stop"}
 
 
 def _forward(model: Any, batch: Batch, hidden: bool) -> Any:

@@ -25,12 +25,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from typing_extensions import TypedDict
 
 from kvfold.documents import MEGABYTE, Document, open_ended
-from kvfold.errors import CheckpointError, InputError
-from kvfold.files import write_json
+from kvfold.errors import CheckpointError, InputError, RunError
+from kvfold.files import WriteError, of_full_disk, write_json
 from kvfold.healing.manifest import HINT, Reader, read_index
 from kvfold.healing.parallel import World
 
-_STATE = "state.json"
+_STATE, _UNFINISHED = "state.json", ".tmp"
 _Number = Annotated[int, Ge(0), Le(1 << 40)]
 
 
@@ -50,6 +50,7 @@ class _State(TypedDict):
     step: Annotated[int, Ge(1), Le(99_999_999)]
     processes: Annotated[int, Ge(1), Le(1 << 20)]
     stream: _TextState
+    row: dict[str, int | float]
     history: Annotated[list[float], MaxLen(1024)]
 
 
@@ -73,23 +74,47 @@ def save(
         state: must hold ``step``.
     """
     target = folder / f"step-{state['step']:08d}"
-    temporary = folder / f"{target.name}.tmp"
+    temporary = folder / f"{target.name}{_UNFINISHED}"
     if world.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
+        for left in folder.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(left)
+        if target.exists():
+            _forget(target)
         temporary.mkdir(parents=True)
     world.barrier()
-    with warnings.catch_warnings():  # that a process alone saves alone
-        warnings.simplefilter("ignore", UserWarning)
-        save_distributed(_stored(_tensors(model, optimizer)), checkpoint_id=str(temporary))
+    try:
+        with warnings.catch_warnings():  # that a process alone saves alone
+            warnings.simplefilter("ignore", UserWarning)
+            save_distributed(_stored(_tensors(model, optimizer)), checkpoint_id=str(temporary))
+    except CheckpointException as error:  # no Exception, and of many lines
+        raise _in_words(temporary, error) from error
     world.barrier()
     if world.first:
         write_json(temporary / _STATE, {**state, "processes": world.size})
         temporary.rename(target)
         for old in saved(folder)[:-keep]:
-            shutil.rmtree(old)
+            _forget(old)
     world.barrier()
     return target
+
+
+def _in_words(path: Path, error: CheckpointException) -> RunError:
+    """What PyTorch's exception, which is no ``Exception``, says of the processes that failed."""
+    reasons = [reason for reason, _ in error.failures.values()]
+    for reason in reasons:
+        full = of_full_disk(reason)
+        if full is not None:
+            return WriteError(path, full)
+    first = str(reasons[0]).splitlines()[0] if reasons and str(reasons[0]) else "unknown"
+    return RunError(
+        f"the checkpoint {path} cannot be written: {first[:160]}",
+        "is the disk full? With --resume the same command goes on from the one before",
+    )
+
+
+def _forget(path: Path) -> None:
+    """Remove a checkpoint: at no moment is it half there under its name."""
+    shutil.rmtree(path.rename(path.with_name(path.name + _UNFINISHED)))
 
 
 def saved(folder: Path) -> list[Path]:

@@ -33,8 +33,8 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self._path = path
         rows = read_metrics(path) if path.is_file() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= resume_step]
-        write_text(path, "".join(kept) if resume_step else "")
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] < resume_step]
+        write_text(path, "".join(kept))
 
     def __call__(self, row: Row) -> None:
         append_text(self._path, json.dumps(row) + "\n")
