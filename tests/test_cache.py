@@ -7,6 +7,7 @@ import torch
 
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
+from kvfold.kernels.dispatch import attention
 from kvfold.ops.quantize import FORMATS, decode, encode, rotate, rotation_size
 from tests.attention_cases import (
     check_as_good_as_pytorch,
@@ -405,3 +406,16 @@ def test_nbytes(dtype: Any) -> None:
     )
     assert cache.nbytes == pytest.approx(2 * 2 * 1024 * row, rel=0.01)
     assert cache.bytes_per_token == pytest.approx(2 * row, rel=0.01)
+
+
+def test_gradients_reach_sink_logits() -> None:
+    cache, q = filled(make("fp32", batch=2), 30), noise(2, 6, 2, 20)
+    logits = noise(6, seed=8).requires_grad_()
+    torch.as_tensor(cache.attend(q, sink_logits=logits)).square().sum().backward()
+    again = logits.detach().double().requires_grad_()
+    k, v = (x.double() for x in contents(cache))
+    out = torch.as_tensor(attention(q.double(), k, v, sink_logits=again))
+    out.square().sum().backward()
+    assert logits.grad is not None
+    assert again.grad is not None
+    torch.testing.assert_close(logits.grad.double(), again.grad, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
 from kvfold.nn import GroupedQueryAttention, Rotary
 from tests.nn_cases import F32, F64, layer, tokens
@@ -433,3 +434,20 @@ def test_compiles_to_machine_code() -> None:
 
 
 # Bad input
+
+
+def test_a_window_to_both_sides_of_a_token() -> None:
+    """What is further away changes nothing; only a window of past tokens can slide."""
+    layer = GroupedQueryAttention(32, 4, 2, causal=False, window=(3, 2))
+    x = torch.randn(1, 12, 32)
+    before, changed = torch.as_tensor(layer(x)), x.clone()
+    changed[:, 6] += 1
+    moved = (torch.as_tensor(layer(changed)) != before).any(-1)[0].tolist()
+    assert moved == [4 <= t <= 9 for t in range(12)]
+    with pytest.raises(InputError, match="kind='sliding' with window=None"):
+        layer.new_cache(kind="sliding")
+    pair, number = (
+        GroupedQueryAttention(32, 4, 2, window=window).new_cache(kind="sliding")
+        for window in ((3, 0), 4)
+    )
+    assert pair.window == number.window == 4

@@ -268,7 +268,7 @@ class KVCache:
         Returns:
             ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
 
-        Gradients reach q, mask and slopes; what is in the cache has none.
+        Gradients reach q, mask, slopes and sink logits; what is in the cache has none.
 
         Raises:
             InputError: for shapes that do not fit.

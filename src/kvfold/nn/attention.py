@@ -14,7 +14,7 @@ from kvfold.geometry import AttentionGeometry
 from kvfold.kernels.dispatch import attention, explain
 from kvfold.kernels.outside import python_state
 from kvfold.ops.mask import visible
-from kvfold.ops.options import Options, reach
+from kvfold.ops.options import Options, Window, reach
 from kvfold.ops.reference import attend
 from kvfold.ops.rope import Rotary, following
 
@@ -54,7 +54,7 @@ class GroupedQueryAttention(nn.Module):
         rotary: rotary position embedding (arXiv 2104.09864), or None; see ``Rotary``.
         causal: a token sees no later ones. False for encoders and for cross-attention.
         window: a token sees only the last ``window`` ones, itself included, and the first
-            ``sinks``.
+            ``sinks``; or, as a pair ``(left, right)``, so many before and after it.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         scale: of the scores, ``head_dim ** -0.5`` by default.
         dropout: probability of dropping an attention weight, while training.
@@ -88,7 +88,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: float | None = None,
         rotary: Rotary | None = None,
         causal: bool = True,
-        window: int | None = None,
+        window: Window | None = None,
         sinks: int = 0,
         softcap: float | None = None,
         scale: float | None = None,
@@ -140,7 +140,7 @@ class GroupedQueryAttention(nn.Module):
             InputError: for what cannot be, such as a sliding cache for a layer without a window.
         """
         if kind == "sliding":
-            options = {"window": self.window, "sinks": self.sinks, **options}
+            options = {"window": self._slides, "sinks": self.sinks, **options}
         g = self.geometry
         return KVCache(
             g.num_kv_heads, g.head_dim, v_head_dim=g.v_head_dim, batch=batch, dtype=dtype,
@@ -262,6 +262,12 @@ class GroupedQueryAttention(nn.Module):
         k = self._heads(self.k_proj(x), self.geometry.head_dim)
         v = self._heads(self.v_proj(x), self.geometry.v_head_dim)
         return self._normed(k, self.k_norm, cos_sin), v
+
+    @property
+    def _slides(self) -> int | None:
+        """The window of a sliding cache for this layer: of its last tokens, or None."""
+        left, right = reach(self.causal, self.window)
+        return left + 1 if left is not None and right == 0 else None
 
     @property
     def _sight(self) -> dict[str, Any]:
@@ -388,9 +394,9 @@ def _check_cache(
         names = "batch, num_kv_heads, head_dim, v_head_dim"
         sizes = f"the cache has {names} = {found}, expected {expected}"
         raise InputError(sizes, f"make it with layer.new_cache({x.shape[0]})")
-    if cache.kind == "sliding" and (cache.window, cache.sinks) != (layer.window, layer.sinks):
+    if cache.kind == "sliding" and (cache.window, cache.sinks) != (layer._slides, layer.sinks):
         theirs = f"window={cache.window}, sinks={cache.sinks}"
-        ours = f"window={layer.window}, sinks={layer.sinks}"
+        ours = f"window={layer._slides}, sinks={layer.sinks}"
         raise InputError(f"the cache slides with {theirs}, the layer with {ours}")
     if cache.kind == "sliding" and cache.sinks and hidden.start is not None:
         raise InputError(
