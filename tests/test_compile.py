@@ -123,6 +123,7 @@ def test_one_graph_for_all_sizes(path: str, name: str) -> None:
             check(step, inputs(more, keys, gradients), **options_of(more, keys)[name])
 
 
+@pytest.mark.parametrize("path", ["kernel", "sdpa, gradients"], indirect=True)
 def test_a_backend_gets_everything(path: str) -> None:
     """Functionalized and differentiated by ``aot_eager``, as inductor would have it."""
     tokens, _, gradients = PATHS[path]
@@ -201,7 +202,7 @@ def test_a_growing_cache_is_read_between_graphs() -> None:
 )
 def test_a_transformers_model(case: str, cache: str) -> None:
     """One graph with transformers' fixed cache; with ours graphs that are never made anew."""
-    model = make(case)
+    model = make(case, **({"num_hidden_layers": 1} if case == "llama" else {}))
     model.set_attn_implementation("kvfold")
 
     def new() -> Any:

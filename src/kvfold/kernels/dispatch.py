@@ -14,7 +14,7 @@ from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
 from kvfold.kernels.sink import LEAST_SCALE, with_sink
 from kvfold.ops.mask import alibi, split_hidden, used_keys, visible, without_unseen
-from kvfold.ops.options import Options, Window, constant
+from kvfold.ops.options import Options, Window, constant, decided
 from kvfold.ops.reference import attend
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -321,7 +321,8 @@ def _sdpa(call: _Call) -> torch.Tensor:
     """PyTorch's kernels; a query that sees nothing gets zeros here too."""
     q, o = call.q, call.options
     square = o.causal and q.shape[2] == call.k.shape[2] and o.left is None
-    is_causal = square and all(x is None for x in (o.start, o.lengths, o.mask, o.alibi_slopes))
+    plain = all(x is None for x in (o.start, o.lengths, o.mask, o.alibi_slopes))
+    is_causal = decided(square and plain)
     seen, bias = (None, None) if is_causal else _bias(call)
     k, v = _seen_rows(call, seen)
     mask, nothing = bias, None
@@ -347,7 +348,7 @@ def _sdpa(call: _Call) -> torch.Tensor:
         dropout_p=call.dropout,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=True if q.shape[1] != k.shape[1] else False,  # noqa: SIM210 (no symbol)
+        enable_gqa=decided(q.shape[1] != k.shape[1]),
     )
     out = out[..., :v_head_dim]
     if is_causal and o.sink_logits is not None:

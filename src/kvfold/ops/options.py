@@ -51,6 +51,11 @@ def constant(number: float) -> float:
     return next(iter({number: None}))
 
 
+def decided(condition: bool) -> bool:
+    """The condition, which ``torch.compile`` decides as it traces, where it would be a symbol."""
+    return True if condition else False  # noqa: SIM210
+
+
 def reach(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     """How many keys before and after its own a query sees.
 
