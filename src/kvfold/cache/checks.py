@@ -1,13 +1,22 @@
 """What caches refuse, in one line each."""
 
+from numbers import Integral
+from typing import TypeGuard
+
 import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.library import MAX_DIM
+from kvfold.names import shown
+from kvfold.ops.quantize import Format, format_of
+from kvfold.ops.rope import Rotary
 
 KINDS = ("contiguous", "paged", "sliding")
 _RANGES = {
+    "num_heads": (1, 1 << 16),
     "num_kv_heads": (1, 1 << 16),
+    "hidden_size": (1, 1 << 22),
+    "kv_hidden_size": (1, 1 << 22),
     "head_dim": (1, MAX_DIM),
     "v_head_dim": (1, MAX_DIM),
     "batch": (0, 1 << 20),
@@ -18,24 +27,98 @@ _RANGES = {
     "window": (1, (1 << 31) - 1),
     "sinks": (0, 1 << 20),
     "slack": (0, (1 << 31) - 1),
+    "queries": (0, (1 << 31) - 1),
+    "length": (0, (1 << 31) - 1),
+    "splits": (1, 1 << 16),
 }
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse sizes out of range; None is not given."""
+_MAY_BE_NONE = {"max_length", "window", "exact_first", "exact_recent", "queries", "splits"}
+
+
+def check_sizes(**sizes: object) -> None:
+    """Refuse what is no whole number in its range."""
     for name, size in sizes.items():
         low, high = _RANGES[name]
-        if size is not None and not low <= size <= high:
-            raise InputError(f"{name}={size}: expected {low} to {high}")
+        if size is None and name in _MAY_BE_NONE:
+            continue
+        if not _is_whole(size) or not low <= size <= high:
+            raise InputError(f"{name}={shown(size)}: expected a whole number, {low} to {high}")
+
+
+def _is_whole(x: object) -> TypeGuard[int]:
+    return type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
+
+
+def check_switches(**switches: object) -> None:
+    """Refuse what is neither True nor False."""
+    for name, on in switches.items():
+        if not isinstance(on, bool | int):
+            raise InputError(f"{name}={shown(on)}: expected True or False")
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Refuse what is no tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"{name} is {shown(x)}, expected a tensor", "torch.as_tensor makes one")
+
+
+def check_formats(dtype: object) -> tuple[Format, Format]:
+    """The formats of keys and values."""
+    pair = dtype if isinstance(dtype, tuple | list) else (dtype, dtype)
+    if len(pair) != 2 or not all(isinstance(x, str | torch.dtype) for x in pair):
+        raise InputError(
+            f"dtype={shown(dtype)}: expected a cache dtype, or a pair for keys and values",
+            'for instance "int8", torch.bfloat16 or ("int8", "int4")',
+        )
+    return format_of(pair[0]), format_of(pair[1])
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuse what is no dtype of real numbers."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        hint = "for instance torch.bfloat16"
+        raise InputError(f"dtype={shown(dtype)}: expected a float dtype", hint)
+
+
+def check_device(device: object) -> torch.device:
+    """The device, which must be there."""
+    try:
+        if not isinstance(device, str | torch.device):
+            raise TypeError("expected a name or a torch.device")
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0] if str(error) else "not there"
+        raise InputError(f"device={shown(device)}: {why}", 'for instance "cpu"') from error
+    if found.type == "meta":
+        raise InputError("device='meta' has no memory for a cache", 'for instance "cpu"')
+    return found
+
+
+def check_sequences(sequences: object, batch: int) -> list[int]:
+    """Indices of sequences of a cache; all of them for None."""
+    if sequences is None:
+        return list(range(batch))
+    if not isinstance(sequences, list | tuple | range):
+        raise InputError(
+            f"sequences={shown(sequences)}: expected a list of whole numbers", "for instance [0, 2]"
+        )
+    for b in sequences:
+        if not _is_whole(b) or not 0 <= b < batch:
+            raise InputError(f"sequence {shown(b)}: the cache has sequences 0 to {batch - 1}")
+    return [int(b) for b in sequences]
 
 
 def check_kind(kind: str, window: int | None) -> None:
     """A sliding cache needs a window; other kinds are given theirs when attending."""
-    if kind not in KINDS:
-        raise InputError(f"unknown kind of cache {kind!r}", f"choose one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(
+            f"unknown kind of cache {shown(kind)}", f"choose one of {', '.join(KINDS)}"
+        )
     if (kind == "sliding") != (window is not None):
         raise InputError(
-            f"kind={kind!r} with window={window}",
+            f"kind={kind!r} with window={shown(window)}",
             "a sliding cache needs a window; give other kinds theirs when attending",
         )
 
@@ -44,6 +127,7 @@ def check_rows(
     name: str, x: torch.Tensor, batch: int, heads: int | None, dim: int, device: torch.device
 ) -> None:
     """Refuse anything but float ``[batch, heads, T, dim]`` on ``device``; None: any heads."""
+    check_tensor(name, x)
     fits = x.dim() == 4 and x.shape[0] == batch and x.shape[3] == dim
     if not fits or (heads is not None and x.shape[1] != heads):
         expected = f"[{batch}, {'Hq' if heads is None else heads}, T, {dim}]"
@@ -73,3 +157,17 @@ def refuse_gradients(*tensors: torch.Tensor | None) -> None:
             "a KV cache is for inference, but gradients are needed here",
             "call the model under torch.inference_mode() or torch.no_grad()",
         )
+
+
+def check_heads(q: torch.Tensor, num_kv_heads: int) -> None:
+    """Query heads ``[B, Hq, T, D]`` share KV heads evenly."""
+    if q.shape[1] < 1 or q.shape[1] % num_kv_heads:
+        raise InputError(f"q has {q.shape[1]} heads, not a multiple of the cache's {num_kv_heads}")
+
+
+def check_rotary(rotary: object, head_dim: int) -> None:
+    """Rotary embedding of heads of ``head_dim``."""
+    if not isinstance(rotary, Rotary):
+        raise InputError(f"rotary is {shown(rotary)}", "make one: kvfold.nn.Rotary(head_dim)")
+    if rotary.dim > head_dim:
+        raise InputError(f"rotary dim={rotary.dim} is more than head_dim={head_dim}")

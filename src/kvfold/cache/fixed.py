@@ -4,13 +4,23 @@ from typing import Any
 
 import torch
 
-from kvfold.cache.checks import check_rows, check_sizes, refuse_gradients
+from kvfold.cache.checks import (
+    check_device,
+    check_formats,
+    check_heads,
+    check_rotary,
+    check_rows,
+    check_sequences,
+    check_sizes,
+    check_switches,
+    refuse_gradients,
+)
 from kvfold.cache.half import normal_tensors
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM
 from kvfold.kernels.checks import check_options
-from kvfold.ops.quantize import format_of
+from kvfold.kernels.library import MAX_TOKENS
 from kvfold.ops.rope import Rotary
 
 Dtype = str | torch.dtype
@@ -58,17 +68,18 @@ class FixedKVCache:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         check_sizes(
             num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, batch=batch,
-            max_length=max_length, window=window, sinks=sinks,
+            max_length=max_length, window=window, sinks=sinks, splits=splits,
         )  # fmt: skip
+        if max_length is None:
+            raise InputError("max_length=None: a fixed cache needs its tokens of each sequence")
         if max(head_dim, v_head_dim) > GPU_MAX_DIM:
             raise InputError(
                 f"heads of {max(head_dim, v_head_dim)}: expected at most {GPU_MAX_DIM}"
             )
-        pair = dtype if isinstance(dtype, tuple) else (dtype, dtype)
         self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
-        self.batch, self.max_length, self.device = batch, max_length, torch.device(device)
+        self.batch, self.max_length, self.device = batch, max_length, check_device(device)
         self.window, self.sinks, self.splits = window, sinks, splits
-        formats = format_of(pair[0]), format_of(pair[1])
+        formats = check_formats(dtype)
         self._store = Store(
             Shape(
                 batch, num_kv_heads, head_dim, v_head_dim, *formats, max_length, batch, self.device
@@ -122,6 +133,7 @@ class FixedKVCache:
         tokens = k.shape[2]
         cos = sin = None
         if rotary is not None:
+            check_rotary(rotary, self.head_dim)
             cosines, sines = self._turns(rotary)
             positions = self.lengths[:, None] + torch.arange(
                 tokens, dtype=torch.int32, device=self.device
@@ -175,14 +187,14 @@ class FixedKVCache:
         from kvfold.kernels.triton.ops import gpu_attend
 
         check_rows("q", q, self.batch, None, self.head_dim, self.device)
-        if q.shape[1] % self.num_kv_heads:
-            raise InputError(
-                f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
-            )
+        check_heads(q, self.num_kv_heads)
+        check_switches(causal=causal, return_lse=return_lse)
+        if q.shape[2] > MAX_TOKENS:
+            raise InputError(f"q has {q.shape[2]} tokens: expected at most {MAX_TOKENS}")
         shape = self.batch, q.shape[1], q.shape[2], self.max_length
         o = check_options(
-            shape, causal=causal, window=self.window, sinks=self.sinks, start=start, scale=scale,
-            softcap=softcap, sink_logits=sink_logits,
+            shape, causal=causal, window=self.window, sinks=self.sinks, start=start, mask=mask,
+            scale=scale, softcap=softcap, sink_logits=sink_logits,
         )  # fmt: skip
         refuse_gradients(q, mask, sink_logits)
         keys, values = self._sides
@@ -195,6 +207,7 @@ class FixedKVCache:
 
     def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What a sequence holds, decoded: float32 ``[Hkv, S, D]``, ``[Hkv, S, Dv]``. Waits."""
+        (sequence,) = check_sequences([sequence], self.batch)
         self._store.table = self._table.cpu()
         return self._store.read(sequence, 0, int(self.lengths[sequence]))
 

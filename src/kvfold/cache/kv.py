@@ -3,9 +3,15 @@
 import torch
 
 from kvfold.cache.checks import (
+    check_device,
+    check_dtype,
+    check_formats,
+    check_heads,
     check_kind,
     check_rows,
+    check_sequences,
     check_sizes,
+    check_switches,
     need_gradients,
     refuse_gradients,
 )
@@ -20,7 +26,7 @@ from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.library import MAX_TOKENS, library
 from kvfold.kernels.outside import python_state
 from kvfold.ops.options import Window
-from kvfold.ops.quantize import FORMATS, Format, format_of
+from kvfold.ops.quantize import FORMATS, Format
 
 _EXACT_FIRST = 16  # attention sinks live there, and quantize badly
 _EXACT_RECENT = 64  # most of the attention's weight lies on what came last
@@ -81,26 +87,17 @@ class KVCache:
         device: str | torch.device = "cpu",
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        k_dtype, v_dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
-        formats = format_of(k_dtype), format_of(v_dtype)
+        formats = check_formats(dtype)
         check_kind(kind, window)
         check_sizes(
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            v_head_dim=v_head_dim,
-            batch=batch,
-            page_size=page_size,
-            max_length=max_length,
-            window=window,
-            sinks=sinks,
-            slack=slack,
-            exact_first=exact_first,
-            exact_recent=exact_recent,
-        )
+            num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, batch=batch,
+            page_size=page_size, max_length=max_length, window=window, sinks=sinks, slack=slack,
+            exact_first=exact_first, exact_recent=exact_recent,
+        )  # fmt: skip
         self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
         self.kind, self.max_length, self.window, self.sinks = kind, max_length, window, sinks
         self.slack = slack
-        self.formats, self.device = formats, torch.device(device)
+        self.formats, self.device = formats, check_device(device)
         self.lengths = [0] * batch
         self._freed = [0] * batch  # positions below, but for sinks, are gone (sliding)
         self._capacity = 0
@@ -166,7 +163,7 @@ class KVCache:
             InputError: for shapes or dtypes that do not fit, beyond ``max_length``, and for keys
                 or values that need gradients, which the cache would lose.
         """
-        rows = self._rows(sequences)
+        rows = check_sequences(sequences, self.batch)
         if len(set(rows)) < len(rows):
             raise InputError(f"sequences={rows}: a sequence can be appended to only once a call")
         check_rows("k", k, len(rows), self.num_kv_heads, self.head_dim, self.device)
@@ -185,6 +182,7 @@ class KVCache:
             self._capacity = _round_up(max(longest, self._capacity * 3 // 2))
             self._storage.main.lengthen(self._capacity)
         k, v = readable(k), readable(v)
+        check_sizes(queries=queries)
         queries = tokens if queries is None else queries
         if len({(self.lengths[b], self._storage.state(b)) for b in rows}) <= 1:
             self._append(k, v, rows, queries)
@@ -273,19 +271,18 @@ class KVCache:
         Raises:
             InputError: for shapes that do not fit.
         """
-        rows = self._rows(sequences)
+        rows = check_sequences(sequences, self.batch)
         check_rows("q", q, len(rows), None, self.head_dim, self.device)
-        if q.shape[1] % self.num_kv_heads:
-            raise InputError(
-                f"q has {q.shape[1]} heads, not a multiple of the cache's {self.num_kv_heads}"
-            )
+        check_heads(q, self.num_kv_heads)
+        check_switches(causal=causal, return_lse=return_lse)
         if self.kind == "sliding":
             window, sinks = self.window, self.sinks
         lengths = [self.lengths[b] for b in rows]
         shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
         options = check_options(
-            shape, causal=causal, window=window, sinks=sinks or 0, start=start, mask=mask,
-            scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sink_logits=sink_logits,
+            shape, causal=causal, window=window, sinks=0 if sinks is None else sinks, start=start,
+            mask=mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+            sink_logits=sink_logits,
         )  # fmt: skip
         self._check_start(start)
         self._check_window(rows, q.shape[2])
@@ -329,7 +326,7 @@ class KVCache:
 
         Freed positions of a sliding cache are zeros.
         """
-        length = self.lengths[self._rows([sequence])[0]]
+        length = self.lengths[check_sequences([sequence], self.batch)[0]]
         return self._storage.read(sequence, length)
 
     @python_state
@@ -337,7 +334,8 @@ class KVCache:
         self, dtype: torch.dtype, sequences: list[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything, decoded: ``[B, Hkv, S, D]``, shorter sequences filled up with zeros."""
-        rows = self._rows(sequences)
+        check_dtype(dtype)
+        rows = check_sequences(sequences, self.batch)
         longest = max((self.lengths[b] for b in rows), default=0)
         shape = len(rows), self.num_kv_heads, longest
         k = torch.zeros(*shape, self.head_dim, dtype=dtype, device=self.device)
@@ -355,9 +353,8 @@ class KVCache:
         Raises:
             InputError: if a sliding cache would need tokens that it has freed; nothing changes.
         """
-        if length < 0:
-            raise InputError(f"cannot truncate to {length} tokens: expected 0 or more")
-        rows = [b for b in self._rows(sequences) if length < self.lengths[b]]
+        check_sizes(length=length)
+        rows = [b for b in check_sequences(sequences, self.batch) if length < self.lengths[b]]
         if not self.can_truncate(length, rows):
             longest = max(self.lengths[b] for b in rows)
             raise InputError(
@@ -371,9 +368,10 @@ class KVCache:
 
     def can_truncate(self, length: int, sequences: list[int] | None = None) -> bool:
         """Whether ``truncate`` can: a sliding cache still holds what the next token will see."""
+        check_sizes(length=length)
         if self.window is None:
             return True
-        rows = [b for b in self._rows(sequences) if length < self.lengths[b]]
+        rows = [b for b in check_sequences(sequences, self.batch) if length < self.lengths[b]]
         return not any(self._lacks(b, length - self.window + 1, length) for b in rows)
 
     def _lacks(self, b: int, low: int, high: int) -> bool:
@@ -383,7 +381,7 @@ class KVCache:
     @python_state
     def clear(self, sequences: list[int] | None = None) -> None:
         """Forget everything; the memory is kept for new tokens."""
-        for b in self._rows(sequences):
+        for b in check_sequences(sequences, self.batch):
             self._storage.clear(b)
             self.lengths[b] = self._freed[b] = 0
 
@@ -396,7 +394,7 @@ class KVCache:
         """
         if self.kind == "contiguous":
             raise InputError("a contiguous cache cannot fork", "use kind='paged'")
-        self._rows([source, target])
+        check_sequences([source, target], self.batch)
         if source == target:
             return
         self._storage.share(source, target, self.lengths[source])
@@ -409,18 +407,10 @@ class KVCache:
 
         The batch becomes as large as the list.
         """
-        rows = self._rows(sequences)
+        rows = check_sequences(sequences, self.batch)
         self._storage.select(rows)
         self.lengths = [self.lengths[b] for b in rows]
         self._freed = [self._freed[b] for b in rows]
-
-    def _rows(self, sequences: list[int] | None) -> list[int]:
-        if sequences is None:
-            return list(range(self.batch))
-        for b in sequences:
-            if not 0 <= b < self.batch:
-                raise InputError(f"sequence {b}: the cache has sequences 0 to {self.batch - 1}")
-        return sequences
 
 
 def _round_up(n: int, to: int = 16) -> int:

@@ -1,10 +1,12 @@
 """What attention refuses, in one line each, before anything is computed."""
 
 import math
+from numbers import Integral, Real
 
 import torch
 
 from kvfold.errors import InputError
+from kvfold.names import shown
 from kvfold.ops.options import Options, Window, constant, reach
 
 Shape = tuple[int, int, int, int]  # batch, query heads, queries, keys
@@ -30,6 +32,15 @@ def check_options(
         InputError: for the first that does not fit.
     """
     batch, heads, _, keys = shape
+    if not torch.compiler.is_compiling():
+        _check_kinds(
+            {"sinks": sinks, "scale": scale, "softcap": softcap},
+            {
+                "start": start, "lengths": lengths, "mask": mask, "alibi_slopes": alibi_slopes,
+                "sink_logits": sink_logits,
+            },
+            window,
+        )  # fmt: skip
     _check_window(window, causal)
     if sinks < 0:
         raise InputError(f"sinks={sinks}: expected 0 or more")
@@ -53,6 +64,28 @@ def check_options(
     return Options(
         left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes, sink_logits
     )
+
+
+def _check_kinds(numbers: dict[str, object], tensors: dict[str, object], window: object) -> None:
+    """Numbers are numbers, tensors are tensors; None is neither given."""
+    for name, x in numbers.items():
+        if x is not None and not _is_number(x, int if name == "sinks" else float):
+            raise InputError(f"{name}={shown(x)}: expected a number")
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise InputError(
+                f"{name} is {shown(x)}, expected a tensor", "torch.as_tensor makes one"
+            )
+    parts = window if isinstance(window, tuple | list) else (window,)
+    if not all(x is None or _is_number(x, int) for x in parts):
+        raise InputError(f"window={shown(window)}: expected a number or a pair of numbers, or None")
+
+
+def _is_number(x: object, kind: type) -> bool:
+    if isinstance(x, torch.Tensor):  # of one number, as a model may compute its scale
+        return kind is float and x.numel() == 1 and x.is_floating_point() and not x.is_meta
+    numeric = Integral if kind is int else Real
+    return type(x) is int or type(x) is kind or (isinstance(x, numeric) and not isinstance(x, bool))
 
 
 def _check_window(window: Window | None, causal: bool) -> None:

@@ -1,38 +1,31 @@
 """Attention as a layer: projections, positions, masks and cache around ``kvfold.attention``."""
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from kvfold.cache.checks import refuse_gradients
+from kvfold.cache.checks import check_sizes, check_switches, check_tensor
 from kvfold.cache.kv import Dtype, KVCache
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
-from kvfold.kernels.dispatch import attention, explain
+from kvfold.kernels.dispatch import attention
 from kvfold.kernels.outside import python_state
+from kvfold.nn.checks import (
+    Hidden,
+    check_cache,
+    check_call,
+    check_inputs,
+    check_options,
+    check_weights,
+)
 from kvfold.ops.mask import visible
 from kvfold.ops.options import Options, Window, reach
 from kvfold.ops.reference import attend
 from kvfold.ops.rope import Rotary, following
 
 _CosSin = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """What a call hides, besides what the layer always does; see ``forward``."""
-
-    start: torch.Tensor | None
-    lengths: torch.Tensor | None
-    mask: torch.Tensor | None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What ``attention`` is given. (Dynamo before PyTorch 2.12 cannot trace ``vars``.)"""
-        return {"start": self.start, "lengths": self.lengths, "mask": self.mask}
 
 
 class GroupedQueryAttention(nn.Module):
@@ -97,8 +90,11 @@ class GroupedQueryAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(num_heads=num_heads, hidden_size=hidden_size)
+        check_switches(qkv_bias=qkv_bias, out_bias=out_bias, causal=causal)
+        check_weights(device, dtype)
         if head_dim is None:
-            if num_heads < 1 or hidden_size % num_heads:
+            if hidden_size % num_heads:
                 sizes = f"num_heads={num_heads} does not divide hidden_size={hidden_size}"
                 raise InputError(sizes, "give head_dim")
             head_dim = hidden_size // num_heads
@@ -110,7 +106,7 @@ class GroupedQueryAttention(nn.Module):
         self.kv_hidden_size = hidden_size if kv_hidden_size is None else kv_hidden_size
         self.rotary, self.causal, self.window, self.sinks = rotary, causal, window, sinks
         self.softcap, self.scale, self.dropout = softcap, scale, dropout
-        _check_options(self, qk_norm)
+        check_options(self, qk_norm)
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -139,7 +135,7 @@ class GroupedQueryAttention(nn.Module):
         Raises:
             InputError: for what cannot be, such as a sliding cache for a layer without a window.
         """
-        if kind == "sliding":
+        if isinstance(kind, str) and kind == "sliding":
             options = {"window": self._slides, "sinks": self.sinks, **options}
         g = self.geometry
         return KVCache(
@@ -189,25 +185,26 @@ class GroupedQueryAttention(nn.Module):
             InputError: for shapes, dtypes or options that do not fit, naming them; for a cache
                 where gradients are needed.
         """
-        given = x, context, _Hidden(start, lengths, mask), positions, cache, need_weights
+        given = x, context, Hidden(start, lengths, mask), positions, cache, need_weights
         return self._attend(*given) if cache is None else self._attend_outside_graphs(*given)
 
     def _attend(
         self,
         x: torch.Tensor,
         context: torch.Tensor | None,
-        hidden: _Hidden,
+        hidden: Hidden,
         positions: torch.Tensor | None,
         cache: KVCache | None,
         need_weights: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         start, lengths = hidden.start, hidden.lengths
-        _check_inputs(self, x, context)
+        check_switches(need_weights=need_weights)
+        check_inputs(self, x, context, hidden)
         if cache is not None:
-            _check_cache(self, cache, x, context, hidden)
+            check_cache(self, cache, x, context, hidden)
         first = cache is None or not any(cache.lengths)
         past = 0 if cache is None or context is not None else max(cache.lengths, default=0)
-        _check_call(self, x, past + (x if context is None else context).shape[1], hidden)
+        check_call(self, x, past + (x if context is None else context).shape[1], hidden)
         cos_sin, always = self._cos_sin(x, positions, cache), self._sight | self._scoring
         q = self._normed(self._heads(self.q_proj(x), self.geometry.head_dim), self.q_norm, cos_sin)
         if cache is None or first:
@@ -225,9 +222,8 @@ class GroupedQueryAttention(nn.Module):
             hidden = _of_cache(hidden, cache, q.device)
             out = cache.attend(q, start=start, mask=hidden.mask, **always)
             weights = self._weights(q, *_decoded(cache), hidden) if need_weights else None
-        assert isinstance(out, torch.Tensor)
-        out = self.o_proj(out.transpose(1, 2).flatten(2))
-        return out if weights is None else (out, weights)
+        mixed = self.o_proj(cast(torch.Tensor, out).transpose(1, 2).flatten(2))
+        return mixed if weights is None else (mixed, weights)
 
     _attend_outside_graphs = python_state(_attend)
 
@@ -237,11 +233,17 @@ class GroupedQueryAttention(nn.Module):
         if self.rotary is None:
             return None
         if positions is None:
-            positions = following(x.shape[1], [] if cache is None else cache.lengths, x.device)
-        elif positions.shape not in ((x.shape[1],), x.shape[:2]):
+            lengths = [] if cache is None else cache.lengths
+            return self._turns(following(x.shape[1], lengths, x.device), x.dtype)
+        check_tensor("positions", positions)
+        if positions.shape not in ((x.shape[1],), x.shape[:2]):
             shapes = f"{list(positions.shape)}, expected [T] or [B, T] = {list(x.shape[:2])}"
             raise InputError(f"positions has shape {shapes}")
-        return self.rotary.cos_sin(positions, torch.promote_types(x.dtype, torch.float32))
+        return self._turns(positions, x.dtype)
+
+    def _turns(self, positions: torch.Tensor, dtype: torch.dtype) -> _CosSin | None:
+        precise = torch.promote_types(dtype, torch.float32)
+        return None if self.rotary is None else self.rotary.cos_sin(positions, precise)
 
     def _heads(self, projected: torch.Tensor, dim: int) -> torch.Tensor:
         """``[B, T, H dim]`` to ``[B, H, T, dim]``."""
@@ -279,7 +281,7 @@ class GroupedQueryAttention(nn.Module):
         return {"scale": self.scale, "softcap": self.softcap}
 
     def _weights(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: Hidden
     ) -> torch.Tensor:
         """Attention weights ``[B, Hq, T, S]``, in float32 or better."""
         left, right = reach(self.causal, self.window)
@@ -289,8 +291,7 @@ class GroupedQueryAttention(nn.Module):
             seen, bias = seen & bias, None
         q, k, v = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))
         found = attend(q, k, v, seen=seen, bias=bias, **self._scoring, need_weights=True)
-        assert found.weights is not None
-        return found.weights
+        return cast(torch.Tensor, found.weights)
 
     def extra_repr(self) -> str:
         """What ``print`` shows besides the weights."""
@@ -307,7 +308,7 @@ def _append(cache: KVCache, k: torch.Tensor, v: torch.Tensor, lengths: torch.Ten
         cache.append(k[b : b + 1, :, :length], v[b : b + 1, :, :length], [b])
 
 
-def _of_cache(hidden: _Hidden, cache: KVCache, device: torch.device) -> _Hidden:
+def _of_cache(hidden: Hidden, cache: KVCache, device: torch.device) -> Hidden:
     """The same for a cache, which has the lengths and may hold less than the padded context."""
     mask = hidden.mask if hidden.mask is None else hidden.mask[..., : max(cache.lengths)]
     return replace(
@@ -321,103 +322,3 @@ def _decoded(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     keys, values = ([x.transpose(0, 1) for x in side] for side in zip(*read, strict=True))
     pad = nn.utils.rnn.pad_sequence
     return pad(keys, True).transpose(1, 2), pad(values, True).transpose(1, 2)
-
-
-def _check_options(layer: GroupedQueryAttention, qk_norm: float | None) -> None:
-    head_dim, rotary = layer.geometry.head_dim, layer.rotary
-    if layer.kv_hidden_size < 1:
-        raise InputError(f"kv_hidden_size={layer.kv_hidden_size}: expected at least 1")
-    if rotary is not None and rotary.dim > head_dim:
-        raise InputError(f"rotary dim={rotary.dim} is more than head_dim={head_dim}")
-    if qk_norm is not None and not (qk_norm > 0 and math.isfinite(qk_norm)):
-        raise InputError(f"qk_norm={qk_norm}: expected a positive epsilon, or None")
-    if layer.sinks and layer.window is None:
-        raise InputError(f"sinks={layer.sinks} without a window: every token is seen anyway")
-    _check_call(layer, torch.empty(1, 1, 1, dtype=torch.float32), 1, _Hidden(None, None, None))
-
-
-def _check_call(layer: GroupedQueryAttention, x: torch.Tensor, keys: int, hidden: _Hidden) -> None:
-    """Let ``attention`` check its options before anything is computed or cached."""
-    mask, g = hidden.mask, layer.geometry
-    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise InputError(f"mask is {mask.dtype}, expected bool or float", "use mask.bool()")
-    like = x.new_empty(1)  # shapes without memory
-    explain(
-        like.expand(x.shape[0], g.num_heads, x.shape[1], g.head_dim),
-        like.expand(x.shape[0], g.num_kv_heads, keys, g.head_dim),
-        like.expand(x.shape[0], g.num_kv_heads, keys, g.v_head_dim),
-        **layer._sight,
-        **layer._scoring,
-        **hidden.options,
-        dropout=layer.dropout,
-    )
-
-
-def _check_inputs(
-    layer: GroupedQueryAttention, x: torch.Tensor, context: torch.Tensor | None
-) -> None:
-    weight = layer.q_proj.weight
-    given = {"x": (x, layer.geometry.hidden_size)}
-    if context is not None:
-        given["context"] = (context, layer.kv_hidden_size)
-    for name, (tensor, width) in given.items():
-        if tensor.dim() != 3 or tensor.shape[-1] != width or tensor.shape[0] != x.shape[0]:
-            shape = f"[{x.shape[0] if name == 'context' else 'B'}, tokens, {width}]"
-            raise InputError(f"{name} has shape {list(tensor.shape)}, expected {shape}")
-        mixed = tensor.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        if mixed or tensor.device != weight.device:
-            kinds = f"{tensor.dtype} on {tensor.device}, not {weight.dtype} on {weight.device}"
-            raise InputError(f"{name} is {kinds}", "move one of them with .to(...)")
-    if context is None and layer.kv_hidden_size != layer.geometry.hidden_size:
-        raise InputError(
-            f"a layer with kv_hidden_size={layer.kv_hidden_size} needs a context of that width"
-        )
-    if context is not None and (layer.causal or layer.rotary is not None):
-        raise InputError(
-            "a context was given to a layer that is causal or has rotary embedding",
-            "positions in two sequences do not compare; build it with causal=False, rotary=None",
-        )
-
-
-def _check_cache(
-    layer: GroupedQueryAttention,
-    cache: KVCache,
-    x: torch.Tensor,
-    context: torch.Tensor | None,
-    hidden: _Hidden,
-) -> None:
-    refuse_gradients(x, context, *layer.parameters())
-    g = layer.geometry
-    expected = (x.shape[0], g.num_kv_heads, g.head_dim, g.v_head_dim)
-    found = (cache.batch, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
-    if found != expected:
-        names = "batch, num_kv_heads, head_dim, v_head_dim"
-        sizes = f"the cache has {names} = {found}, expected {expected}"
-        raise InputError(sizes, f"make it with layer.new_cache({x.shape[0]})")
-    if cache.kind == "sliding" and (cache.window, cache.sinks) != (layer._slides, layer.sinks):
-        theirs = f"window={cache.window}, sinks={cache.sinks}"
-        ours = f"window={layer._slides}, sinks={layer.sinks}"
-        raise InputError(f"the cache slides with {theirs}, the layer with {ours}")
-    if cache.kind == "sliding" and cache.sinks and hidden.start is not None:
-        raise InputError(
-            "a sliding cache keeps the first positions as sinks, which start= says are padding",
-            "pad on the right (lengths), or use a contiguous or paged cache",
-        )
-    if context is None and not layer.causal:
-        raise InputError(
-            "a layer that is not causal can cache only a context",
-            "tokens that come later would change what earlier ones saw",
-        )
-    if not any(cache.lengths):
-        return
-    lengths = hidden.lengths
-    if context is None and lengths is not None:
-        raise InputError(
-            "lengths were given with a cache that holds tokens already",
-            "right padding is only for the first tokens; then all sequences take equally many",
-        )
-    if context is not None:
-        held = [context.shape[1]] * cache.batch if lengths is None else lengths.tolist()
-        if held != cache.lengths:
-            sizes = f"the cache holds contexts of {cache.lengths} tokens, this one has {held}"
-            raise InputError(sizes, "use a new cache for a new context")
