@@ -48,6 +48,7 @@ class Document(Generic[T]):
         schema: a type that pydantic checks strictly. hint: what to do about a wrong one.
         largest: bytes of a document (of a line, where there are lines).
         error: raised for what is wrong inside; files that cannot be opened are InputErrors.
+        surrogates: strings may be names of files, whose bytes need not be UTF-8.
         infinite: keys whose value may be infinite; elsewhere neither NaN nor infinity is taken.
 
     >>> Document(dict[str, int], "fix it").parse(b'{"a": "2"}', "a.json")
@@ -61,6 +62,7 @@ class Document(Generic[T]):
     largest: int = 16 * MEGABYTE
     error: type[InputError] = CheckpointError
     infinite: tuple[str, ...] = ()
+    surrogates: bool = False
 
     def read(self, path: Path) -> T:
         """The document in a file.
@@ -74,7 +76,9 @@ class Document(Generic[T]):
         """The document in ``data``, which messages call ``name``."""
         try:
             value = _parsed(data)
-            _check_values(value, self.infinite, b"\\u" in data and bool(_SURROGATE.search(data)))
+            _check_values(
+                value, self.infinite, not self.surrogates and bool(_SURROGATE.search(data))
+            )
         except _WrongError as wrong:
             raise self.error(f"{name}{wrong}", self.hint) from wrong
         return self.check(value, name)

@@ -4,9 +4,15 @@ import json
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Ge, Le
+from typing_extensions import TypedDict
 
 from kvfold.bench.timing import Spread
+from kvfold.checkpoint.records import Count, Number, StoredSpread
+from kvfold.checkpoint.schemas import Heads
+from kvfold.documents import Document, open_ended
 from kvfold.errors import InputError
 from kvfold.files import append_text, check_file
 
@@ -147,10 +153,10 @@ def check_save(path: Path | None) -> None:
     if path.is_file() and path.stat().st_size:
         first, last = _ends(path)
         for where, line in (("first", first), ("last", last)):
-            _row(path, where, line)
+            _ROWS.parse(line, f"the {where} line of {path}")
 
 
-def _ends(path: Path) -> tuple[str, str]:
+def _ends(path: Path) -> tuple[bytes, bytes]:
     """The first and the last line."""
     with path.open("rb") as file:
         first = file.readline(_LONGEST_LINE)
@@ -158,7 +164,7 @@ def _ends(path: Path) -> tuple[str, str]:
         end = file.read()
     if not end.endswith(b"\n"):
         raise InputError(f"{path} ends in half a line", "name a new file, or mend this one")
-    return first.decode("utf-8", "replace"), end.splitlines()[-1].decode("utf-8", "replace")
+    return first, end.splitlines()[-1]
 
 
 def save(results: Results, path: Path) -> None:
@@ -178,12 +184,7 @@ def load(path: Path) -> list[Row]:
     Raises:
         InputError: if the file is missing, or holds something else.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise InputError(f"cannot read {path}: {what}", _HOW) from error
-    rows = [_row(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line]
+    rows = [_made(found) for _, found in _ROWS.lines(path)]
     if not rows:
         raise InputError(f"{path} is empty", _HOW)
     return list({row.key: row for row in rows}.values())
@@ -192,17 +193,49 @@ def load(path: Path) -> list[Row]:
 _HOW = "give files written by `kvfold bench attention --save FILE` or `bench model --save FILE`"
 
 
-def _row(path: Path, number: int | str, line: str) -> Row:
-    try:
-        found = json.loads(line)
-        values = {f.name: found[f.name] for f in fields(Row) if f.name in found}
-        for name in _SPREADS:
-            if values.get(name) is not None:
-                values[name] = Spread(**{**values[name], "samples": tuple(values[name]["samples"])})
-        row = Row(**values)
-        if not isinstance(row.case, dict) or not isinstance(row.implementation, str):
-            raise TypeError
-    except (ValueError, TypeError, KeyError) as error:
-        which = f"line {number}" if isinstance(number, int) else f"the {number} line"
-        raise InputError(f"{which} of {path} is not a row of a benchmark", _HOW) from error
-    return row
+@open_ended
+class _Case(TypedDict):
+    """What every case has; the rest is shown as it is."""
+
+    num_kv_heads: Heads
+    context: Annotated[int, Ge(1), Le(1 << 40)]
+    batch: Annotated[int, Ge(1), Le(1 << 40)]
+    head_dim: NotRequired[Heads]
+    model: NotRequired[str]
+
+
+@open_ended
+class _Stored(TypedDict):
+    """A line of a file of rows: a :class:`Row`, the machine and the command."""
+
+    benchmark: Literal["attention", "model"]
+    case: _Case
+    implementation: str
+    status: NotRequired[str]
+    reason: NotRequired[str | None]
+    error: NotRequired[Number | None]
+    allowed: NotRequired[Number | None]
+    kv_bytes: NotRequired[Count]
+    bytes: NotRequired[Count]
+    bandwidth: NotRequired[Number | None]
+    working_set: NotRequired[Count]
+    cold: NotRequired[bool | None]
+    top1: NotRequired[Number | None]
+    kv_bytes_expected: NotRequired[Count | None]
+    seconds: NotRequired[StoredSpread | None]
+    floor_fraction: NotRequired[StoredSpread | None]
+    vs_own_bf16: NotRequired[StoredSpread | None]
+    vs_best_peer: NotRequired[StoredSpread | None]
+    vs_first: NotRequired[StoredSpread | None]
+    first_token: NotRequired[StoredSpread | None]
+
+
+_ROWS = Document(_Stored, _HOW, error=InputError)
+
+
+def _made(found: _Stored) -> Row:
+    values: dict[str, Any] = {f.name: found[f.name] for f in fields(Row) if f.name in found}  # type: ignore[literal-required]
+    for name in _SPREADS:
+        if values.get(name) is not None:
+            values[name] = Spread(**{**values[name], "samples": tuple(values[name]["samples"])})
+    return Row(**values)

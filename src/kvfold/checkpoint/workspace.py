@@ -38,6 +38,7 @@ from kvfold.checkpoint.places import (
     is_older,
     working_folder,
 )
+from kvfold.checkpoint.records import MARKS, REQUESTS
 from kvfold.errors import InputError, RunError
 from kvfold.files import is_temporary, of_full_disk, write_json
 
@@ -155,12 +156,9 @@ class Workspace:
     def _read(self) -> dict[str, Any] | None:
         """The request of an earlier run; None if it is damaged."""
         try:
-            found = json.loads((self.folder / REQUEST).read_text(encoding="utf-8"))
-        except ValueError:
+            return dict(REQUESTS.read(self.folder / REQUEST))
+        except InputError:
             return None
-        own = ((_INPUTS, dict), (_FOLDER, int))
-        whole = isinstance(found, dict) and all(isinstance(found.get(k), t) for k, t in own)
-        return found if whole else None
 
     def _check_same(self, wanted: dict[str, Any], free: tuple[str, ...], files: Files) -> None:
         hint = "repeat the first command's arguments, or --force to start over"
@@ -413,9 +411,8 @@ def _is_at(opened: int, path: Path) -> bool:
 def _sign(mark: int, folder: Path, out: Path) -> None:
     """Write for which OUT the folder is, or check that it is for this one."""
     try:
-        found = json.loads(os.pread(mark, 4096, 0) or "{}")
-        owner = found.get("out") if isinstance(found, dict) else None
-    except ValueError:
+        owner = MARKS.parse(os.pread(mark, 4096, 0) or b"{}", MARK).get("out")
+    except InputError:
         owner = None
     alone = os.listdir(folder) == [MARK]  # noqa: PTH208
     if owner != out.name and not alone:

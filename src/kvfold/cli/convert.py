@@ -144,13 +144,11 @@ def convert_and_heal(
 
 def _check_same_fold(request: "Request", folded: Path) -> None:
     """Refuse to heal what another request has folded."""
-    import json
-
     from kvfold.errors import InputError
+    from kvfold.fold.record import RECORD, read_record
     from kvfold.fold.request import command_line
 
-    record = folded / "kvfold.json"
-    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    found = read_record(folded) if (folded / RECORD).exists() else {}
     if found.get("command") != command_line(request):
         raise InputError(
             f"{folded} was made by another command ({found.get('command', 'unknown')})",

@@ -1,9 +1,9 @@
 """Layers that are done, on disk: what an interrupted run goes on from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from kvfold.checkpoint.records import KEPT
 from kvfold.checkpoint.tensors import (
     TensorSpec,
     dtype_name,
@@ -35,10 +35,12 @@ def stored_layers(folder: Path) -> Callable[[int], FoldedLayer | None]:
         path = folder / f"{index}.json"
         if not path.is_file():
             return None
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = KEPT.read(path)
         entries = read_header(folder / f"{index}.safetensors")
         tensors = {name: read_tensor(entry) for name, entry in entries.items()}
         report = None if value["report"] is None else LayerReport(**value["report"])
-        return FoldedLayer(index, tensors, report, value["stages"], value["drift"])
+        return FoldedLayer(
+            index, tensors, report, [dict(stage) for stage in value["stages"]], value["drift"]
+        )
 
     return stored

@@ -1,6 +1,5 @@
 """What a conversion leaves behind besides weights: ``kvfold.json`` and a model card. No torch."""
 
-import json
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -8,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kvfold.checkpoint.records import RECORDS
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.geometry import AttentionGeometry
 
@@ -27,8 +27,7 @@ def versions() -> dict[str, str]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a finished run left in its folder."""
-    found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return found
+    return dict(RECORDS.read(folder / RECORD))
 
 
 def geometry_record(source: AttentionGeometry, folded: AttentionGeometry) -> dict[str, Any]:

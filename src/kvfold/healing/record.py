@@ -1,12 +1,11 @@
 """What healing leaves behind besides weights: its part of ``kvfold.json``, and the model card."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.fold.record import RECORD, summary, versions
+from kvfold.fold.record import RECORD, read_record, summary, versions
 from kvfold.healing.request import HealRequest
 from kvfold.quality.scores import Quality
 
@@ -47,11 +46,9 @@ def summary_of_stages(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _folded_record(folder: Path, folded: Checkpoint) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {"format": 1, "source": {"name": folded.label, "family": folded.family.name}}
-    return record
+    if (folder / RECORD).exists():
+        return read_record(folder)
+    return {"format": 1, "source": {"name": folded.label, "family": folded.family.name}}
 
 
 def command_line(request: HealRequest) -> str:

@@ -1,6 +1,5 @@
 """What healing is asked to do, and everything that can be checked before it starts. No torch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
@@ -12,9 +11,10 @@ from kvfold.arguments import choice, flag, location, several, source
 from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.inputs import Files, files_of
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
-from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
+from kvfold.checkpoint.source import Checkpoint, open_checkpoint, read_config, resolve
 from kvfold.checkpoint.writer import carried_files, files_read, plan_shards, total_bytes
 from kvfold.errors import InputError
+from kvfold.fold.record import RECORD, read_record
 from kvfold.healing.sources import TextSource, check_source, parse_source
 from kvfold.numbers import (
     CALIBRATION,
@@ -212,22 +212,17 @@ def _path(value: object, name: str) -> str:
 
 def _default_stages(folded: str | Path) -> tuple[str, ...]:
     """``local`` is what ``convert --fit local`` does; once is enough."""
-    done = _json(folded, "kvfold.json").get("fit") == "local"
+    folder = Path(folded).expanduser()
+    done = (folder / RECORD).exists() and read_record(folder).get("fit") == "local"
     return ("kl",) if done else STAGES
 
 
 def _default_context(folded: str | Path) -> int:
-    longest = _json(folded, "config.json").get("max_position_embeddings")
-    return min(DEFAULT_CONTEXT, longest) if isinstance(longest, int) else DEFAULT_CONTEXT
-
-
-def _json(folder: str | Path, name: str) -> dict[str, Any]:
-    """A JSON file of a folder, or nothing; whether all is well there is checked later."""
-    try:
-        found = json.loads((Path(folder).expanduser() / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    folder = Path(folded).expanduser()
+    if not (folder / "config.json").exists():  # what is the matter is said later
+        return DEFAULT_CONTEXT
+    longest = read_config(folder).get("max_position_embeddings")
+    return min(DEFAULT_CONTEXT, longest) if longest else DEFAULT_CONTEXT
 
 
 def _check_together(request: HealRequest) -> None:

@@ -6,17 +6,20 @@ the name of a dataset on the hub (``org/name`` or ``org/name:config``).
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvfold.documents import MEGABYTE, Document
 from kvfold.errors import InputError, RunError
 from kvfold.numbers import SHARE
 
 COLUMN = "text"
+_LINES: Document[dict[str, Any]] = Document(
+    dict[str, Any], "expected one JSON object per line", largest=64 * MEGABYTE, error=InputError
+)
 _PIECES = 64  # a long text is cut into about so many, to be shuffled and held out
 _LEAST_PIECE, _LARGEST_PIECE = 2_000, 32_000  # characters
 _SHUFFLE_BUFFER = 1_000
@@ -152,17 +155,8 @@ def _text_of(row: Any, name: str) -> str:
 
 
 def _json_documents(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(
-                    f"{path} line {number} is not JSON", "expected one JSON object per line"
-                ) from error
-            yield _text_of(row, f"{path} line {number}")
+    for number, row in _LINES.lines(path):
+        yield _text_of(row, f"{path} line {number}")
 
 
 def _read_text(path: Path) -> str:

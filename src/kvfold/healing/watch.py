@@ -12,7 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kvfold.errors import InputError, RunError
+from kvfold.checkpoint.records import METRICS_ROW
+from kvfold.documents import shortened
+from kvfold.errors import CheckpointError, InputError, RunError
 from kvfold.files import append_text, write_text
 
 Row = dict[str, Any]
@@ -42,12 +44,15 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file; a line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    rows: list[Row] = []
+    for number, row in METRICS_ROW.lines(path, torn=True):
+        for name, value in row.items():
+            if name.startswith("kl ") and not isinstance(value, int | float):
+                raise CheckpointError(
+                    f"{path} line {number}: {name} is {shortened(value)}; expected a number",
+                    METRICS_ROW.hint,
+                )
+        rows.append(dict(row))
     return rows
 
 

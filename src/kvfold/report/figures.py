@@ -45,9 +45,11 @@ def layer_errors(layers: Sequence[dict[str, Any]]) -> str:
     index = [layer["layer"] for layer in fitted]
     first = [layer["stages"][0]["error_before"] for layer in fitted]
     axes.plot(index, first, color="#999999", marker="x", label="folded")
-    for number, stage in enumerate(fitted[0]["stages"]):
-        after = [layer["stages"][number]["error_after"] for layer in fitted]
-        name = label(stage["stage"].replace("_", " "))
+    for number in range(max(len(layer["stages"]) for layer in fitted)):
+        having = [layer for layer in fitted if len(layer["stages"]) > number]
+        index = [layer["layer"] for layer in having]
+        after = [layer["stages"][number]["error_after"] for layer in having]
+        name = label(having[0]["stages"][number]["stage"].replace("_", " "))
         axes.plot(index, after, color=COLOURS[number], marker=MARKERS[number], label=name)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

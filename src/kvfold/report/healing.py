@@ -41,7 +41,8 @@ def draw_healing(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         _smooth([row["kl"] for row in steps]),
         color=_GREY, linewidth=1.5, label="training text (smoothed)",
     )  # fmt: skip
-    names = [name for name in rows[0] if name.startswith("kl ")]
+    every = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in every if name.startswith("kl ")]
     for name, colour, marker in zip(names, _COLOURS, _MARKERS, strict=False):
         points = [(row["tokens"], row[name]) for row in rows if name in row]
         axes.plot(

@@ -4,15 +4,16 @@ A run is a folder that ``convert``, ``heal`` or ``demo`` made, or a file that ``
 wrote. A section is a heading, facts, tables and plots; how they look is decided here alone.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arguments import flag, location, several
+from kvfold.checkpoint.records import DEMO_RECORD, FOLDING, HEALING, QUALITY, RECORDS
 from kvfold.documents import open_regular
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_text
+from kvfold.healing.watch import read_metrics
 from kvfold.report.figures import (
     captured_energy,
     decode_times,
@@ -78,12 +79,14 @@ def sections_of(run: Path) -> list[Section]:
 
 
 def _of_checkpoint(run: Path) -> list[Section]:
-    record = _json(run / RECORD)
+    path = run / RECORD
+    record = RECORDS.read(path)
     sections = []
     if "geometry" in record:
-        sections.append(_folding(run.name, record))
+        sections.append(_folding(run.name, dict(FOLDING.check(record, str(path)))))
     if "heal" in record:
-        sections.append(_healing(run, record["heal"]))
+        heal = HEALING.check(record["heal"], f"{path}, of healing")
+        sections.append(_healing(run, dict(heal)))
     return sections
 
 
@@ -146,8 +149,9 @@ def _healing(run: Path, heal: dict[str, Any]) -> Section:
     ]  # fmt: skip
     parts: list[Table | Figure | str] = [Table(["", ""], facts), _quality(heal["quality"])]
     if (run / METRICS).is_file():
-        rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-        parts.append(Figure(healing_curve(rows), "Divergence from the source while healing."))
+        rows = read_metrics(run / METRICS)
+        if rows:
+            parts.append(Figure(healing_curve(rows), "Divergence from the source while healing."))
     parts.append(_code(heal["command"]))
     return Section(f"Healing: {run.name}", parts)
 
@@ -178,7 +182,9 @@ def _quality(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _of_demo(run: Path) -> Section:
-    record = _json(run / DEMO)
+    record = DEMO_RECORD.read(run / DEMO)
+    for number, row in enumerate(record["rows"]):
+        QUALITY.check({**row["quality"], "name": row["method"]}, f"{run / DEMO}, row {number}")
     rows = [{**row["quality"], "name": f"{row['method']}, {row['kv_heads']} KV heads"}
             for row in record["rows"]]  # fmt: skip
     parts: list[Table | Figure | str] = []
@@ -251,16 +257,6 @@ def _case(case: dict[str, Any]) -> str:
         return f"{value:,} {word.removesuffix('s') if value == 1 else word}"
 
     return ", ".join(phrase(name, value) for name, value in case.items())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON", "is the run complete?") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is not a record of kvfold", "is the run complete?")
-    return found
 
 
 def _code(command: str) -> str:
