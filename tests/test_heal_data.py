@@ -174,7 +174,7 @@ def test_epochs_of_a_file_are_shuffled_and_repeatable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{oops", "line 1 is not JSON"), ('{"content": "x"}', "no column 'text'.*content")],
+    [("{oops", "line 1 is not valid JSON"), ('{"content": "x"}', "no column 'text'.*content")],
 )
 def test_bad_json_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"

@@ -125,7 +125,7 @@ def test_bad_input(kvfold: Kvfold, healed: Path, tmp_path: Path) -> None:
     assert "exists already" in refused(healed, "-o", tmp_path / "r.html")
     assert "cannot be written" in refused(healed, "-o", tmp_path / "nowhere" / "r.html")
     (tmp_path / "kvfold.json").write_text("[1]")
-    assert "not a record" in refused(tmp_path, "-o", tmp_path / "other.html")
+    assert "expected a JSON object" in refused(tmp_path, "-o", tmp_path / "other.html")
     assert (tmp_path / "r.html").read_text() == "precious"
 
 
