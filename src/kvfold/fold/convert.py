@@ -125,7 +125,7 @@ def run_request(
     files = _files(request)
     text = calibration_text(request)
     windows = None
-    if not is_gguf(request.source):  # what can be known before there is a working folder
+    if not (resume or is_gguf(request.source)):  # known before there is a working folder
         folder = resolve(request.source)
         checkpoint = open_checkpoint(folder)
         windows = _windows(checkpoint, folder, request, text)
@@ -171,6 +171,7 @@ def _run(
     same = request.num_kv_heads == checkpoint.geometry.num_kv_heads
     if is_gguf(request.source):
         check_complete(checkpoint)
+    if windows is None:
         windows = _windows(checkpoint, folder, request, text)
     layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
     shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
