@@ -83,7 +83,7 @@ def cli(debug: bool) -> None:
 
     Results go to stdout (add --json for one JSON document); progress and messages to stderr.
     Exit codes: 0 success, 1 failed while running, 2 bad input, 3 a threshold was not met,
-    130 interrupted.
+    130 interrupted (Ctrl-C or SIGTERM).
     """
 
 
