@@ -27,7 +27,7 @@ from tests import tiny
 # Results, made by kvfold and not by callers.
 RESULTS = {"FoldedModel", "Quality", "KVFoldError", "__version__"}
 # Whose arguments have tests of their own beside them.
-ELSEWHERE = {"attention", "explain", "merge", "KVCache", "FixedKVCache"}
+ELSEWHERE = {"attention", "attention_varlen", "explain", "merge", "KVCache", "FixedKVCache"}
 NAMES = sorted(set(kvfold.__all__) - RESULTS - ELSEWHERE)
 MODEL = tiny.make("llama", num_key_value_heads=6)
 
