@@ -1,0 +1,185 @@
+"""Mutated files of models and records: every command reads them, or says in one line why not."""
+
+import copy as copying
+import json
+import shutil
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Kvfold
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+RECORD: dict[str, Any] = {
+    "command": "kvfold convert source OUT --kv-heads 2",
+    "source": {"name": "source", "family": "llama"},
+    "geometry": {
+        "num_heads": 6,
+        "num_kv_heads": {"source": 6, "folded": 2},
+        "kv_bytes_per_token_16bit": {"source": 768, "folded": 256},
+    },
+    "method": "auto",
+    "fit": "local",
+    "calibration": {"tokens": 1024, "texts": ["a.txt"]},
+    "warnings": ["built-in text"],
+    "layers": [
+        {
+            "layer": layer,
+            "captured_value": 0.9,
+            "captured_key": 0.8,
+            "stages": [{"stage": "refit", "error_before": 0.5, "error_after": 0.3}],
+            "drift": 0.01,
+        }
+        for layer in range(2)
+    ],
+    "run": {"seconds": 1.5, "peak_memory_bytes": 1000},
+}
+STRANGE: list[Any] = [
+    None, True, -1, 0, 1, 2, 3, 1.5, 10**9, 10**12, 10**40, -(10**12), float("nan"),
+    float("inf"), "", "2", "x" * 1000, "../x", "/etc/passwd", "\ud800", [], [[]], {}, {"a": 1},
+]  # fmt: skip
+
+steps = st.lists(st.integers(0, 1000), min_size=1, max_size=4)
+changes = st.one_of(
+    st.tuples(st.just("set"), st.sampled_from(STRANGE)),
+    st.tuples(st.just("drop"), st.none()),
+    st.tuples(st.just("wrap"), st.integers(1, 200)),
+)
+damage = st.one_of(
+    st.tuples(st.just("value"), steps, changes),
+    st.tuples(st.just("cut"), st.floats(0, 1), st.none()),
+    st.tuples(st.just("flip"), st.floats(0, 1), st.integers(0, 7)),
+)
+
+
+def changed(document: Any, path: list[int], change: tuple[str, Any]) -> Any:
+    """The document with one value below ``path`` (indices, taken modulo) changed."""
+    root: Any = [copying.deepcopy(document)]
+    holder, key = root, 0
+    for step in path:
+        inner = holder[key]
+        if not isinstance(inner, dict | list) or not inner:
+            break
+        keys = list(inner) if isinstance(inner, dict) else range(len(inner))
+        holder, key = inner, keys[step % len(inner)]
+    kind, value = change
+    if kind == "drop" and holder is not root:
+        del holder[key]
+    elif kind == "wrap":
+        for _ in range(value):
+            holder[key] = [holder[key]]
+    else:
+        holder[key] = value
+    return root[0]
+
+
+def damaged(text: bytes, how: tuple[str, Any, Any]) -> bytes:
+    kind, where, what = how
+    if kind == "value":
+        return json.dumps(changed(json.loads(text), where, what)).encode()
+    at = int(where * (len(text) - 1))
+    if kind == "cut":
+        return text[:at]
+    return text[:at] + bytes([text[at] ^ (1 << what)]) + text[at + 1 :]
+
+
+def check(kvfold: Kvfold, folder: Path, *commands: tuple[Any, ...]) -> None:
+    before = sorted(path.name for path in folder.parent.iterdir())
+    for command in commands:
+        started = time.monotonic()
+        run = kvfold(*command)
+        assert time.monotonic() - started < 20, command
+        assert run.code in (0, 1, 2), (command, run.err)
+        assert "this is a bug" not in run.err, (command, run.err)
+        assert "Traceback" not in run.err
+        if run.code:
+            lines = run.err.strip().splitlines()
+            assert lines[0].startswith("error: "), run.err
+            assert run.code == 1 or lines[-1].startswith("hint: "), run.err
+        assert sorted(path.name for path in folder.parent.iterdir()) == before
+
+
+every = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def model(llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def shards(sharded_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sharded_folder, tmp_path / "model"))
+
+
+def commands(folder: Path) -> list[tuple[Any, ...]]:
+    return [
+        ("inspect", folder),
+        ("plan", folder, "--gpu", "h100"),
+        ("convert", folder, folder.parent / "out", "--kv-heads", 2, "--dry-run"),
+    ]
+
+
+@every
+@given(how=damage)
+def test_configs(kvfold: Kvfold, model: Path, how: tuple[str, Any, Any]) -> None:
+    path, kept = model / "config.json", model / "kept"
+    if not kept.exists():
+        shutil.copy(path, kept)
+    path.write_bytes(damaged(kept.read_bytes(), how))
+    check(kvfold, model, *commands(model))
+
+
+@every
+@given(how=damage)
+def test_indices(kvfold: Kvfold, shards: Path, how: tuple[str, Any, Any]) -> None:
+    path, kept = shards / INDEX, shards / "kept"
+    if not kept.exists():
+        shutil.copy(path, kept)
+    path.write_bytes(damaged(kept.read_bytes(), how))
+    check(kvfold, shards, *commands(shards))
+
+
+@every
+@given(how=damage)
+def test_headers(kvfold: Kvfold, model: Path, how: tuple[str, Any, Any]) -> None:
+    path, kept = model / WEIGHTS, model / "kept"
+    if not kept.exists():
+        shutil.copy(path, kept)
+    whole = kept.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = damaged(whole[8 : 8 + length], how)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
+    check(kvfold, model, *commands(model))
+
+
+@every
+@given(name=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), how=damage)
+def test_tokenizers(
+    kvfold: Kvfold, model: Path, text_file: Path, name: str, how: tuple[str, Any, Any]
+) -> None:
+    path, kept = model / name, model / f"kept-{name}"
+    if not kept.exists():
+        shutil.copy(path, kept)
+    path.write_bytes(damaged(kept.read_bytes(), how))
+    evaluation = ("--text", text_file, "--context", 64, "--max-tokens", 64)
+    check(kvfold, model, ("eval", model, *evaluation))
+    shutil.copy(kept, path)
+
+
+@every
+@given(how=damage)
+def test_records(kvfold: Kvfold, tmp_path: Path, how: tuple[str, Any, Any]) -> None:
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    run.mkdir(exist_ok=True)
+    page.write_text("")
+    text = json.dumps(RECORD).encode()
+    (run / "kvfold.json").write_bytes(damaged(text, how))
+    check(kvfold, run, ("report", run, "-o", page, "--force"))
