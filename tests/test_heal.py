@@ -481,6 +481,30 @@ def test_convert_can_heal_in_one_go(
     assert "needs text" in refused.err
 
 
+@pytest.mark.parametrize("what", ["weights", "text", "nothing"])
+def test_what_is_healed_was_folded_from_what_is_there_now(
+    what: str, kvfold: Kvfold, source: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Killed between its two steps, ``convert --heal --resume`` took any OUT.folded."""
+    shutil.copytree(source, tmp_path / "source")
+    shutil.copy(text, tmp_path / "text.txt")
+    arguments = ["convert", tmp_path / "source", tmp_path / "out", "--kv-heads", 2]
+    arguments += ["--fit", "none", "--context", 64, "--heal", 1024]
+    arguments += ["--calibration", tmp_path / "text.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kvfold.healing.run.run_heal", None)  # calling it fails
+        assert kvfold(*arguments).code == 1
+    name = {"weights": "source/model.safetensors", "text": "text.txt"}.get(what)
+    if name is not None:
+        data = bytearray((tmp_path / name).read_bytes())
+        data[-2] ^= 1
+        (tmp_path / name).write_bytes(data)
+    run = kvfold(*arguments, "--resume")
+    assert run.code == (0 if what == "nothing" else 2), run.err
+    assert what == "nothing" or "from other weights or text" in run.err
+
+
 def test_out_appears_with_everything_in_it(
     kvfold: Kvfold, source: Path, folded: Path, text: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -437,7 +437,12 @@ def test_a_run_killed_in_its_last_clean_up_has_nothing_left_to_do(
 # -- what is taken up ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"inputs": 3}', "\0"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "\0", "[" * 5000, '{"inputs": 3, "folder": 1}',
+     '{"inputs": {"the source": 3}, "folder": 1}',
+     '{"inputs": {"the source": {"a": {"size": "1"}}}, "folder": 1}'],
+)  # fmt: skip
 def test_a_damaged_request_is_told(content: str, llama_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped(llama_folder, out)
@@ -506,7 +511,7 @@ def test_changed_inputs_are_not_mixed_with_old_work(
     if how in (rewrite, Path.unlink):
         with pytest.raises(InputError) as error:
             convert(source, out, 2, resume=True, **options)
-        assert what in error.value.message
+        assert what.split(".")[0] in error.value.message
         assert not out.exists()
         return
     convert(source, out, 2, resume=True, **options)

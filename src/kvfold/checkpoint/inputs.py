@@ -10,10 +10,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from kvfold.errors import InputError
 
 Files = Mapping[str, Mapping[str, Path]]  # what it is to the command -> name -> file
-Prints = dict[str, dict[str, dict[str, Any]]]
+
+
+class Print(TypedDict):
+    """What tells a file from a changed one."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    sha256: str
+
+
+Prints = dict[str, dict[str, Print]]
 _TIMES = ("mtime_ns", "ctime_ns", "inode")  # ctime cannot be set back
 
 
@@ -35,10 +49,15 @@ def take_prints(
     for what, group in files.items():
         prints[what] = {}
         for name, path in group.items():
-            prints[what][name] = {**_times(path), "sha256": _digest(path)}
+            prints[what][name] = _print(path)
             done += 1
             progress("hashing what is read", done, total)
     return prints
+
+
+def _print(path: Path) -> Print:
+    times = _times(path)  # before its content: what changes meanwhile is seen the next time
+    return Print(**times, sha256=_digest(path))  # type: ignore[typeddict-item]
 
 
 def changed(prints: Mapping[str, Any], files: Files) -> str | None:

@@ -135,6 +135,8 @@ def convert_and_heal(
             _check_same_fold(request, folded)
         else:
             again = resume and is_begun(folded)
+            if folded.exists() and not (folded / "kvfold.json").is_file():
+                raise InputError(f"{folded} is in the way", "move it away, or choose another OUT")
             with resumable(lambda: working_folder(folded)), progress_bar() as progress:
                 run_request(request, folded, resume=again, force=force, progress=progress)
         again = resume and is_begun(out)
@@ -143,15 +145,16 @@ def convert_and_heal(
 
 
 def _check_same_fold(request: "Request", folded: Path) -> None:
-    """Refuse to heal what another request has folded."""
+    """Refuse to heal what another request has folded, or another source."""
     from kvfold.errors import InputError
-    from kvfold.fold.record import RECORD, read_record
-    from kvfold.fold.request import command_line
+    from kvfold.fold.convert import made_now
+    from kvfold.fold.record import read_record
 
-    found = read_record(folded) if (folded / RECORD).exists() else {}
-    if found.get("command") != command_line(request):
+    record = read_record(folded) if (folded / "kvfold.json").is_file() else {}
+    if not made_now(record, request):
         raise InputError(
-            f"{folded} was made by another command ({found.get('command', 'unknown')})",
+            f"{folded} was made by another command ({record.get('command', 'unknown')}), or from "
+            "other weights or text",
             "repeat the first command's arguments, or --force without --resume to start over",
         )
 

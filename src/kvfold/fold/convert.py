@@ -8,7 +8,7 @@ with ``resume``.
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +158,30 @@ def _files(request: Request) -> Files:
     return {_SOURCE: source, **texts}
 
 
+def made_now(record: Mapping[str, Any], request: Request) -> bool:
+    """Whether a record is that of a request, on the weights and the text that are there now."""
+    prints = take_prints(_files(request))[_SOURCE]
+    source, calibration = record.get("source"), record.get("calibration")
+    weights = source.get("sha256") if isinstance(source, Mapping) else None
+    text = calibration_text(request)
+    known = calibration.get("sha256") if isinstance(calibration, Mapping) else None
+    return (
+        record.get("command") == command_line(request)
+        and isinstance(weights, Mapping)
+        and all(prints[name]["sha256"] == weights.get(name) for name in prints if _holds(name))
+        and (text is None or known in (None, _sha256(text)))
+    )
+
+
+def _holds(name: str) -> bool:
+    """Whether a file holds weights."""
+    return name.lower().endswith((".safetensors", ".gguf"))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _run(
     request: Request,
     text: str | None,
@@ -299,7 +323,7 @@ def _record(
     if windows is not None and text is not None:
         calibration = {
             "texts": list(request.calibration or ["built-in"]),
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "sha256": _sha256(text),
             "tokens": windows.numel(),
             "context": windows.shape[1],
             "builtin": builtin,

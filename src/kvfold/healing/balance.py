@@ -25,20 +25,14 @@ def balanced(weights: AttentionWeights, normalised: bool) -> AttentionWeights:
     ones = torch.ones(kv_heads, dtype=torch.float64)
     key = ones if normalised else _factor(weights.q, weights.k)
     value = _factor(weights.o, weights.v)
-    group_size = len(weights.q) // kv_heads
 
-    def times(tensor: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
-        if tensor is None:
-            return None
+    def must(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         each = factor.repeat_interleave(len(tensor) // kv_heads).to(tensor.dtype)
         return tensor * each.reshape(-1, *[1] * (tensor.ndim - 1))
 
-    def must(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        result = times(tensor, factor)
-        assert result is not None
-        return result
+    def times(tensor: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor | None:
+        return None if tensor is None else must(tensor, factor)
 
-    assert group_size * kv_heads == len(weights.q)
     return AttentionWeights(
         q=must(weights.q, 1 / key),
         k=must(weights.k, key),

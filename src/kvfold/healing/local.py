@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvfold.checkpoint.source import Checkpoint
+from kvfold.errors import CheckpointError
 from kvfold.fold.kept import keep_layer, stored_layers
 from kvfold.fold.pipeline import CalibratedFolder, FoldedLayer, FoldPlan, layer_report
 from kvfold.quality.scores import Progress
@@ -42,12 +43,16 @@ def heal_layers(
         healer = CalibratedFolder(teacher, plan, windows, kept / "hidden")
     for index in range(layers):
         layer = stored(index)
-        if layer is None:
-            assert healer is not None
+        if layer is not None:
+            if healer is not None:
+                healer.replay(layer)
+        elif healer is not None:
             layer = healer.take(_as_folded(folded, index), progress)
             keep_layer(kept, layer)
-        elif healer is not None:
-            healer.replay(layer)
+        else:
+            raise CheckpointError(
+                f"layer {index} has vanished from {kept}", "--resume fits it again"
+            )
         tensors |= layer.tensors
         reports.append(layer_report(layer))
         progress("healing layers", index + 1, layers)

@@ -9,7 +9,7 @@ import torch
 from kvfold.checkpoint.families import Family, family_of
 from kvfold.checkpoint.pretrained import load_config, load_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict, resolve
-from kvfold.errors import InputError
+from kvfold.errors import CheckpointError, InputError
 from kvfold.healing.balance import balanced_tensors
 from kvfold.healing.request import HealRequest
 
@@ -34,8 +34,13 @@ def load_student(
     """
     model = _load(request.folded, torch.float32)
     if replaced:
-        missing = model.load_state_dict({k: v.float() for k, v in replaced.items()}, strict=False)
-        assert not missing.unexpected_keys, missing.unexpected_keys
+        found = model.load_state_dict({k: v.float() for k, v in replaced.items()}, strict=False)
+        if found.unexpected_keys:
+            raise CheckpointError(
+                f"{request.folded} has no tensor {found.unexpected_keys[0]}, which the local stage "
+                "has kept",
+                "what an interrupted run left is damaged; --force starts over",
+            )
     checkpoint = Checkpoint("the folded model", model.config.to_dict(), TensorDict(_own(model)))
     model.load_state_dict(balanced_tensors(checkpoint), strict=False)
     attention = attention_parameters(checkpoint.family)
