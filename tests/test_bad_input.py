@@ -325,3 +325,12 @@ def test_ctrl_c(kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch) -> None:
     run = kvfold("methods")
     assert run.code == 130
     assert "interrupted" in run.err
+
+
+def test_text_of_one_token_is_no_bug(kvfold: Kvfold, llama_folder: Path, tmp_path: Path) -> None:
+    """All words unknown to the tokenizer: nothing can be fitted on them, or too little."""
+    text = tmp_path / "text.txt"
+    text.write_text("x " * 3000)
+    run = kvfold("convert", llama_folder, tmp_path / "out", "--kv-heads", 2, "--calibration", text)
+    assert run.code in (0, 1), run.err
+    assert "this is a bug" not in run.err

@@ -15,6 +15,7 @@ import torch
 from kvfold.checkpoint.attention import AttentionWeights
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.tensors import torch_dtype
+from kvfold.errors import RunError
 from kvfold.fold.fit import FITS, FitTask
 from kvfold.fold.layer import LayerReport, fold_layer, layer_pairs
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
@@ -262,7 +263,13 @@ def fold_all(
             if folder is not None:
                 folder.replay(folded)
         elif folder is not None:
-            folded = folder.fold(index, progress)
+            try:
+                folded = folder.fold(index, progress)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise RunError(
+                    f"layer {index} cannot be fitted: the calibration text says too little",
+                    "give text of more different tokens, that the tokenizer knows",
+                ) from error
         else:
             folded = fold_without_data(checkpoint, plan, index)
         yield folded
