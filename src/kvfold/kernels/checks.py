@@ -34,11 +34,11 @@ def check_options(
     batch, heads, _, keys = shape
     if not torch.compiler.is_compiling():
         _check_kinds(
-            {"sinks": sinks, "scale": scale, "softcap": softcap},
-            {
-                "start": start, "lengths": lengths, "mask": mask, "alibi_slopes": alibi_slopes,
-                "sink_logits": sink_logits,
-            },
+            (("sinks", sinks, int), ("scale", scale, float), ("softcap", softcap, float)),
+            (
+                ("start", start), ("lengths", lengths), ("mask", mask),
+                ("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits),
+            ),
             window,
         )  # fmt: skip
     _check_window(window, causal)
@@ -66,16 +66,23 @@ def check_options(
     )
 
 
-def _check_kinds(numbers: dict[str, object], tensors: dict[str, object], window: object) -> None:
-    """Numbers are numbers, tensors are tensors; None is neither given."""
-    for name, x in numbers.items():
-        if x is not None and not _is_number(x, int if name == "sinks" else float):
+def _check_kinds(
+    numbers: tuple[tuple[str, object, type], ...],
+    tensors: tuple[tuple[str, object], ...],
+    window: object,
+) -> None:
+    """Numbers are numbers, tensors are tensors; None is neither given. Usual types come first: a
+    step of decoding waits for this."""
+    for name, x, kind in numbers:
+        if x is not None and type(x) is not kind and not _is_number(x, kind):
             raise InputError(f"{name}={shown(x)}: expected a number")
-    for name, x in tensors.items():
-        if x is not None and not isinstance(x, torch.Tensor):
+    for name, given in tensors:
+        if given is not None and not isinstance(given, torch.Tensor):
             raise InputError(
-                f"{name} is {shown(x)}, expected a tensor", "torch.as_tensor makes one"
+                f"{name} is {shown(given)}, expected a tensor", "torch.as_tensor makes one"
             )
+    if window is None or type(window) is int:
+        return
     parts = window if isinstance(window, tuple | list) else (window,)
     if not all(x is None or _is_number(x, int) for x in parts):
         raise InputError(f"window={shown(window)}: expected a number or a pair of numbers, or None")

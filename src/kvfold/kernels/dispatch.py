@@ -213,12 +213,14 @@ def _on_gpu(call: _Call) -> Path | None:
 
 def _suits_flex(call: _Call) -> bool:
     """Many queries on a GPU, and scores that PyTorch's fused kernels cannot have."""
+    if not call.q.is_cuda:
+        return False
     o = call.options
     sided = o.left is not None or o.right not in (None, 0)
     bent = sided or any(x is not None for x in (o.softcap, o.alibi_slopes, o.sink_logits))
     sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
     free = o.mask is None and not call.dropout and 0 not in sizes
-    return call.q.is_cuda and bent and free and call.q.dtype is not torch.float64
+    return bent and free and call.q.dtype is not torch.float64
 
 
 def _needs_wide_bias(call: _Call) -> bool:
@@ -321,7 +323,8 @@ def _sdpa(call: _Call) -> torch.Tensor:
     """PyTorch's kernels; a query that sees nothing gets zeros here too."""
     q, o = call.q, call.options
     square = o.causal and q.shape[2] == call.k.shape[2] and o.left is None
-    plain = all(x is None for x in (o.start, o.lengths, o.mask, o.alibi_slopes))
+    padded = o.start is not None or o.lengths is not None
+    plain = not padded and o.mask is None and o.alibi_slopes is None
     is_causal = decided(square and plain)
     seen, bias = (None, None) if is_causal else _bias(call)
     k, v = _seen_rows(call, seen)
