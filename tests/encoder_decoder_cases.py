@@ -63,6 +63,12 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pegasus": ("pegasus", _BART),
     "blenderbot": ("blenderbot", _BART),
     "m2m_100": ("m2m_100", _BART | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
+    # Architectures without sdpa, whose decoders do not say that they are causal:
+    "pegasus_x": ("pegasus_x", _BART | {"block_size": 8, "num_global_tokens": 2}),
+    "nllb-moe": (
+        "nllb-moe",
+        _BART | {"num_experts": 4, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    ),
     "t5": ("t5", _T5),
     "mt5": ("mt5", _T5),
     "umt5": ("umt5", _T5),
