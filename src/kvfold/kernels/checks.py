@@ -2,6 +2,7 @@
 
 import math
 from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 
@@ -10,6 +11,10 @@ from kvfold.names import shown
 from kvfold.ops.options import Options, Window, constant, reach
 
 Shape = tuple[int, int, int, int]  # batch, query heads, queries, keys
+# What kernels hold as float32 and int32.
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_MOST_SINKS = (1 << 31) - 1
+_FAR = 1 << 62
 
 
 def check_options(
@@ -32,14 +37,12 @@ def check_options(
         InputError: for the first that does not fit.
     """
     batch, heads, _, keys = shape
-    if not torch.compiler.is_compiling():
-        _check_kinds(
-            (("sinks", sinks, int), ("scale", scale, float), ("softcap", softcap, float)),
-            (
-                ("start", start), ("lengths", lengths), ("mask", mask),
-                ("alibi_slopes", alibi_slopes), ("sink_logits", sink_logits),
-            ),
-            window,
+    if not torch.compiler.is_compiling():  # which knows what is a number and what a tensor
+        check_flags(causal=causal)
+        _check_numbers(window, sinks, scale, softcap)
+        check_tensors(
+            start=start, lengths=lengths, mask=mask, alibi_slopes=alibi_slopes,
+            sink_logits=sink_logits,
         )  # fmt: skip
     _check_window(window, causal)
     if sinks < 0:
@@ -53,46 +56,70 @@ def check_options(
     if not torch.compiler.is_compiling():
         check_range("start", start, batch, keys)
         check_range("lengths", lengths, batch, keys)
-    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise InputError(f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}]")
-    if sink_logits is not None and sink_logits.shape != (heads,):
-        raise InputError(f"sink_logits has shape {list(sink_logits.shape)}, expected [{heads}]")
+    _check_per_head("alibi_slopes", alibi_slopes, heads)
+    _check_per_head("sink_logits", sink_logits, heads)
     if mask is not None:
         _check_mask(mask, shape)
         mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
     left, right = reach(causal, window)
+    if not torch.compiler.is_compiling():  # operators take integers of 64 bits
+        left, right = (None if x is None else min(x, _FAR) for x in (left, right))
     return Options(
         left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes, sink_logits
     )
 
 
-def _check_kinds(
-    numbers: tuple[tuple[str, object, type], ...],
-    tensors: tuple[tuple[str, object], ...],
-    window: object,
-) -> None:
-    """Numbers are numbers, tensors are tensors; None is neither given. Usual types come first: a
-    step of decoding waits for this."""
-    for name, x, kind in numbers:
-        if x is not None and type(x) is not kind and not _is_number(x, kind):
-            raise InputError(f"{name}={shown(x)}: expected a number")
-    for name, given in tensors:
-        if given is not None and not isinstance(given, torch.Tensor):
-            raise InputError(
-                f"{name} is {shown(given)}, expected a tensor", "torch.as_tensor makes one"
-            )
-    if window is None or type(window) is int:
-        return
-    parts = window if isinstance(window, tuple | list) else (window,)
-    if not all(x is None or _is_number(x, int) for x in parts):
-        raise InputError(f"window={shown(window)}: expected a number or a pair of numbers, or None")
+def check_flags(**flags: object) -> None:
+    """Refuse anything but True and False: "no" and None would count as one of them."""
+    for name, flag in flags.items():
+        if flag is not True and flag is not False:
+            raise InputError(f"{name}={shown(flag)}: expected True or False")
 
 
-def _is_number(x: object, kind: type) -> bool:
-    if isinstance(x, torch.Tensor):  # of one number, as a model may compute its scale
-        return kind is float and x.numel() == 1 and x.is_floating_point() and not x.is_meta
-    numeric = Integral if kind is int else Real
-    return type(x) is int or type(x) is kind or (isinstance(x, numeric) and not isinstance(x, bool))
+def check_tensors(**tensors: object) -> None:
+    """Refuse anything but ordinary tensors; None is not given."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"{name}={shown(x)}: expected a tensor", "torch.as_tensor makes one")
+        if x.layout is not torch.strided:
+            raise InputError(f"{name} is {x.layout}, expected an ordinary (strided) tensor")
+
+
+def _check_numbers(window: object, sinks: object, scale: object, softcap: object) -> None:
+    whole = window if isinstance(window, tuple | list) else (window,)
+    if window is not None and not all(x is None or _is_whole(x) for x in whole):
+        raise InputError(
+            f"window={shown(window)}: expected a whole number of keys, a pair, or None"
+        )
+    if not _is_whole(sinks) or sinks > _MOST_SINKS:  # type: ignore[operator]
+        raise InputError(f"sinks={shown(sinks)}: expected a whole number of keys")
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if x is None:
+            continue
+        if not is_number(x) and not _is_scalar(x):
+            raise InputError(f"{name}={shown(x)}: expected a number, or None")
+        x = float(x)  # type: ignore[arg-type]
+        if math.isfinite(x) and x and not _TINY <= abs(x) <= _HUGE:
+            raise InputError(f"{name}={x}: float32 cannot hold it; expected {_TINY} to {_HUGE}")
+
+
+def is_number(x: object) -> TypeGuard[float]:
+    """Whether it is a number of Python's or NumPy's; True and False are not meant as one."""
+    # Usual types come first: a step of decoding waits for this.
+    return type(x) is float or type(x) is int or (isinstance(x, Real) and not isinstance(x, bool))
+
+
+def _is_scalar(x: object) -> bool:
+    """A tensor of one number, as a model may compute its scale."""
+    if not isinstance(x, torch.Tensor):
+        return False
+    return x.numel() == 1 and x.is_floating_point() and not x.is_meta
+
+
+def _is_whole(x: object) -> bool:
+    return type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
 
 
 def _check_window(window: Window | None, causal: bool) -> None:
@@ -118,6 +145,15 @@ def _check_window(window: Window | None, causal: bool) -> None:
             f"window={window} would show later keys, which causal=True hides",
             "give causal=False, or a window that ends with 0",
         )
+
+
+def _check_per_head(name: str, given: torch.Tensor | None, heads: int) -> None:
+    if given is None:
+        return
+    if given.shape != (heads,):
+        raise InputError(f"{name} has shape {list(given.shape)}, expected [{heads}]")
+    if given.dtype == torch.bool or given.is_complex():
+        raise InputError(f"{name} is {given.dtype}, expected a float type")
 
 
 def check_range(name: str, given: torch.Tensor | None, batch: int, keys: int) -> None:

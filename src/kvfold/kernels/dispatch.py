@@ -8,7 +8,7 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM, backend_of
-from kvfold.kernels.checks import check_options
+from kvfold.kernels.checks import check_flags, check_options, check_tensors, is_number
 from kvfold.kernels.flex import flex
 from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
@@ -167,6 +167,14 @@ def _checked(
     return_lse: bool,
     **options: Any,
 ) -> _Call:
+    if not torch.compiler.is_compiling():
+        check_tensors(q=q, k=k, v=v)
+        check_flags(return_lse=return_lse)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x is None:
+                raise InputError(f"{name}=None: expected a tensor", _SHAPES)
+        if not is_number(dropout):
+            raise InputError(f"dropout={dropout!r:.60}: expected a number, 0 <= dropout < 1")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise InputError(f"expected [B, heads, tokens, dim] tensors, got {shapes}")
@@ -183,8 +191,14 @@ def _checked(
         raise InputError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly: {shapes}"
         )
+    if q.shape[3] < 1 or v.shape[3] < 1:
+        raise InputError(f"heads of no dimensions: {shapes}", _SHAPES)
     shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     checked = check_options(shape, **options)
+    for name in ("start", "lengths", "mask", "alibi_slopes", "sink_logits"):
+        x = getattr(checked, name)
+        if x is not None and x.device != q.device:
+            raise InputError(f"{name} is on {x.device}, q, k and v on {q.device}")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
     return _Call(q, k, v, checked, dropout, return_lse)
