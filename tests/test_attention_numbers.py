@@ -72,7 +72,7 @@ def test_float32_queries_get_float32_arithmetic(isa: str, name: str, group: int)
     Scores are off by D float32 roundings of |q| |k|, weights and sums by a few: `allowed_error`
     without its terms for integers and for bfloat16's instructions.
     """
-    cache = filled(KVCache(2, 64, batch=2, dtype=name[:4], exact_recent=64), 75)
+    cache = filled(KVCache(2, 64, batch=2, dtype=name[:4]), 75)
     if name.startswith("int4"):
         assert stores(cache)[0].pages_in_use == 0
     k, v = contents(cache)
