@@ -185,11 +185,14 @@ def read_bytes(path: Path, largest: int, hint: str = "") -> bytes:
         InputError: if it cannot be read, is no regular file, or is larger.
     """
     with open_regular(path, hint) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            data = file.read(largest + 1)
+            data = file.read(size + 1) if size <= largest else b""
+            if size < len(data) <= largest:  # it grows, or is one of /proc's, that have no size
+                data += file.read(largest + 1 - len(data))
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}", hint) from error
-    if len(data) > largest:
+    if max(size, len(data)) > largest:
         raise InputError(
             f"{path} is too large; expected at most {largest / MEGABYTE:,.0f} MiB", hint
         )

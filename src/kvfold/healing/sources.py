@@ -66,9 +66,10 @@ def check_source(source: TextSource) -> None:
         InputError: naming the file.
     """
     path = Path(source.name).expanduser()
-    if path.is_file() and path.suffix == ".jsonl":
+    there = path.exists() and not path.is_dir()  # a FIFO or a device is refused by name
+    if there and path.suffix == ".jsonl":
         next(_json_documents(path), None)
-    elif path.is_file() and path.suffix != ".parquet":
+    elif there and not (path.suffix == ".parquet" and path.is_file()):
         _read_text(path)
     else:
         _datasets()

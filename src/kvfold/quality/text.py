@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.documents import read_bytes
 from kvfold.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 # A tokenizer of transformers; its classes are built at run time and have no useful types.
 Tokenizer = Any
+LARGEST_TEXT = 1 << 32  # bytes; its tokens are held in memory too, ten times as large
 _BYTES_PER_TOKEN_AT_LEAST = 1  # byte-level tokenizers make at most one token of a byte
 
 
@@ -35,15 +37,16 @@ def read_texts(paths: Sequence[str | Path], least_tokens: int) -> str:
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"no such text file: {path}", "give a plain UTF-8 text file")
+    hint = "give a plain UTF-8 text file"
+    data = read_bytes(path, LARGEST_TEXT, f"{hint}; larger ones are read piecewise as .jsonl")
     try:
-        return path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text (byte {error.start})",
             "convert it first, for instance: iconv -f latin1 -t utf-8",
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
 
 
 def builtin_calibration_text() -> str:
