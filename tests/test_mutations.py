@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import Kvfold
+from tests.conftest import Kvfold, Run
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 RECORD: dict[str, Any] = {
@@ -88,19 +88,27 @@ def damaged(text: bytes, how: tuple[str, Any, Any]) -> bytes:
     return text[:at] + bytes([text[at] ^ (1 << what)]) + text[at + 1 :]
 
 
+def answered(kvfold: Kvfold, command: tuple[Any, ...]) -> Run:
+    """What a command says: its answer, or in one line why there is none."""
+    started = time.monotonic()
+    run = kvfold(*command)
+    assert time.monotonic() - started < 20, command
+    assert run.code in (0, 1, 2), (command, run.err)
+    assert "this is a bug" not in run.err, (command, run.err)
+    assert "Traceback" not in run.err
+    if run.code:
+        lines = [line for line in run.err.splitlines() if line.startswith(("error: ", "hint: "))]
+        assert lines, run.err
+        assert lines[0].startswith("error: "), run.err
+        assert run.code == 1 or lines[-1].startswith("hint: "), run.err
+    return run
+
+
 def check(kvfold: Kvfold, folder: Path, *commands: tuple[Any, ...]) -> None:
     before = sorted(path.name for path in folder.parent.iterdir())
     for command in commands:
-        started = time.monotonic()
-        run = kvfold(*command)
-        assert time.monotonic() - started < 20, command
-        assert run.code in (0, 1, 2), (command, run.err)
-        assert "this is a bug" not in run.err, (command, run.err)
-        assert "Traceback" not in run.err
-        if run.code:
-            lines = run.err.strip().splitlines()
-            assert lines[0].startswith("error: "), run.err
-            assert run.code == 1 or lines[-1].startswith("hint: "), run.err
+        run = answered(kvfold, command)
+        assert not run.code or run.err.startswith("error: "), run.err
         assert sorted(path.name for path in folder.parent.iterdir()) == before
 
 

@@ -82,6 +82,23 @@ class LayerRow(TypedDict):
 
 
 @open_ended
+class StageMeans(TypedDict):
+    """What a stage of fitting gained, mean over layers."""
+
+    error_before: Number
+    error_after: Number
+
+
+@open_ended
+class Summary(TypedDict, total=False):
+    """Means over layers; empty where nothing was folded."""
+
+    captured_value: Number
+    captured_key: Number
+    stages: dict[str, StageMeans]
+
+
+@open_ended
 class FoldRun(TypedDict):
     """How long, how large."""
 
@@ -100,6 +117,7 @@ class FoldRecord(TypedDict):
     fit: str
     calibration: NotRequired[Calibration | None]
     warnings: NotRequired[list[str]]
+    summary: NotRequired[Summary]
     layers: Annotated[list[LayerRow], MaxLen(MOST_LAYERS)]
     run: FoldRun
 
@@ -122,6 +140,17 @@ class QualityRow(TypedDict):
 
 
 @open_ended
+class WholeQuality(QualityRow):
+    """The same with every number there is."""
+
+    tokens: Count
+    nll: Number
+    ratio: Number
+    ratio_error: Number
+    kv_bytes_per_token: Count
+
+
+@open_ended
 class HealAsked(TypedDict):
     """What healing was asked for."""
 
@@ -134,10 +163,18 @@ class HealAsked(TypedDict):
 
 
 @open_ended
+class HealedLayers(TypedDict):
+    """What fitting layer by layer gained."""
+
+    summary: dict[str, StageMeans]
+
+
+@open_ended
 class HealRun(TypedDict):
     """How long, on what."""
 
     seconds: Seconds
+    peak_memory_bytes: NotRequired[Count]
     device: str
     processes: Count
 
@@ -149,6 +186,7 @@ class HealRecord(TypedDict):
     command: str
     request: HealAsked
     steps: Count
+    local: NotRequired[HealedLayers]
     quality: Annotated[list[QualityRow], MaxLen(10_000)]
     run: HealRun
 
@@ -255,6 +293,7 @@ MARKS = Document(Mark, "move it away, or choose another OUT", error=InputError, 
 FOLDING = Document(FoldRecord, _RUN)
 HEALING = Document(HealRecord, _RUN)
 QUALITY = Document(QualityRow, _RUN)
+QUALITIES = Document(list[WholeQuality], _RUN)
 DEMO_RECORD = Document(DemoRecord, _RUN)
 METRICS_ROW = Document(MetricsRow, _RUN, largest=MEGABYTE)
 KEPT = Document(KeptLayer, "--force instead of --resume starts over", largest=64 * MEGABYTE)

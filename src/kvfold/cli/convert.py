@@ -99,7 +99,7 @@ def command(
     with resumable(lambda: working_folder(out)), progress_bar() as progress:
         record = run_request(request, out, resume=resume, force=force, progress=progress)
     emit(as_json, record, lambda: _print_record(record, out))
-    for warning in record["warnings"]:
+    for warning in record.get("warnings", []):
         say(f"warning: {warning}", err=True)
     if not as_json:
         say(f"next: kvfold eval {quote(source)} {quote(str(out))} --text YOUR.txt", err=True)
@@ -177,13 +177,13 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
     from kvfold.report.tables import print_table, size
 
     rows = [*_geometry_rows(record["geometry"])]
-    summary = record["summary"]
-    if summary:
-        rows.append(("V energy kept (mean over layers)", f"{summary['captured_value']:.1%}"))
-        rows.append(("K energy kept (mean over layers)", f"{summary['captured_key']:.1%}"))
-        for name, stage in summary["stages"].items():
-            change = f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}"
-            rows.append((f"layer error, {name.replace('_', ' ')}", change))
+    summary = record.get("summary", {})
+    for what, key in (("V", "captured_value"), ("K", "captured_key")):
+        if key in summary:
+            rows.append((f"{what} energy kept (mean over layers)", f"{summary[key]:.1%}"))
+    for name, stage in summary.get("stages", {}).items():
+        change = f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}"
+        rows.append((f"layer error, {name.replace('_', ' ')}", change))
     rows.append(("peak memory", size(record["run"]["peak_memory_bytes"])))
     rows.append(("time", f"{record['run']['seconds']:.0f} s"))
     print_table(f"Folded to {out}", ["", ""], rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,14 +252,15 @@ def print_healed(record: dict[str, Any], out: Path) -> None:
     from kvfold.report.tables import print_table, size
 
     heal = record["heal"]
-    print_quality([Quality(**row) for row in heal["quality"]])
+    names = [field.name for field in fields(Quality)]
+    print_quality([Quality(**{name: row[name] for name in names}) for row in heal["quality"]])
     rows = [(f"layer error, {name.replace('_', ' ')}",
              f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}")
-            for name, stage in heal["local"]["summary"].items()]  # fmt: skip
+            for name, stage in heal.get("local", {"summary": {}})["summary"].items()]  # fmt: skip
     run = heal["run"]
     rows += [
         ("updates", f"{heal['steps']:,}"),
-        ("peak memory", size(run["peak_memory_bytes"])),
+        ("peak memory", size(run.get("peak_memory_bytes", 0))),
         ("time", f"{run['seconds']:.0f} s"),
     ]
     print_table(f"Healed: {out}", ["", ""], rows)

@@ -40,7 +40,7 @@ from kvfold.fold.record import (
     RECORD,
     geometry_record,
     model_card,
-    read_record,
+    read_folding,
     summary,
     versions,
 )
@@ -134,7 +134,7 @@ def run_request(
         if not work.start(request.as_dict(), resume=resume, force=force, files=files):
             work.begin(request.as_dict(), take_prints(files, progress))
         if work.finished:
-            return read_record(work.out)
+            return read_folding(work.out)
         record = _run(request, text, windows, work, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),

@@ -11,6 +11,7 @@ from kvfold.checkpoint.tensors import (
     read_tensor,
     write_tensors,
 )
+from kvfold.errors import CheckpointError
 from kvfold.files import write_json
 from kvfold.fold.layer import LayerReport
 from kvfold.fold.pipeline import FoldedLayer
@@ -28,14 +29,20 @@ def keep_layer(folder: Path, layer: FoldedLayer) -> None:
     write_json(folder / f"{layer.index}.json", kept)
 
 
-def stored_layers(folder: Path) -> Callable[[int], FoldedLayer | None]:
-    """Looks a layer up among those that :func:`keep_layer` has written."""
+def stored_layers(folder: Path, *, reported: bool = True) -> Callable[[int], FoldedLayer | None]:
+    """Looks a layer up among those that :func:`keep_layer` has written.
+
+    Args:
+        reported: whether the run folds, and so has a report of every layer.
+    """
 
     def stored(index: int) -> FoldedLayer | None:
         path = folder / f"{index}.json"
         if not path.is_file():
             return None
         value = KEPT.read(path)
+        if reported and value["report"] is None:
+            raise CheckpointError(f"{path}: report is null; expected a JSON object", KEPT.hint)
         entries = read_header(folder / f"{index}.safetensors")
         tensors = {name: read_tensor(entry) for name, entry in entries.items()}
         report = None if value["report"] is None else LayerReport(**value["report"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kvfold.checkpoint.records import RECORDS
+from kvfold.checkpoint.records import FOLDING, RECORDS
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.geometry import AttentionGeometry
 
@@ -28,6 +28,11 @@ def versions() -> dict[str, str]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What a finished run left in its folder."""
     return dict(RECORDS.read(folder / RECORD))
+
+
+def read_folding(folder: Path) -> dict[str, Any]:
+    """What a conversion left there, with everything that is said of one."""
+    return dict(FOLDING.check(read_record(folder), str(folder / RECORD)))
 
 
 def geometry_record(source: AttentionGeometry, folded: AttentionGeometry) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def heal_layers(
     """
     plan = FoldPlan(folded.geometry.num_kv_heads, "given", "local", seed)
     kept.mkdir(parents=True, exist_ok=True)
-    stored = stored_layers(kept)
+    stored = stored_layers(kept, reported=False)  # they were folded elsewhere
     layers = teacher.geometry.num_layers
     tensors: dict[str, torch.Tensor] = {}
     reports = []

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvfold.checkpoint.records import HEALING, QUALITIES
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.record import RECORD, read_record, summary, versions
 from kvfold.healing.request import HealRequest
@@ -36,6 +37,14 @@ def heal_record(
             "run": run,
         },
     }
+
+
+def read_healing(folder: Path) -> dict[str, Any]:
+    """What healing left there, with everything that is said of it."""
+    record = read_record(folder)
+    name = f"{folder / RECORD}, of healing"
+    QUALITIES.check(HEALING.check(record.get("heal"), name)["quality"], f"{name}, quality")
+    return record
 
 
 def summary_of_stages(layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -258,6 +258,8 @@ def check_heal(
     if not resume:
         check_older(out, force)
     carried_files(resolve(request.folded))
+    if (resolve(request.folded) / RECORD).exists():
+        read_record(resolve(request.folded))  # it becomes part of the new one, when all is done
     check_pair(folded, teacher)
     longest = folded.config.get("max_position_embeddings")
     if longest and request.context > int(longest):

@@ -19,7 +19,7 @@ from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
 from kvfold.checkpoint.writer import carry_files, plan_shards, write_shards
 from kvfold.errors import RunError
 from kvfold.files import copy_file, write_json, write_text
-from kvfold.fold.record import RECORD, read_record
+from kvfold.fold.record import RECORD
 from kvfold.healing import saves
 from kvfold.healing.local import heal_layers
 from kvfold.healing.loop import Distillation
@@ -32,7 +32,7 @@ from kvfold.healing.models import (
 )
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
 from kvfold.healing.parallel import World, distribute, launched_rank, world
-from kvfold.healing.record import METRICS, heal_record, model_card
+from kvfold.healing.record import METRICS, heal_record, model_card, read_healing
 from kvfold.healing.request import (
     CHANGEABLE,
     OPTIONS,
@@ -122,7 +122,7 @@ def run_heal(
             _start(request, work, resume, force, progress)
         finished = peers.sum([float(work is not None and work.finished)])
         if any(finished):
-            return read_record(full_path(out))
+            return read_healing(full_path(out))
         return _heal(request, models, out, work, peers, resume, progress, watch, draw)
 
 
