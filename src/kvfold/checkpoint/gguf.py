@@ -5,6 +5,8 @@ repeat them. The folder lets everything else stream as it does for any other sou
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,28 @@ def summarize(path: Path) -> GGUFSummary:
     return GGUFSummary(architecture, geometry, parameters)
 
 
+def describe(path: Path, folder: Path, *, tokenizer: bool) -> None:
+    """Save what the metadata says: the config and, if wanted, the tokenizer, but no weights.
+
+    Raises:
+        InputError: if transformers cannot read it.
+    """
+    from kvfold.checkpoint.pretrained import load_gguf_config, load_gguf_tokenizer
+
+    with _alone(path) as apart:
+        load_gguf_config(apart, _ALONE).save_pretrained(folder)
+        if tokenizer:
+            load_gguf_tokenizer(apart, _ALONE).save_pretrained(folder)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A folder with the file alone: transformers also looks at what lies beside it."""
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
+        (Path(apart) / _ALONE).symlink_to(path.resolve())
+        yield Path(apart)
+
+
 def transcode(path: Path, folder: Path) -> None:
     """Dequantize ``path`` to float32 and save it as a Hugging Face folder.
 
@@ -73,9 +97,7 @@ def transcode(path: Path, folder: Path) -> None:
     """
     from kvfold.checkpoint.pretrained import load_gguf
 
-    # transformers also looks at what lies beside the file: a folder of its own has nothing else.
-    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
-        (Path(apart) / _ALONE).symlink_to(path.resolve())
-        model, tokenizer = load_gguf(Path(apart), _ALONE)
+    with _alone(path) as apart:
+        model, tokenizer = load_gguf(apart, _ALONE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -30,6 +30,7 @@ _NOT_ARCHITECTURE = {
 }  # fmt: skip
 FOLDABLE = {name for family in FAMILIES for name in family.model_types}
 _INCOMPLETE = "the checkpoint is incomplete; download it again"
+_GGUF_HINT = "convert it to a Hugging Face folder with the tool that made it"
 _NO_CODE = "kvfold runs no code from checkpoints; "
 
 
@@ -125,8 +126,7 @@ def load_gguf(folder: Path, name: str) -> "tuple[PreTrainedModel, Any]":
     how: dict[str, Any] = {
         "gguf_file": name, "trust_remote_code": False, "local_files_only": True
     }  # fmt: skip
-    hint = "convert it to a Hugging Face folder with the tool that made it"
-    with _in_words(f"transformers could not read {name}", hint):
+    with _in_words(f"transformers could not read {name}", _GGUF_HINT):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             quantization_config=transformers.GgufConfig(dequantize=True),
@@ -139,6 +139,26 @@ def load_gguf(folder: Path, name: str) -> "tuple[PreTrainedModel, Any]":
     if unset:
         raise CheckpointError(f"{name}: {_listed(unset)} missing from the weights", _INCOMPLETE)
     return model, tokenizer
+
+
+def load_gguf_config(folder: Path, name: str) -> Any:
+    """The config of a GGUF file, by its metadata alone; as :func:`load_gguf` otherwise."""
+    from transformers import AutoConfig
+
+    with _in_words(f"transformers could not read {name}", _GGUF_HINT):
+        return AutoConfig.from_pretrained(
+            folder, gguf_file=name, trust_remote_code=False, local_files_only=True
+        )
+
+
+def load_gguf_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer of a GGUF file, by its metadata alone; as :func:`load_gguf` otherwise."""
+    from transformers import AutoTokenizer
+
+    with _in_words(f"transformers could not read the tokenizer of {name}", _GGUF_HINT):
+        return AutoTokenizer.from_pretrained(
+            folder, gguf_file=name, trust_remote_code=False, local_files_only=True
+        )
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

@@ -7,16 +7,24 @@ with ``resume``.
 
 import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arguments import callback, flag, new_folder
-from kvfold.checkpoint.gguf import is_gguf, transcode
+from kvfold.checkpoint.families import family_of
+from kvfold.checkpoint.gguf import describe, is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
-from kvfold.checkpoint.source import Checkpoint, TensorFiles, open_checkpoint, resolve
+from kvfold.checkpoint.source import (
+    Checkpoint,
+    TensorFiles,
+    open_checkpoint,
+    peek_config,
+    resolve,
+)
 from kvfold.checkpoint.tensors import (
     TensorEntry,
     read_header,
@@ -54,6 +62,7 @@ from kvfold.fold.request import (
     make_request,
     preview,
 )
+from kvfold.geometry import AttentionGeometry
 from kvfold.quality.scores import Progress, no_progress
 from kvfold.quality.text import token_windows
 
@@ -125,10 +134,8 @@ def run_request(
     files = _files(request)
     text = calibration_text(request)
     windows = None
-    if not (resume or is_gguf(request.source)):  # known before there is a working folder
-        folder = resolve(request.source)
-        checkpoint = open_checkpoint(folder)
-        windows = _windows(checkpoint, folder, request, text)
+    if not resume:  # known before there is a working folder
+        windows = _early_windows(request, text)
     started = time.monotonic()
     with opened(out) as work:
         if not work.start(request.as_dict(), resume=resume, force=force, files=files):
@@ -144,6 +151,23 @@ def run_request(
         write_json(work.new / RECORD, record)
         work.publish(files)
     return record
+
+
+def _early_windows(request: Request, text: str | None) -> "torch.Tensor | None":
+    """:func:`_windows` from the source as it is; of a GGUF file its metadata says enough."""
+    if not is_gguf(request.source):
+        folder = resolve(request.source)
+        checkpoint = open_checkpoint(folder)
+        return _windows(checkpoint.config, checkpoint.geometry, folder, request, text)
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
+        path = Path(request.source).expanduser()
+        describe(path, Path(apart), tokenizer=False)
+        config = peek_config(apart)
+        geometry = family_of(config).geometry(config)
+        geometry.with_kv_heads(request.num_kv_heads)
+        if text is not None:
+            describe(path, Path(apart), tokenizer=True)
+        return _windows(config, geometry, Path(apart), request, text)
 
 
 def _files(request: Request) -> Files:
@@ -196,7 +220,7 @@ def _run(
     if is_gguf(request.source):
         check_complete(checkpoint)
     if windows is None:
-        windows = _windows(checkpoint, folder, request, text)
+        windows = _windows(checkpoint.config, checkpoint.geometry, folder, request, text)
     layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
     shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
@@ -240,19 +264,23 @@ def _verify(checkpoint: Checkpoint, progress: Progress) -> None:
 
 
 def _windows(
-    checkpoint: Checkpoint, folder: Path, request: Request, text: str | None
+    config: Mapping[str, Any],
+    geometry: AttentionGeometry,
+    folder: Path,
+    request: Request,
+    text: str | None,
 ) -> "torch.Tensor | None":
     """The calibration text as tokens; None if none is needed."""
-    if text is None or request.num_kv_heads == checkpoint.geometry.num_kv_heads:
+    if text is None or request.num_kv_heads == geometry.num_kv_heads:
         return None
-    longest = checkpoint.config.get("max_position_embeddings") or request.context
+    longest = config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
     windows = token_windows(
         load_tokenizer(folder),
         text,
         context,
         request.calibration_tokens,
-        checkpoint.config.get("vocab_size"),
+        config.get("vocab_size"),
     )
     if windows.numel() < LEAST_TOKENS:
         raise InputError(
