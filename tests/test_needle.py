@@ -46,7 +46,7 @@ class Copier(torch.nn.Module):
     def __init__(self, words: int, blind: bool) -> None:
         super().__init__()
         self.words, self.blind = words, blind
-        self.config = SimpleNamespace(max_position_embeddings=2048)
+        self.config = SimpleNamespace(max_position_embeddings=2048, vocab_size=words)
         self.device = torch.device("cpu")
 
     def forward(self, ids: torch.Tensor, use_cache: bool = False) -> Any:
