@@ -187,8 +187,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             InputError: for what that layer refuses, and where a window has freed what is needed.
         """
         left = DynamicLayer()
-        left.lazy_initialization(empty := torch.empty(1, 1, 0, 0), empty)
-        left.keys = left.values = torch.empty(1, 1, self.get_seq_length(), 0)
+        left.lazy_initialization(empty := torch.empty(1, 1, 0, 1), empty)
+        left.keys = left.values = torch.empty(1, 1, self.get_seq_length(), 1)
         try:
             left.crop(tokens_to_remove)
         except (ValueError, TypeError) as error:
