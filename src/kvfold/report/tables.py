@@ -32,7 +32,11 @@ def print_table(
         table.add_column(_words(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_words, row))
-    (console or Console()).print(table)
+    console = console or Console()
+    unlimited = console.options.update(max_width=10 * console.width)
+    if console.measure(table, options=unlimited).maximum > console.width:  # keep words whole
+        table.collapse_padding, table.pad_edge = True, False
+    console.print(table)
 
 
 def _words(text: str, style: str = "") -> Text:
