@@ -10,31 +10,17 @@ The implementation alone works with every transformers cache; it then reads plai
 ``KVCache`` keys and values are stored as the kernels read them, in any format, and never copied.
 """
 
-from typing import Any
-
-import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from kvfold.errors import InputError
 from kvfold.transformers.attend import attend
 from kvfold.transformers.cache import KVCache, KVLayer
+from kvfold.transformers.masks import mask_of
 
 __all__ = ["NAME", "KVCache", "KVLayer", "attend", "check_implementation", "enable"]
 
 NAME = "kvfold"
-
-
-# Architectures without sdpa in transformers: their decoders do not say that they are causal.
-_SILENT = ("bigbird_pegasus", "nllb-moe", "pegasus_x")
-
-
-def _mask(*sizes: Any, config: Any = None, **options: Any) -> torch.Tensor | None:
-    """The mask of ``sdpa``, which is left out where a module says itself that it is causal."""
-    if getattr(config, "model_type", None) in _SILENT:
-        options["allow_is_causal_skip"] = False
-    return sdpa_mask(*sizes, config=config, **options)
 
 
 def enable() -> None:
@@ -44,7 +30,7 @@ def enable() -> None:
     told to by ``model.set_attn_implementation("kvfold")``.
     """
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, mask_of)
 
 
 def check_implementation(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from kvfold.kernels.dispatch import attention
 from kvfold.kernels.library import MAX_TOKENS
 from kvfold.kernels.outside import python_state
 from kvfold.transformers.cache import Stored, plain
+from kvfold.transformers.keywords import refuse_unknown
 
 
 def attend(
@@ -24,6 +25,8 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface of an attention implementation.
@@ -34,18 +37,27 @@ def attend(
             more than one query, ``is_causal`` (the module's own by default) says whether query t
             sees the keys up to t only; as everywhere in transformers, True if nobody says.
         s_aux: ``[Hq]``, a logit per head that takes attention away (gpt-oss's sinks).
-        position_bias: ``[1, Hq, T, S]``, added to the scores (T5).
+        position_bias: ``[B or 1, Hq, T, S]``, added to the scores (T5).
+        indices: ``[B, T, N]``, the only keys that each query sees (DeepSeek's sparse attention).
+        sinks: ``[B, Hq, T, 1]``, as ``s_aux`` but of every query (inkling2).
 
     Returns:
         ``[B, T, Hq, Dv]`` and no weights.
+
+    Raises:
+        UnsupportedError: for a tensor that the module's attention uses and this one does not.
     """
-    if kwargs.get("cache") is not None:
-        raise UnsupportedError("kvfold's attention reads no paged cache of transformers'")
+    refuse_unknown(module, kwargs)
     query, key, value = _of_one_dtype(query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None
+    if indices is not None:
+        attention_mask, causal = _selected(indices, attention_mask, key.shape[2], causal), False
     if position_bias is not None:
         attention_mask, causal = _biased(position_bias, attention_mask, causal), False
+    if sinks is not None:
+        key, value, attention_mask = _with_sinks(sinks, key, value, attention_mask, causal)
+        causal = False
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout": dropout}
     options |= {"mask": attention_mask, "causal": causal, "sink_logits": s_aux}
     if isinstance(key, Stored) and isinstance(value, Stored):
@@ -88,6 +100,32 @@ def _biased(bias: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torc
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
+def _selected(
+    indices: torch.Tensor, mask: torch.Tensor | None, keys: int, causal: bool
+) -> torch.Tensor:
+    """The mask, and nothing but the keys of the indices ``[B, T, N]``."""
+    rows, tokens, _ = indices.shape
+    chosen = torch.zeros(rows, tokens, keys, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if mask is None:
+        mask = _first_prompt(tokens, keys, chosen.device) if causal and tokens > 1 else chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, -torch.inf)
+
+
+def _with_sinks(
+    sinks: torch.Tensor,
+    key: torch.Tensor | Stored,
+    value: torch.Tensor | Stored,
+    mask: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each query's own sink as one key more: of score ``sinks`` and value 0."""
+    keys, values = (nn.functional.pad(plain(x), (0, 0, 0, 1)) for x in (key, value))
+    shape = *sinks.shape[:3], key.shape[2]
+    bias = _biased(sinks.new_zeros(1).expand(shape), mask, causal)
+    return keys, values, torch.cat([bias, sinks.to(bias.dtype)], dim=-1)
+
+
 def _first_prompt(tokens: int, keys: int, device: torch.device) -> torch.Tensor:
     """What transformers means by causal without a mask: query t sees keys 0 to t."""
     return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril()
@@ -108,6 +146,8 @@ def _attend_plain(
 @python_state
 def _attend_stored(query: torch.Tensor, key: Stored, value: Stored, options: dict[str, Any]) -> Any:
     cache, tokens = key.layer.held, query.shape[2]
+    if cache.window is not None and tokens > 1 and key.shape[2] > cache.window:
+        _check_window(options["mask"], cache.window)
     if key.new is not None and value.new is not None and tokens > MAX_TOKENS:
         if cache.window is not None and options["causal"]:
             options |= {"window": cache.window}
@@ -124,10 +164,27 @@ def _attend_stored(query: torch.Tensor, key: Stored, value: Stored, options: dic
     return cache.attend(query, **options)
 
 
+def _check_window(mask: torch.Tensor | None, window: int) -> None:
+    """Refuse a model whose last query sees keys that a sliding cache need not have kept.
+
+    Its config has a window, so transformers' own cache keeps no more, but its masks do not.
+    """
+    older = True if mask is None else _shown(mask[..., -1, :-window]).any()
+    if older:
+        raise UnsupportedError(
+            f"the config has a sliding window of {window} tokens, which the model's masks ignore",
+            "use transformers' own cache for this model",
+        )
+
+
+def _shown(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask, boolean or additive, lets keys be seen."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+
+
 def _looks_ahead(mask: torch.Tensor | None, tokens: int) -> bool:
     """Whether some query may see a key that comes after it; the last query is at the last key."""
     if mask is None:
         return True
-    later = mask[..., -tokens:]
-    shown = later if later.dtype == torch.bool else later > torch.finfo(later.dtype).min
+    shown = _shown(mask[..., -tokens:])
     return bool(shown.expand(*shown.shape[:-2], tokens, tokens).triu(1).any())
