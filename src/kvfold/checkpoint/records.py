@@ -9,6 +9,7 @@ from typing import Annotated, Any, NotRequired
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
+from kvfold.checkpoint.inputs import Prints
 from kvfold.checkpoint.schemas import MOST_LAYERS, Heads
 from kvfold.documents import MEGABYTE, Document, open_ended
 from kvfold.errors import InputError
@@ -246,21 +247,11 @@ class KeptLayer(TypedDict):
     drift: Number | None
 
 
-class Print(TypedDict):
-    """What a file was; see ``checkpoint.inputs``."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-    sha256: str
-
-
 @open_ended
 class StoredRequest(TypedDict):
     """A ``request.json``."""
 
-    inputs: dict[str, dict[str, Print]]
+    inputs: Prints
     folder: int
 
 
