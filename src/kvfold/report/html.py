@@ -109,7 +109,7 @@ def _folding(name: str, record: dict[str, Any]) -> Section:
     ]  # fmt: skip
     parts: list[Table | Figure | str] = [Table(["", ""], facts)]
     parts += [f"Warning: {warning}." for warning in record.get("warnings", [])]
-    layers = [layer for layer in record["layers"] if "captured_value" in layer]
+    layers = [row for row in record["layers"] if {"captured_value", "captured_key"} <= row.keys()]
     if layers:
         parts.append(Figure(
             captured_energy(layers),
