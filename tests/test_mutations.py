@@ -191,3 +191,14 @@ def test_records(kvfold: Kvfold, tmp_path: Path, how: tuple[str, Any, Any]) -> N
     text = json.dumps(RECORD).encode()
     (run / "kvfold.json").write_bytes(damaged(text, how))
     check(kvfold, run, ("report", run, "-o", page, "--force"))
+
+
+@pytest.mark.parametrize("number", range(len(RECORD["layers"])))
+@pytest.mark.parametrize("key", ["captured_value", "captured_key", "drift"])
+def test_a_layer_may_lack_what_is_drawn(
+    kvfold: Kvfold, tmp_path: Path, number: int, key: str
+) -> None:
+    record = json.loads(json.dumps(RECORD))
+    record["layers"][number].pop(key, None)
+    (tmp_path / "kvfold.json").write_text(json.dumps(record))
+    answered(kvfold, ("report", tmp_path, "-o", tmp_path / "page.html"))
