@@ -100,7 +100,6 @@ def test_every_public_function_is_tried() -> None:
     max_examples=int(os.environ.get("KVFOLD_FUZZ", "40")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize="KVFOLD_FUZZ" not in os.environ,
     database=None,
 )
 @given(data=st.data())

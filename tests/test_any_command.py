@@ -232,7 +232,6 @@ def _resolved(place: Place, line: list[str]) -> list[str]:
     max_examples=int(os.environ.get("KVFOLD_FUZZ", "12")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize="KVFOLD_FUZZ" not in os.environ,
     database=None,
 )
 @given(data=st.data())
