@@ -15,13 +15,13 @@ class KernelBuildHook(BuildHookInterface):  # type: ignore[misc]
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        path = Path(self.root) / "src/kvfold/kernels/build.py"
+        path = Path(self.root) / "src/kvfold/kernels/cpu/build.py"
         spec = importlib.util.spec_from_file_location("kvfold_build", path)
         assert spec is not None
         assert spec.loader is not None
         kernels = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(kernels)
-        target = path.parent / kernels.NAME
+        target = path.parents[1] / kernels.NAME
         target.unlink(missing_ok=True)
         if os.environ.get("KVFOLD_NO_KERNELS"):
             self.app.display_warning("kvfold: CPU kernels left out (KVFOLD_NO_KERNELS is set)")

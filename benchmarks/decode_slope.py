@@ -23,7 +23,7 @@ import torch
 import kvfold.transformers as drop_in
 from fold_quality import machine, source_folder
 from kvfold.files import append_text
-from kvfold.kernels.library import library
+from kvfold.kernels.cpu.library import library
 from kvfold.quality.run import load_model
 
 CONTEXTS = (512, 2048, 4096, 7900)

@@ -20,10 +20,10 @@ from typing import Any
 
 from fold_quality import machine
 from kvfold import convert, evaluate, heal
+from kvfold.demo.run import CONTEXT, split_topics
 from kvfold.files import write_text
 from kvfold.quality.text import python_topics
-from kvfold.report.demo import CONTEXT, split_topics
-from kvfold.report.plots import save
+from kvfold.report.picture import save
 
 METHODS = ("random", "first", "mean", "auto")
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)

@@ -15,8 +15,8 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kvfold.cli.main import main
-from tests import tiny
-from tests.attention_cases import DEFAULT_DTYPES, default_dtype
+from tests.toolbox import tiny
+from tests.toolbox.attention_cases import DEFAULT_DTYPES, default_dtype
 
 # The same examples in every run, so that a failure is the change's own; KVFOLD_FUZZ draws others.
 settings.register_profile("same", derandomize="KVFOLD_FUZZ" not in os.environ)

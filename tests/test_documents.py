@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.checkpoint.schemas import CONFIG, ENTRIES, HEADER, INDEX_FILE
+from kvfold.arch.config import CONFIG
+from kvfold.checkpoint.schemas import ENTRIES, HEADER, INDEX_FILE
 from kvfold.documents import DEEPEST, Document, file_within, open_regular
 from kvfold.errors import CheckpointError, InputError, KVFoldError
 

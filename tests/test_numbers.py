@@ -16,8 +16,8 @@ from kvfold import numbers
 from kvfold.cli.options import Number
 from kvfold.errors import InputError
 from kvfold.numbers import Real, Whole, Wholes, parts
-from tests.commands import options
 from tests.conftest import Kvfold
+from tests.toolbox.commands import options
 
 KINDS: dict[str, Whole | Real] = {
     name: kind for name, kind in vars(numbers).items() if isinstance(kind, Whole | Real)
@@ -151,7 +151,7 @@ def test_options_refuse_before_anything_else(
 
 
 def _params(words: tuple[str, ...]) -> list[click.Parameter]:
-    from tests.commands import command_of
+    from tests.toolbox.commands import command_of
 
     return command_of(words).params
 

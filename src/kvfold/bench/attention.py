@@ -14,7 +14,7 @@ from kvfold.bench.records import OK, SKIPPED, WRONG, Results, Row, is_cold, mach
 from kvfold.bench.timing import DEFAULT_MIN_TIME, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import KVFoldError
-from kvfold.quality.scores import Progress, no_progress
+from kvfold.progress import Progress, no_progress
 
 _READ = "read"
 _OWN = "kvfold "

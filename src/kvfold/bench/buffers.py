@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 
 from kvfold.bench.cases import AttentionCase
-from kvfold.kernels.library import library
+from kvfold.kernels.cpu.library import library
 
 T = TypeVar("T")
 _READ_AT_ONCE = 64 << 20  # bytes: long enough to hide the cost of starting threads

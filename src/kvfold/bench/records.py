@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, NotRequired
 from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
+from kvfold.arch.config import Heads
 from kvfold.bench.timing import Spread
 from kvfold.checkpoint.records import Count, Number, StoredSpread
-from kvfold.checkpoint.schemas import Heads
 from kvfold.documents import Document, open_ended
 from kvfold.errors import InputError
 from kvfold.files import append_text, check_file
@@ -99,9 +99,9 @@ def machine(threads: int) -> dict[str, Any]:
     from importlib.metadata import version
 
     import torch
-    import transformers
 
-    from kvfold.kernels.library import library
+    import transformers
+    from kvfold.kernels.cpu.library import library
 
     kernels = library()
     return {

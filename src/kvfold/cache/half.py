@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvfold.cache.layout import Layout
-from kvfold.kernels.library import Side
-from kvfold.kernels.pointer import Buffer
+from kvfold.kernels.cpu.library import Side
+from kvfold.kernels.cpu.pointer import Buffer
 from kvfold.ops.quantize import decode, encode, rotate, rotation_size
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from kvfold.cache.half import CPU
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
-from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_options
+from kvfold.kernels.cpu.call import KernelCall, readable
+from kvfold.kernels.cpu.library import MAX_TOKENS, library
 from kvfold.kernels.dispatch import attention_of
-from kvfold.kernels.library import MAX_TOKENS, library
 from kvfold.kernels.outside import python_state
 from kvfold.ops.options import Window
 from kvfold.ops.quantize import FORMATS, Format

@@ -6,9 +6,9 @@ import torch
 
 from kvfold.cache.half import CPU
 from kvfold.cache.store import Store
-from kvfold.kernels.call import KernelCall
-from kvfold.kernels.library import Part
-from kvfold.kernels.pointer import Int32s
+from kvfold.kernels.cpu.call import KernelCall
+from kvfold.kernels.cpu.library import Part
+from kvfold.kernels.cpu.pointer import Int32s
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton.launch import GpuPart

@@ -16,8 +16,8 @@ from kvfold.cache.half import CPU, Half, normal_tensors
 from kvfold.cache.layout import BLOCK, Layout
 from kvfold.errors import RunError
 from kvfold.kernels.backend import backend_of
-from kvfold.kernels.library import Append, Part, Side, Tensor, library
-from kvfold.kernels.pointer import Buffer, Int32s
+from kvfold.kernels.cpu.library import Append, Part, Side, Tensor, library
+from kvfold.kernels.cpu.pointer import Buffer, Int32s
 from kvfold.ops.quantize import Format
 
 if TYPE_CHECKING:

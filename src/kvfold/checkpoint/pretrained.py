@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.checkpoint.families import FAMILIES
+from kvfold.arch.families import FAMILIES
 from kvfold.checkpoint.source import Checkpoint, check_folder, open_checkpoint, read_config
 from kvfold.checkpoint.tensors import FLOATING
 from kvfold.documents import shortened
@@ -21,6 +21,7 @@ from kvfold.names import shown
 
 if TYPE_CHECKING:
     import torch
+
     from transformers import PreTrainedModel
 
 # Keys of a config that name code, other files or kernels, or say how weights are stored.
@@ -121,6 +122,7 @@ def load_gguf(folder: Path, name: str) -> "tuple[PreTrainedModel, Any]":
         CheckpointError: if transformers cannot read it, or misses tensors.
     """
     import torch
+
     import transformers
 
     how: dict[str, Any] = {
@@ -215,6 +217,7 @@ class _Names:
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The model of a config without memory for its weights."""
     import torch
+
     from transformers import AutoConfig, AutoModelForCausalLM
 
     arguments = {k: v for k, v in checkpoint.config.items() if k not in _NOT_ARCHITECTURE}

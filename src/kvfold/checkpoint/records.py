@@ -9,8 +9,8 @@ from typing import Annotated, Any, NotRequired
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
+from kvfold.arch.config import MOST_LAYERS, Heads
 from kvfold.checkpoint.inputs import Prints
-from kvfold.checkpoint.schemas import MOST_LAYERS, Heads
 from kvfold.documents import MEGABYTE, Document, open_ended
 from kvfold.errors import InputError
 

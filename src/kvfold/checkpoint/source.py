@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.checkpoint.attention import AttentionWeights, Shapes
-from kvfold.checkpoint.families import Family, family_of
-from kvfold.checkpoint.schemas import CONFIG, INDEX_FILE
+from kvfold.arch.config import CONFIG
+from kvfold.arch.families import Family, family_of
+from kvfold.arch.projections import AttentionWeights, Shapes
+from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.tensors import (
     FLOATING,
     TensorEntry,

@@ -11,7 +11,7 @@ from kvfold.cli.output import say
 from kvfold.names import json_text
 
 if TYPE_CHECKING:
-    from kvfold.report.demo import DemoResult
+    from kvfold.demo.run import DemoResult
 
 
 @click.command("demo")
@@ -32,12 +32,12 @@ def command(out: Path, seed: int, force: bool, as_json: bool) -> None:
     Takes about two minutes on two CPU cores. Needs no GPU and no network: the text is
     Python's own documentation. OUT/source is a model to try the other commands on.
     """
-    from kvfold.report.demo import check_out
+    from kvfold.demo.run import check_out
 
     check_out(out, force)
 
     from kvfold.cli.progress import progress_bar
-    from kvfold.report.demo import run_demo
+    from kvfold.demo.run import run_demo
 
     with progress_bar() as progress:
         result = run_demo(out, seed, force, progress)

@@ -66,7 +66,7 @@ def _devices() -> Check:
 
 def _kernels() -> Check:
     try:
-        from kvfold.kernels.library import library, why_missing
+        from kvfold.kernels.cpu.library import library, why_missing
 
         found = library()
     except Exception as error:

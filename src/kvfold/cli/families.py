@@ -9,7 +9,7 @@ from kvfold.cli.output import emit
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(as_json: bool) -> None:
     """List the architectures that can be folded, and why others cannot."""
-    from kvfold.checkpoint.families import FAMILIES, REFUSALS
+    from kvfold.arch.families import FAMILIES, REFUSALS
 
     document = {
         "supported": [{"model_types": f.model_types, "notes": f.notes} for f in FAMILIES],

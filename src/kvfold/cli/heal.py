@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvfold.checkpoint.workspace import Workspace
     from kvfold.healing.request import HealRequest
     from kvfold.healing.watch import Watch
-    from kvfold.quality.scores import Progress
+    from kvfold.progress import Progress
 
 
 @click.command("heal")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from kvfold.names import printable
-from kvfold.quality.scores import no_progress
+from kvfold.progress import no_progress
 
 
 class Bar(Protocol):

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.families import family_of
 from kvfold.arguments import callback, flag, new_folder
-from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import describe, is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
@@ -63,7 +63,7 @@ from kvfold.fold.request import (
     preview,
 )
 from kvfold.geometry import AttentionGeometry
-from kvfold.quality.scores import Progress, no_progress
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import token_windows
 
 if TYPE_CHECKING:

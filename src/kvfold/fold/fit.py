@@ -10,7 +10,7 @@ from torch import nn
 
 from kvfold.errors import UnsupportedError
 from kvfold.fold.stream import LiveLayer, batches
-from kvfold.quality.scores import Progress
+from kvfold.progress import Progress
 
 RIDGE = 0.1  # towards the closed form; less fits the calibration text better and others worse
 _ERROR_WINDOWS = 16

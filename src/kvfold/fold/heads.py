@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvfold.checkpoint.attention import AttentionWeights
-from kvfold.checkpoint.families import QKNorm
+from kvfold.arch.families import QKNorm
+from kvfold.arch.projections import AttentionWeights
 from kvfold.geometry import AttentionGeometry
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from kvfold.arguments import callback
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint
 from kvfold.geometry import AttentionGeometry, divisors
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import local_folder
-from kvfold.quality.scores import Progress, no_progress
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kvfold.checkpoint.attention import AttentionWeights
+from kvfold.arch.projections import AttentionWeights
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.energy import Energy, fold_energy
 from kvfold.fold.grouping import find_groups, pair_losses

@@ -12,8 +12,8 @@ from kvfold.fold.methods import AUTO, check_method
 from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
 from kvfold.fold.request import check_fit
 from kvfold.numbers import KV_HEADS, SEED
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.given import check_model, check_windows
-from kvfold.quality.scores import Progress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +80,7 @@ def _build(
     config: dict[str, Any], state: dict[str, torch.Tensor], like: "PreTrainedModel"
 ) -> "PreTrainedModel":
     from accelerate import init_empty_weights
+
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):

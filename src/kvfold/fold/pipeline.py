@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvfold.checkpoint.attention import AttentionWeights
+from kvfold.arch.projections import AttentionWeights
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.errors import RunError
@@ -20,7 +20,7 @@ from kvfold.fold.fit import FITS, FitTask
 from kvfold.fold.layer import LayerReport, fold_layer, layer_pairs
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
 from kvfold.fold.stream import LayerStream, LiveLayer, batches, hidden_states, layer_tensors
-from kvfold.quality.scores import Progress, no_progress
+from kvfold.progress import Progress, no_progress
 
 Tensors = dict[str, torch.Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import kvfold
 from kvfold import arguments
+from kvfold.arch.families import family_of
 from kvfold.arguments import choice, flag, location, several
-from kvfold.checkpoint.families import family_of
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
 from kvfold.checkpoint.pretrained import check_complete

@@ -8,7 +8,7 @@ the model computes the same bits before and after.
 
 import torch
 
-from kvfold.checkpoint.attention import AttentionWeights
+from kvfold.arch.projections import AttentionWeights
 from kvfold.checkpoint.source import Checkpoint
 
 

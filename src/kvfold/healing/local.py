@@ -13,7 +13,7 @@ from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import CheckpointError
 from kvfold.fold.kept import keep_layer, stored_layers
 from kvfold.fold.pipeline import CalibratedFolder, FoldedLayer, FoldPlan, layer_report
-from kvfold.quality.scores import Progress
+from kvfold.progress import Progress
 
 
 def heal_layers(

@@ -18,7 +18,7 @@ from kvfold.healing.packing import Batch, TrainingStream
 from kvfold.healing.parallel import World, gradients_later
 from kvfold.healing.request import HealRequest
 from kvfold.healing.watch import Guard, Row, StopSignal, Stopwatch, Watch
-from kvfold.quality.scores import Progress
+from kvfold.progress import Progress
 
 
 @dataclass

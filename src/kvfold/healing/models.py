@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvfold.checkpoint.families import Family, family_of
+from kvfold.arch.families import Family, family_of
 from kvfold.checkpoint.pretrained import load_config, load_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict, resolve
 from kvfold.errors import CheckpointError, InputError

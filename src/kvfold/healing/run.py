@@ -43,8 +43,9 @@ from kvfold.healing.request import (
 )
 from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model
-from kvfold.quality.scores import Progress, Quality, compare, no_progress
+from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import python_topics, read_texts, token_windows
 
 _WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from kvfold.kernels.library import library
+from kvfold.kernels.cpu.library import library
 
 GPU_MAX_DIM = 256  # larger heads do not fit the registers of the Triton kernels
 

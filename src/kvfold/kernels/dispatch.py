@@ -9,10 +9,10 @@ import torch
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM, backend_of
 from kvfold.kernels.checks import check_flags, check_options, check_tensors, is_number
-from kvfold.kernels.flex import flex
-from kvfold.kernels.library import MAX_DIM, MAX_TOKENS, library, why_missing
+from kvfold.kernels.cpu.library import MAX_DIM, MAX_TOKENS, library, why_missing
 from kvfold.kernels.rows import attend_rows
-from kvfold.kernels.sink import LEAST_SCALE, with_sink
+from kvfold.kernels.torch.flex import flex
+from kvfold.kernels.torch.sink import LEAST_SCALE, with_sink
 from kvfold.ops.mask import alibi, split_hidden, used_keys, visible, without_unseen
 from kvfold.ops.options import Options, Window, constant, decided
 from kvfold.ops.reference import attend

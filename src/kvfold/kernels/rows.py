@@ -3,9 +3,9 @@
 import torch
 
 from kvfold.kernels.backend import backend_of
-from kvfold.kernels.call import KernelCall, readable
 from kvfold.kernels.checks import check_range
-from kvfold.kernels.library import Part, library, rows_side
+from kvfold.kernels.cpu.call import KernelCall, readable
+from kvfold.kernels.cpu.library import Part, library, rows_side
 from kvfold.ops.options import Options
 from kvfold.ops.quantize import format_of
 

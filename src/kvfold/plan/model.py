@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvfold.checkpoint.schemas import CONFIG
+from kvfold.arch.config import CONFIG
 from kvfold.errors import CheckpointError
 
 Config = Mapping[str, Any]

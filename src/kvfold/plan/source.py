@@ -4,9 +4,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from kvfold.arch.config import CONFIG
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.schemas import CONFIG, INDEX_FILE
+from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.source import INDEX, SINGLE, peek_config, resolve
 from kvfold.checkpoint.tensors import read_header
 from kvfold.documents import file_within

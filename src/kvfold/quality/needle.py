@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import InputError
-from kvfold.quality.scores import Progress, no_progress
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import Tokenizer, check_ids, opening_tokens
 
 if TYPE_CHECKING:
     import torch
+
     from transformers import PreTrainedModel
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -14,13 +14,15 @@ from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
 from kvfold.numbers import EVAL_WINDOW, NEEDLE, TOKENS, Wholes
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_device
 from kvfold.quality.needle import Retrieval, retrieve
-from kvfold.quality.scores import Progress, Quality, compare, no_progress
+from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import read_texts, token_windows
 
 if TYPE_CHECKING:
     import torch
+
     from transformers import PreTrainedModel
 
 DEFAULT_CONTEXT = 512

@@ -4,7 +4,7 @@ All standard errors treat windows, not tokens, as the independent samples: token
 window share their context.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import exp
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,13 @@ from kvfold.arguments import callback, several
 from kvfold.arguments import text as words
 from kvfold.errors import InputError
 from kvfold.names import shown
+from kvfold.progress import Progress, no_progress
 from kvfold.quality.given import check_model, check_windows
 
 if TYPE_CHECKING:
     import torch
+
     from transformers import PreTrainedModel
-
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(label: str, done: int, total: int) -> None:
-    """A progress callback that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def _error(samples: "torch.Tensor") -> float:
 
 def kv_bytes_per_token(model: "PreTrainedModel", bits: int = 16) -> int:
     """KV cache bytes per token by the model's config."""
-    from kvfold.checkpoint.families import family_of
+    from kvfold.arch.families import family_of
 
     config = model.config.to_dict()
     return family_of(config).geometry(config).kv_bytes_per_token(bits)

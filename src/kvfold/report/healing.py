@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kvfold.report.labels import label
-from kvfold.report.plots import save
+from kvfold.report.picture import save
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

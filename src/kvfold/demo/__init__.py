@@ -1,0 +1,1 @@
+"""The demo: train a small model, fold it, show what it kept."""

@@ -1,0 +1,254 @@
+"""The compiled CPU kernels: found, loaded, and called with plain pointers (see ``cpu/api.h``)."""
+
+import ctypes
+import os
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_void_p,
+)
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from kvfold.errors import InputError
+from kvfold.kernels.cpu.build import NAME
+from kvfold.kernels.cpu.pointer import Buffer, Int32s
+from kvfold.ops.quantize import format_of
+
+MAX_PARTS = 4
+MAX_DIM = 1024
+MAX_TOKENS = 16  # queries per sequence that the kernels are meant for
+
+_TABLE, _ROWS = Buffer("page table", torch.int32), Buffer("rows")
+
+
+class Side(Structure):
+    """``KvfSide``: keys or values of a store."""
+
+    _fields_ = [
+        ("format", c_int32),
+        ("packed", c_int32),
+        ("dim", c_int32),
+        ("rotation", c_int32),
+        ("data", c_void_p),
+        ("page_stride", c_int64),
+        ("head_stride", c_int64),
+        ("row_stride", c_int64),
+        ("scales", c_void_p),
+        ("scale_page_stride", c_int64),
+        ("scale_head_stride", c_int64),
+    ]
+
+
+class Part(Structure):
+    """``KvfPart``: a store and which positions of each sequence it holds."""
+
+    _fields_ = [
+        ("k", Side),
+        ("v", Side),
+        ("table", c_void_p),
+        ("table_stride", c_int64),
+        ("page_size", c_int32),
+        ("begin", c_void_p),
+        ("end", c_void_p),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        k: Side,
+        v: Side,
+        table: torch.Tensor,
+        page_size: int,
+        begin: Int32s | None,
+        end: Int32s,
+    ) -> "Part":
+        """A part for as many sequences as ``table`` int32 ``[B, pages]`` has rows.
+
+        What it points to must outlive the calls that read it.
+
+        Raises:
+            InputError: if the table is another kind of tensor, or the ranges are not B.
+        """
+        shape = table.shape
+        rows = _TABLE.row_address(table, shape)
+        if not len(end) == shape[0] == (shape[0] if begin is None else len(begin)):
+            raise InputError(f"{len(end)} ranges of positions for {shape[0]} sequences")
+        first = None if begin is None else begin.address
+        return cls(k, v, rows, table.stride()[0], page_size, first, end.address)
+
+
+class Tensor(Structure):
+    """``KvfTensor``: ``[B, H, T, dim]``."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("format", c_int32),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+    ]
+
+    @classmethod
+    def of(cls, x: torch.Tensor, shape: tuple[int, ...], buffer: Buffer) -> "Tensor":
+        """A tensor of float32, float16 or bfloat16, whose rows are contiguous."""
+        data = buffer.row_address(x, shape)
+        batch, head, token, _ = x.stride()
+        return cls(data, format_of(x.dtype).code, batch, head, token)
+
+
+class Attend(Structure):
+    """``KvfAttend``: one call of attention."""
+
+    _fields_ = [
+        ("batch", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("tokens", c_int32),
+        ("head_dim", c_int32),
+        ("v_head_dim", c_int32),
+        ("q", Tensor),
+        ("out", Tensor),
+        ("lse", c_void_p),
+        ("start", c_void_p),
+        ("length", c_void_p),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("left", c_int32),
+        ("right", c_int32),
+        ("sinks", c_int32),
+        ("sink_logits", c_void_p),
+        ("slopes", c_void_p),
+        ("mask", c_void_p),
+        ("mask_batch_stride", c_int64),
+        ("mask_head_stride", c_int64),
+        ("mask_token_stride", c_int64),
+        ("num_parts", c_int32),
+        ("parts", Part * MAX_PARTS),
+        ("threads", c_int32),
+        ("chunk", c_int32),
+    ]
+
+
+class Append(Structure):
+    """``KvfAppend``: rows to be written."""
+
+    _fields_ = [
+        ("batch", c_int32),
+        ("num_kv_heads", c_int32),
+        ("tokens", c_int32),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("first", c_void_p),
+        ("part", Part),
+        ("threads", c_int32),
+    ]
+
+
+class Library:
+    """The loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        self._c.kvf_isa.restype = c_char_p
+        self._c.kvf_isas.restype = c_char_p
+        self._c.kvf_set_isa.argtypes = [c_char_p]
+        self._c.kvf_set_parallel.argtypes = [c_void_p]
+        self._c.kvf_attend.argtypes = [POINTER(Attend)]
+        self._c.kvf_append.argtypes = [POINTER(Append)]
+        self._c.kvf_read.argtypes = [c_void_p, c_int64, c_int32]
+        self._c.kvf_read.restype = c_double
+        self._c.kvf_sizeof.restype = c_int64
+        for index, mirror in enumerate((Side, Part, Tensor, Attend, Append)):
+            if self._c.kvf_sizeof(index) != ctypes.sizeof(mirror):
+                raise OSError(f"{path.name} was built from other sources; reinstall kvfold")
+        self._share_threads()
+
+    def _share_threads(self) -> None:
+        """Run on PyTorch's own OpenMP threads: two pools would wait on each other's cores."""
+        run = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        self.shares_threads = run is not None
+        if run is not None:
+            self._c.kvf_set_parallel(ctypes.cast(run, c_void_p))
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self._c.kvf_isa()
+        return name.decode()
+
+    @property
+    def isas(self) -> list[str]:
+        """All instruction sets that this machine has kernels for, best first."""
+        names: bytes = self._c.kvf_isas()
+        return names.decode().split()
+
+    def use(self, isa: str) -> None:
+        """Use another instruction set than the best.
+
+        Raises:
+            InputError: if this machine does not have it.
+        """
+        if self._c.kvf_set_isa(isa.encode()):
+            choices = ", ".join(self.isas)
+            raise InputError(f"no kernels for {isa!r} on this machine", f"choose one of {choices}")
+
+    def attend(self, call: Attend) -> None:
+        call.threads = torch.get_num_threads()
+        self._c.kvf_attend(byref(call))
+
+    def append(self, call: Append) -> None:
+        call.threads = torch.get_num_threads()
+        self._c.kvf_append(byref(call))
+
+    def read(self, data: torch.Tensor) -> None:
+        """Read a tensor's memory once, as fast as the machine can; for measuring bandwidth."""
+        address = Buffer("data", data.dtype).address(data, data.shape)
+        self._c.kvf_read(address, data.nbytes, torch.get_num_threads())
+
+
+_FOLDER = Path(__file__).parents[1]
+
+
+@cache
+def library() -> Library | None:
+    """The compiled kernels, or None where they were not built (see ``why_missing``)."""
+    path = Path(os.environ.get("KVFOLD_KERNELS", _FOLDER / NAME))
+    try:
+        found = Library(path) if path.is_file() else None
+    except OSError:
+        return None
+    isa = os.environ.get("KVFOLD_ISA")
+    if found is not None and isa:
+        found.use(isa)
+    return found
+
+
+def why_missing() -> str:
+    """Why ``library`` is None, and what to do about it."""
+    path = Path(os.environ.get("KVFOLD_KERNELS", _FOLDER / NAME))
+    if not path.is_file():
+        return "not built; install a C++ compiler (g++ or clang++) and reinstall kvfold"
+    try:
+        Library(path)
+    except OSError as error:
+        return f"{error}"
+    return "available"
+
+
+def rows_side(rows: torch.Tensor) -> Side:
+    """A side that reads a plain tensor ``[B, H, S, D]`` as one page per sequence."""
+    size = rows.element_size()
+    data = _ROWS.row_address(rows, rows.shape)
+    page, head, row, _ = (stride * size for stride in rows.stride())
+    fmt = format_of(rows.dtype)
+    return Side(fmt.code, 0, rows.shape[-1], 0, data, page, head, row, None, 0, 0)

@@ -1,0 +1,1 @@
+"""Attention through PyTorch's own operators."""

@@ -1,0 +1,330 @@
+"""The planner: sizes against published models and real ones, bounds against arithmetic by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfold.cache.kv import KVCache
+from kvfold.errors import InputError
+from kvfold.plan import evidence
+from kvfold.plan.hardware import TABLE, hardware_of
+from kvfold.plan.model import Model, read_model
+from kvfold.plan.plan import make_plan
+from kvfold.plan.roofline import (
+    KV_BITS,
+    Load,
+    decode_step,
+    kv_bytes_per_token,
+    kv_cache_bytes,
+    largest,
+    memory,
+    prefill,
+)
+from kvfold.plan.source import open_model
+from tests.conftest import Kvfold
+from tests.toolbox import tiny
+
+ROOT = Path(__file__).parents[2]
+LLAMA2_7B: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+LLAMA3_8B = LLAMA2_7B | {
+    "intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8,
+}  # fmt: skip
+MIXTRAL = LLAMA2_7B | {
+    "model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
+    "n_shared_experts": 1, "first_k_dense_replace": 3, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "vocab_size": 129280,
+}  # fmt: skip
+NEOX_20B = {
+    "model_type": "gpt_neox", "hidden_size": 6144, "intermediate_size": 24576, "vocab_size": 50432,
+    "num_hidden_layers": 44, "num_attention_heads": 64,
+}  # fmt: skip
+GEMMA2_9B = {
+    "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "vocab_size": 256000,
+    "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+    "sliding_window": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA4: dict[str, Any] = {
+    "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 202048, "num_experts_per_tok": 1,
+    "attention_chunk_size": 8192,
+}  # fmt: skip
+SCOUT = {"text_config": LLAMA4 | {"num_local_experts": 16, "interleave_moe_layer_step": 1}}
+MAVERICK = {"text_config": LLAMA4 | {"num_local_experts": 128, "interleave_moe_layer_step": 2}}
+H100 = hardware_of("h100")
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active"),
+    [
+        (LLAMA2_7B, 6.74, 6.74),
+        (LLAMA3_8B, 8.03, 8.03),
+        (MIXTRAL, 46.7, 12.9),
+        (DEEPSEEK_V3, 671, 37),
+        (NEOX_20B, 20.6, 20.6),
+        (GEMMA2_9B, 9.24, 9.24),
+        (SCOUT, 107.8, 17.2),  # 109 with the vision part, which is not counted
+        (MAVERICK, 400.7, 17.2),
+    ],
+    ids=lambda value: value.get("model_type", "llama4") if isinstance(value, dict) else None,
+)
+def test_parameters_are_those_that_the_makers_state(
+    config: dict[str, Any], billions: float, active: float
+) -> None:
+    model = read_model(config, "x")
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert model.active_parameters / 1e9 == pytest.approx(active, rel=0.02)
+    assert model.estimated
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers"),
+    [
+        (LLAMA2_7B, 32 * 2 * 32 * 128),
+        (LLAMA3_8B, 32 * 2 * 8 * 128),
+        (DEEPSEEK_V3, 61 * (512 + 64)),
+        (NEOX_20B, 44 * 2 * 64 * 96),
+        ({**NEOX_20B, "multi_query": True}, 44 * 2 * 96),
+    ],
+    ids=["mha", "gqa", "mla", "no-field", "mqa-flag"],
+)
+def test_cache_per_token(config: dict[str, Any], numbers: int) -> None:
+    model = read_model(config, "x")
+    assert kv_bytes_per_token(model, "bf16") == 2 * numbers
+    assert kv_bytes_per_token(model, "int4") == 4.5 / 8 * numbers
+
+
+def test_sliding_layers_keep_their_window() -> None:
+    model = read_model(GEMMA2_9B, "x")
+    assert model.kinds == {"sliding": 21, "full": 21}
+    per_layer = 2 * 8 * 256 * 2
+    assert kv_cache_bytes(model, Load(32_768, 2)) == 2 * 21 * per_layer * (32_768 + 4096)
+    assert kv_cache_bytes(model, Load(1000, 1)) == 42 * per_layer * 1000
+    assert read_model(SCOUT, "x").kinds == {"sliding": 36, "full": 12}
+    listed = {**SCOUT["text_config"], "no_rope_layers": [1, 0] * 24}
+    assert read_model(listed, "x").kinds == {"sliding": 24, "full": 24}
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3", "phi3", "mistral", "gemma3_text"])
+def test_every_readable_family_is_counted_right(case: str, tmp_path: Path) -> None:
+    """Parameters from the headers; cache against what transformers' own cache allocates."""
+    net = tiny.make(case)
+    model = open_model(tiny.save_with_tokenizer(net, tmp_path / case))
+    stored = {id(p): p.numel() for p in net.parameters()}
+    assert not model.estimated
+    assert model.parameters == sum(stored.values())
+    cache = net(tiny.tokens(1, 10), use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert kv_cache_bytes(model, Load(10, 1, "fp32")) == 4 * held
+
+
+@pytest.mark.parametrize("dtype", KV_BITS)
+def test_bits_of_a_format_are_what_the_cache_takes(dtype: str) -> None:
+    """Within 1% of memory that is really allocated."""
+    cache = KVCache(2, 128, dtype=dtype, max_length=4096, exact_first=0, exact_recent=0)
+    predicted = 4096 * 2 * (128 + 128) * KV_BITS[dtype] / 8
+    assert cache.nbytes == pytest.approx(predicted, rel=0.01)
+
+
+def test_a_step_reads_weights_and_cache_once() -> None:
+    model = read_model(LLAMA3_8B, "x")
+    load = Load(8192, 4)
+    cache = 4 * 8192 * 32 * 2 * 8 * 128 * 2
+    step = decode_step(model, load, H100)
+    assert step.binds == "memory"
+    assert step.seconds == pytest.approx((model.weight_bytes + cache) / 3.35e12)
+    everything = memory(model, load)
+    assert everything.kv_cache == cache
+    assert everything.weights == model.weight_bytes == 2 * model.parameters
+
+
+def test_prompts_are_bound_by_arithmetic() -> None:
+    model = read_model(LLAMA3_8B, "x")
+    found = prefill(model, Load(8192, 1), H100)
+    attention = 32 * 2 * 32 * 8192 * 8192 * 256 / 2
+    assert found.binds == "arithmetic"
+    assert found.seconds == pytest.approx((2 * model.parameters * 8192 + attention) / 989e12)
+
+
+def test_a_machine_without_published_flops_is_bound_by_memory() -> None:
+    model = read_model(LLAMA3_8B, "x")
+    assert prefill(model, Load(8192, 1), hardware_of("m2-ultra")).binds == "memory"
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    model = read_model(MIXTRAL, "x")
+    one, many = (decode_step(model, Load(1, batch), H100).seconds for batch in (1, 64))
+    assert one == pytest.approx(2 * model.active_parameters / 3.35e12, rel=0.01)
+    assert many == pytest.approx(2 * model.parameters / 3.35e12, rel=0.02)
+
+
+@given(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 100_000), st.integers(1, 64))
+def test_fewer_heads_and_bits_never_cost_more(heads: int, context: int, batch: int) -> None:
+    model = read_model(LLAMA2_7B, "x")
+    folded = model.with_kv_heads(heads)
+    load = Load(context, batch)
+    assert memory(folded, load).total < memory(model, load).total
+    assert decode_step(folded, load, H100).seconds <= decode_step(model, load, H100).seconds
+    smaller = Load(context, batch, "int4")
+    assert memory(model, smaller).total < memory(model, load).total
+
+
+def test_gpus_share_heads_until_there_is_one_each() -> None:
+    model = read_model(LLAMA3_8B, "x")  # 8 KV heads
+    alone = kv_bytes_per_token(model, "bf16")
+    assert [alone / kv_bytes_per_token(model, "bf16", n) for n in (1, 2, 4, 8, 16)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+    ]
+    latent = read_model(DEEPSEEK_V3, "x")
+    assert kv_bytes_per_token(latent, "bf16", 8) == kv_bytes_per_token(latent, "bf16")
+
+
+@given(st.integers(0, 10**6))
+def test_the_largest_that_fits(limit: int) -> None:
+    assert largest(lambda n: n <= limit) == limit
+
+
+def plan(config: dict[str, Any], machine: str = "h100", **load: Any) -> Any:
+    return make_plan(read_model(config, "x"), Load(**load), hardware_of(machine))
+
+
+def test_what_fits_really_fits_and_one_more_does_not() -> None:
+    found = plan(LLAMA2_7B, "rtx4090", context=4096, batch=4)
+    model = read_model(LLAMA2_7B, "x")
+    for option in found.options:
+        folded = model.with_kv_heads(option.kv_heads)
+        room = 0.9 * hardware_of("rtx4090").memory
+        at, beyond = (
+            memory(folded, Load(4096, option.largest_batch + more, option.kv_dtype)).total
+            for more in (0, 1)
+        )
+        assert at <= room < beyond
+
+
+def test_a_light_cache_is_left_alone_and_a_heavy_one_is_not() -> None:
+    light = plan(LLAMA3_8B, context=2048, batch=1).recommendation.option
+    assert (light.kv_heads, light.kv_dtype) == (8, "bf16")
+    heavy = plan(LLAMA2_7B, context=32_768, batch=16).recommendation
+    assert heavy.option.fits
+    assert heavy.option.kv_dtype != "bf16" or heavy.option.kv_heads < 32
+    assert any("SmolLM2" in reason for reason in heavy.reasons)
+    nothing = plan(DEEPSEEK_V3, "rtx4090", context=1024, batch=1).recommendation
+    assert "nothing fits" in nothing.reasons[0]
+
+
+def test_evidence_is_what_the_benchmarks_say() -> None:
+    """No number without a measurement."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in evidence.FOLDED:
+        assert f"{row.similar:.2f}" in text
+        assert f"{row.other:.2f}" in text
+    lines = (ROOT / "benchmarks" / "cache_quality.jsonl").read_text().splitlines()
+    rows: list[Any] = [json.loads(line) for line in lines]
+    latest = {(row["text"], row["cache"]): row for row in rows}
+    for name, words in evidence.CACHES.items():
+        worst = max(
+            (row for (_, cache), row in latest.items() if cache == f"kvfold {name}"),
+            key=lambda row: row["kl"],
+        )
+        assert f"{worst['kl']:.4f}" in words or f"{worst['perplexity_ratio']:.3f}" in words, name
+
+
+def test_every_machine_says_where_its_numbers_are_from() -> None:
+    for machine in TABLE.values():
+        assert machine.source
+        assert machine.memory >= 24e9
+        assert 50e9 < machine.bandwidth < 10e12
+        assert machine.flops is None or 50e12 < machine.flops < 5e15
+
+
+# -- command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
+    return tmp_path
+
+
+def test_the_command_needs_no_weights(kvfold: Kvfold, config_folder: Path) -> None:
+    arguments = ["plan", config_folder, "--gpu", "h100", "--context", "32k", "--batch", 8]
+    run = kvfold(*arguments)
+    assert run.code == 0, run.err
+    for word in ("estimated", "int4", "> ", "bound", "memory", "SmolLM2"):
+        assert word in run.out
+    as_json: Any = kvfold(*arguments, "--json", "--kv-heads", "32,8").json()
+    assert {o["kv_heads"] for o in as_json["options"]} == {32, 8}
+    assert as_json["recommendation"]["reasons"]
+    assert "context" in kvfold(*arguments, "--fit").out
+    assert "data sheet" in kvfold("plan", "--gpu", "list").out
+    here = kvfold("plan", config_folder, "--gpu", "here")
+    assert here.code == 0
+    assert "measured just now" in here.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "which machine?"),
+        (["--gpu", "h10"], "did you mean h100?"),
+        (["--memory", 10], "which machine?"),
+        (["--gpu", "h100", "--kv-heads", 5], "does not divide"),
+        (["--gpu", "h100", "--kv-dtype", "int3"], "--kv-dtype int3: no such choice"),
+        (["--gpu", "h100", "--context", "long"], "expected a whole number"),
+        (["--gpu", "h100", "--gpus", 0], "--gpus 0: expected a whole number, at least 1"),
+    ],
+)
+def test_bad_input(
+    options: list[object], message: str, kvfold: Kvfold, config_folder: Path
+) -> None:
+    run = kvfold("plan", config_folder, *options)
+    assert run.code == 2
+    assert message in run.err
+    assert "hint: " in run.err
+
+
+def test_configs_without_heads_are_refused(kvfold: Kvfold, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    run = kvfold("plan", tmp_path, "--gpu", "h100")
+    assert run.code == 2
+    assert "no num_attention_heads" in run.err
+    with pytest.raises(InputError, match="latent vectors"):
+        make_plan(read_model(DEEPSEEK_V3, "x"), Load(1, 1), H100, kv_heads=[8])
+
+
+def test_planning_imports_no_torch(config_folder: Path) -> None:
+    code = (
+        "import sys; from kvfold.cli.main import main; "
+        f"main(['plan', {str(config_folder)!r}, '--gpu', 'h100']); "
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_model_of_another_dtype_is_weighed_as_stored(tmp_path: Path) -> None:
+    net = tiny.make("llama").to(torch.bfloat16)
+    model: Model = open_model(tiny.save_with_tokenizer(net, tmp_path / "half"))
+    assert model.weight_bytes == 2 * model.parameters

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, attention in float64, commands, and ways to fail."""

@@ -1,0 +1,86 @@
+"""Compile the Triton kernels for a GPU that need not be there: what ``test_triton_compile`` runs.
+
+    python -m tests.toolbox.compile_triton cuda 90
+
+Prints one JSON line for each cache format: what the compiled decoding kernel does with memory.
+"""
+
+import json
+import sys
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvfold.kernels.triton.append import append_kernel
+from kvfold.kernels.triton.decode import attend_kernel, merge_kernel
+
+STORED = {"plain": (0, "*bf16"), "fp8": (1, "*u8"), "int8": (2, "*i8"), "int4": (3, "*u8")}
+POINTERS = {
+    "Q": "*bf16", "KS": "*bf16", "VS": "*bf16", "TABLE": "*i32", "BEGIN": "*i32", "END": "*i32",
+    "LENGTH": "*i32", "START": "*i32", "FIRST": "*i32", "SLOPES": "*fp32", "MASK": "*u8",
+    "LSE": "*fp32", "SINKS": "*fp32", "PARTS": "*fp32", "PART_LSE": "*fp32", "COS": "*fp32",
+    "SIN": "*fp32", "X": "*bf16", "SCALES": "*bf16",
+}  # fmt: skip
+FLOATS = ("scale", "softcap")
+ALIGNED = ("_page", "_head", "_row", "_batch", "_token")  # strides that 16 divides
+
+
+def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], target: Any) -> Any:
+    """A kernel, as the launcher would have it compiled."""
+    names = kernel.arg_names
+    known = POINTERS | types
+    signature = {
+        n: "constexpr" if n in constants else known.get(n, "fp32" if n in FLOATS else "i32")
+        for n in names
+    }
+    aligned = [i for i, n in enumerate(names) if signature[n][0] == "*" or n.endswith(ALIGNED)]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(i,): constants[n] for i, n in enumerate(names) if n in constants},
+        {(i,): [["tt.divisibility", 16]] for i in aligned if names[i] not in constants},
+    )
+    return triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 3})
+
+
+def attend(name: str, target: Any) -> Any:
+    """Decoding for heads of 128 in one format, with everything switched on."""
+    kind, stored = STORED[name]
+    groups = {"plain": 0, "int4": 4}.get(name, 1)
+    constants = {
+        "head_dim": 128, "v_head_dim": 128, "k_groups": groups, "v_groups": groups, "SPLITS": 8,
+        "M": 16, "N": 64, "D": 128, "DV": 128, "K_GROUPS": max(1, groups),
+        "V_GROUPS": max(1, groups), "K_FORMAT": kind, "V_FORMAT": kind, "DOT": tl.bfloat16,
+        "PRECISION": "tf32", "ONE_PAGE": True, "CAUSAL": True, "WINDOW": True, "SOFTCAP": True,
+        "HAS_BEGIN": True, "HAS_START": True, "HAS_SLOPES": True, "MASK_KIND": 1,
+    }  # fmt: skip
+    return compiled(attend_kernel, constants, {"K": stored, "V": stored, "OUT": "*fp32"}, target)
+
+
+def append(name: str, target: Any) -> Any:
+    kind, stored = STORED[name]
+    constants = {
+        "D": 128, "GROUPS": 4, "FORMAT": kind, "ROTATION": 128 if name == "int4" else 0,
+        "ROTARY": True, "INTERLEAVED": False,
+    }  # fmt: skip
+    return compiled(append_kernel, constants, {"DATA": stored}, target)
+
+
+def main() -> None:
+    backend, arch = sys.argv[1:]
+    nvidia = backend == "cuda"
+    target = GPUTarget(backend, int(arch) if nvidia else arch, 32 if nvidia else 64)
+    constants = {"SLOTS": 16, "DV": 128, "HAS_LSE": True, "HAS_SINKS": True}
+    compiled(merge_kernel, constants, {"OUT": "*bf16"}, target)
+    for name in STORED:
+        append(name, target)
+        assembly = attend(name, target).asm.get("ptx", "")
+        wide = sum(assembly.count(word) for word in ("cp.async.cg", "ld.global.v4"))
+        print(json.dumps({"format": name, "wide": wide, "ahead": assembly.count("cp.async")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Tiny random checkpoints of every family, and ways to hide their structure."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.arch.families import FAMILIES, Family
+from kvfold.checkpoint.source import Checkpoint, TensorDict
+from kvfold.fold.heads import LayerHeads, SharedHead
+from kvfold.fold.layer import load_heads
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 96
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE = {"head_dim": 16}  # head_dim != hidden_size / num_heads
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_positions": 128,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 6,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# name of the case -> (model_type, config), all grouped-query, to be repeated into MHA.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", COMMON),
+    "llama-wide-tied": ("llama", COMMON | WIDE | {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", COMMON | {"attention_bias": True}),
+    "llama-odd": (
+        "llama",
+        COMMON | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72},
+    ),
+    "mistral": ("mistral", COMMON | WIDE | {"sliding_window": 16}),
+    "smollm3": ("smollm3", COMMON | {"no_rope_layers": [1, 0]}),
+    "qwen2": ("qwen2", COMMON),
+    "qwen3": ("qwen3", COMMON | WIDE),
+    "gemma": ("gemma", COMMON | WIDE),
+    "gemma2": (
+        "gemma2",
+        COMMON | WIDE | {"query_pre_attn_scalar": 16, "sliding_window": 16},
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        COMMON
+        | WIDE
+        | {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "granite": (
+        "granite",
+        COMMON
+        | {
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "phi": ("phi", COMMON),
+    "phi3": ("phi3", COMMON | {"resid_pdrop": 0.0}),
+    "starcoder2": ("starcoder2", COMMON | {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
+    "stablelm": ("stablelm", COMMON | {"use_qkv_bias": True, "head_dim": 8}),
+    "cohere": ("cohere", COMMON | {"logit_scale": 1.0}),
+}
+
+
+def make(case: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a case, in float32."""
+    model_type, config = CASES[case]
+    return build(model_type, config | changes, seed)
+
+
+def build(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    made = AutoConfig.for_model(model_type, **config)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts biases at zero, which proves nothing
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def checkpoint_of(model: Any) -> Checkpoint:
+    return Checkpoint("tiny", model.config.to_dict(), TensorDict(model.state_dict()))
+
+
+def tokens(count: int = 4, length: int = 24, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(ids).logits
+    return result
+
+
+def with_kv_heads(model: Any, heads: list[LayerHeads]) -> Any:
+    """The same architecture with other KV heads, given layer by layer."""
+    checkpoint = checkpoint_of(model)
+    family: Family = checkpoint.family
+    count = heads[0].num_kv_heads
+    config = dict(checkpoint.config)
+    if family.keys.num_kv_heads:
+        config[family.keys.num_kv_heads] = count
+    state = dict(model.state_dict())
+    for layer, parts in enumerate(heads):
+        groups = [
+            SharedHead(parts.q[h : h + 1], parts.k[h], parts.v[h], parts.o[h : h + 1])
+            for h in range(count)
+        ]
+        written = family.projections.write(
+            checkpoint.attention_prefix(layer), parts.weights(groups)
+        )
+        state |= {name: tensor.float().contiguous() for name, tensor in written.items()}
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    other.load_state_dict(state)
+    return other.eval()
+
+
+def all_heads(model: Any) -> list[LayerHeads]:
+    checkpoint = checkpoint_of(model)
+    return [load_heads(checkpoint, i) for i in range(checkpoint.geometry.num_layers)]
+
+
+def repeated(heads: LayerHeads) -> LayerHeads:
+    """Give every query head a KV head of its own: the same function as MHA."""
+    group_size = heads.q.shape[1]
+    return LayerHeads(
+        q=heads.q.flatten(0, 1)[:, None],
+        k=heads.k.repeat_interleave(group_size, 0),
+        v=heads.v.repeat_interleave(group_size, 0),
+        o=heads.o.flatten(0, 1)[:, None],
+        o_bias=heads.o_bias,
+        has_bias=heads.has_bias,
+        pairs=heads.pairs,
+        norm=heads.norm,
+    )
+
+
+def scrambled(heads: LayerHeads, seed: int) -> LayerHeads:
+    """Permute the KV heads and give each random gauges: the same function, hidden structure."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(heads.num_kv_heads, generator=generator)
+    q, k, v, o = heads.q[order], heads.k[order], heads.v[order], heads.o[order]
+    value_gauges = torch.stack([random_gauge(v.shape[1], generator) for _ in v])
+    v = value_gauges @ v
+    o = o @ torch.linalg.inv(value_gauges)[:, None]
+    q_pairs, q_rest = heads.pairs.split(q)
+    k_pairs, k_rest = heads.pairs.split(k)
+    shape = k_pairs.shape[:2]
+    phase = torch.rand(shape, generator=generator, dtype=torch.float64) * 6.28
+    size = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    if heads.norm:  # only phases, and only where the norm lets them pass
+        size = torch.ones_like(size)
+        phase = torch.where(
+            heads.norm.free_phases(heads.pairs), phase, 3.14159265358979 * (phase > 3)
+        )
+    turn = torch.polar(size, phase)[..., None]
+    k_pairs, q_pairs = turn * k_pairs, q_pairs / turn.conj()[:, None]
+    if k_rest.shape[1]:
+        gauges = torch.stack([random_gauge(k_rest.shape[1], generator) for _ in k])
+        k_rest = gauges @ k_rest
+        q_rest = torch.linalg.inv(gauges).mT[:, None] @ q_rest
+    q, k = heads.pairs.join(q_pairs, q_rest), heads.pairs.join(k_pairs, k_rest)
+    return LayerHeads(q, k, v, o, heads.o_bias, heads.has_bias, heads.pairs, heads.norm)
+
+
+def random_gauge(size: int, generator: torch.Generator) -> torch.Tensor:
+    """A random matrix of condition number at most 3, so that float32 keeps its digits."""
+    noise = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+    left, right = torch.linalg.qr(noise).Q
+    stretch = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
+    gauge: torch.Tensor = left @ (stretch[:, None] * right)
+    return gauge
+
+
+def hidden_mha(model: Any, seed: int = 7) -> Any:
+    """A GQA model as an MHA model that computes the same, its structure hidden."""
+    heads = [scrambled(repeated(h), seed + i) for i, h in enumerate(all_heads(model))]
+    return with_kv_heads(model, heads)
+
+
+def gpt2_of(bigcode: Any, seed: int = 7) -> Any:
+    """A GPT-2 (MHA) that computes the same as a GPTBigCode (MQA), its structure hidden."""
+    gpt2 = build("gpt2", GPT2)
+    state = dict(bigcode.state_dict())
+    family = checkpoint_of(gpt2).family
+    assert family.rewrite is not None
+    own = {name: family.rewrite(name, tensor) for name, tensor in state.items()}
+    for layer, heads in enumerate(all_heads(bigcode)):
+        parts = scrambled(repeated(heads), seed + layer)
+        groups = [
+            SharedHead(parts.q[h : h + 1], parts.k[h], parts.v[h], parts.o[h : h + 1])
+            for h in range(parts.num_kv_heads)
+        ]
+        own |= family.projections.write(f"transformer.h.{layer}.attn", parts.weights(groups))
+    gpt2.load_state_dict({name: tensor.float().contiguous() for name, tensor in own.items()})
+    return gpt2.eval()
+
+
+def make_bigcode(seed: int = 0) -> Any:
+    config = GPT2 | {"multi_query": True, "activation_function": "gelu_new"}
+    return build("gpt_bigcode", config, seed)
+
+
+def save_with_tokenizer(model: Any, folder: Path, **options: Any) -> Path:
+    """Save a model and a tokenizer whose tokens are words w3 … w95."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = "{{ messages }}"
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words(count: int, seed: int = 3) -> str:
+    """Random text of ``count`` tokens of the tokenizer above."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count,), generator=generator)
+    return " ".join(f"w{i}" for i in ids.tolist())
+
+
+def every_model_type() -> set[str]:
+    return {name for family in FAMILIES for name in family.model_types}
