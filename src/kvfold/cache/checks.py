@@ -6,7 +6,7 @@ from typing import TypeGuard
 import torch
 
 from kvfold.errors import InputError
-from kvfold.kernels.cpu.library import MAX_DIM
+from kvfold.kernels.cpu.limits import MAX_DIM
 from kvfold.names import shown
 from kvfold.ops.quantize import Format, format_of
 from kvfold.ops.rope import Rotary

@@ -20,7 +20,7 @@ from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM
 from kvfold.kernels.checks import check_options
-from kvfold.kernels.cpu.library import MAX_TOKENS
+from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.ops.rope import Rotary
 
 Dtype = str | torch.dtype

@@ -5,7 +5,7 @@ import torch
 from kvfold.cache.storage import Uniform
 from kvfold.kernels.backend import GPU_MAX_DIM
 from kvfold.kernels.cpu.call import readable
-from kvfold.kernels.cpu.library import MAX_TOKENS
+from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.ops.options import Options
 
 

@@ -22,7 +22,8 @@ from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.checks import check_options
 from kvfold.kernels.cpu.call import KernelCall, readable
-from kvfold.kernels.cpu.library import MAX_TOKENS, library
+from kvfold.kernels.cpu.library import library
+from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.outside import python_state
 from kvfold.ops.options import Window

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvfold.kernels.cpu.limits import BLOCK
 from kvfold.ops.quantize import Format
 
-BLOCK = 16
 _STEPS = {"bf16": 2, "int8": 4, "int4": 8}
 
 

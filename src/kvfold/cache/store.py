@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvfold.cache.half import CPU, Half, normal_tensors
-from kvfold.cache.layout import BLOCK, Layout
+from kvfold.cache.layout import Layout
 from kvfold.errors import RunError
 from kvfold.kernels.backend import backend_of
 from kvfold.kernels.cpu.library import Append, Part, Side, Tensor, library
+from kvfold.kernels.cpu.limits import BLOCK
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
 from kvfold.ops.quantize import Format
 

@@ -9,7 +9,8 @@ import torch
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM, backend_of
 from kvfold.kernels.checks import check_flags, check_options, check_tensors, is_number
-from kvfold.kernels.cpu.library import MAX_DIM, MAX_TOKENS, library, why_missing
+from kvfold.kernels.cpu.library import library, why_missing
+from kvfold.kernels.cpu.limits import MAX_DIM, MAX_TOKENS
 from kvfold.kernels.rows import attend_rows
 from kvfold.kernels.torch.flex import flex
 from kvfold.kernels.torch.sink import LEAST_SCALE, with_sink

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from kvfold.cache.kv import Dtype
 from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
-from kvfold.kernels.cpu.library import MAX_TOKENS
+from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
 from transformers import PretrainedConfig
 

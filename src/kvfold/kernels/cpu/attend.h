@@ -16,22 +16,22 @@
 namespace KVF_NAMESPACE {
 
 template <class Step>
-static constexpr KeyKernel generic_keys() { return {prepare_floats, score_generic<Step>}; }
+static constexpr KeyKernel generic_keys() {
+  return {prepare_floats, score_generic<Step>};
+}
 template <class Step>
-static constexpr ValueKernel generic_values() { return {add_generic<Step>}; }
+static constexpr ValueKernel generic_values() {
+  return {add_generic<Step>};
+}
 
 // By format, in KvfFormat's order.
 static const KeyKernel KEYS[KVF_FORMATS] = {
-    generic_keys<StepF32>(),
-    generic_keys<StepF16>(),
-    generic_keys<StepBF16>(),
-    generic_keys<StepFP8>(),
+    generic_keys<StepF32>(),    generic_keys<StepF16>(),
+    generic_keys<StepBF16>(),   generic_keys<StepFP8>(),
 #if defined(__AVX512VNNI__)
-    {prepare_int8, score_int8},
-    {prepare_int4, score_int4},
+    {prepare_int8, score_int8}, {prepare_int4, score_int4},
 #else
-    generic_keys<StepINT8<true>>(),
-    generic_keys<StepINT4>(),
+    generic_keys<StepINT8<true>>(), generic_keys<StepINT4>(),
 #endif
 };
 static const ValueKernel VALUES[KVF_FORMATS] = {
@@ -43,8 +43,7 @@ static const ValueKernel VALUES[KVF_FORMATS] = {
     {add_int8},
     {add_int4},
 #else
-    generic_values<StepINT8<false>>(),
-    generic_values<StepINT4>(),
+    generic_values<StepINT8<false>>(), generic_values<StepINT4>(),
 #endif
 };
 
@@ -77,7 +76,7 @@ struct HeadWork {
 
 struct Plan {
   const KvfAttend* call;
-  int rows, padded;             // queries of a KV head; width of a partial result
+  int rows, padded;  // queries of a KV head; width of a partial result
   std::vector<Unit> units;
   std::vector<HeadWork> heads;  // [B * Hkv]
   std::vector<float> partial;   // [unit][rows][padded + 2]: o, m, l
@@ -151,7 +150,6 @@ struct Scratch {
   int sequence = -1, head = -1, part = -1;  // whose queries are prepared
 };
 
-
 static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Queries& q) {
   const KvfAttend& call = *plan.call;
   const KvfSide& keys = call.parts[unit.part].k;
@@ -201,10 +199,11 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
     if (call.softcap > 0)
       for (int j = 0; j < count; ++j) x[j] = call.softcap * LOG2E * std::tanh(x[j] / call.softcap);
     if (call.slopes)
-      for (int j = 0; j < count; ++j) x[j] -= call.slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
+      for (int j = 0; j < count; ++j)
+        x[j] -= call.slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
     if (call.mask) {
-      const float* mask = call.mask + unit.b * call.mask_batch_stride + head * call.mask_head_stride +
-                          t * call.mask_token_stride + first;
+      const float* mask = call.mask + unit.b * call.mask_batch_stride +
+                          head * call.mask_head_stride + t * call.mask_token_stride + first;
       for (int j = 0; j < count; ++j)  // a hidden key's score may be NaN
         if (first + j >= unit.low && first + j < unit.high)
           x[j] = mask[j] == -INFINITY ? -INFINITY : x[j] + mask[j] * LOG2E;
@@ -312,9 +311,10 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
   a.m.assign(rows, -INFINITY);
   a.l.assign(rows, 0.f);
   a.decay.resize(rows);
-  const int64_t bytes = key_block_bytes(part.k.format, part.k.dim) + value_block_bytes(part.v.format, part.v.dim);
+  const int64_t bytes =
+      key_block_bytes(part.k.format, part.k.dim) + value_block_bytes(part.v.format, part.v.dim);
   a.spare.blocks.resize(2 * TILE_BLOCKS * bytes);
-  a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)64);
+  a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)(KVF_MAX_DIM / GROUP));
   for (int first = unit.low / BLOCK * BLOCK; first < unit.high; first += TILE) {
     Tile keys{}, values{};
     const int left = (unit.high - first + BLOCK - 1) / BLOCK;
@@ -326,7 +326,8 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
     const uint64_t without = unseen(plan, count, a.s.data());
     soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
     gather(part, false, unit, first, without, a.spare, values);
-    values_of(part.v.format, call.q.format).add(rows, a.s.data(), a.decay.data(), values, a.o.data());
+    values_of(part.v.format, call.q.format)
+        .add(rows, a.s.data(), a.decay.data(), values, a.o.data());
   }
   HeadWork& work = plan.heads[(size_t)unit.b * call.num_kv_heads + unit.head];
   if (work.units == 1) {
@@ -340,7 +341,8 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
     to[plan.padded] = a.m[row];
     to[plan.padded + 1] = a.l[row];
   }
-  if (work.left.fetch_sub(1, std::memory_order_acq_rel) == 1) merge(plan, unit.b, unit.head, work, a);
+  if (work.left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+    merge(plan, unit.b, unit.head, work, a);
 }
 
 static void attend_thread(void* data) {
@@ -361,31 +363,12 @@ static void attend(const KvfAttend& call, KvfParallel parallel) {
     for (int head = 0; head < call.num_kv_heads; ++head)
       if (!plan.heads[(size_t)b * call.num_kv_heads + head].units) {
         std::vector<float> zeros(call.v_head_dim, 0.f);
-        for (int row = 0; row < plan.rows; ++row) write(plan, b, head, row, zeros.data(), -INFINITY, 0);
+        for (int row = 0; row < plan.rows; ++row)
+          write(plan, b, head, row, zeros.data(), -INFINITY, 0);
       }
   const int64_t threads = std::min<int64_t>(call.threads, plan.units.size());
   if (threads <= 1) attend_thread(&plan);
   else parallel(attend_thread, &plan, (unsigned)threads, 0);
-}
-
-struct AppendPlan {
-  const KvfAppend* call;
-  std::atomic<int64_t> next{0};
-};
-
-static void append_thread(void* data) {
-  AppendPlan& plan = *(AppendPlan*)data;
-  const KvfAppend& call = *plan.call;
-  for (int64_t i; (i = plan.next.fetch_add(1)) < (int64_t)call.batch * call.num_kv_heads;)
-    append(call, (int)(i / call.num_kv_heads), (int)(i % call.num_kv_heads));
-}
-
-static void append_all(const KvfAppend& call, KvfParallel parallel) {
-  AppendPlan plan;
-  plan.call = &call;
-  const int64_t items = (int64_t)call.batch * call.num_kv_heads;
-  if (call.threads <= 1 || items * call.tokens < 64) append_thread(&plan);
-  else parallel(append_thread, &plan, (unsigned)std::min<int64_t>(call.threads, items), 0);
 }
 
 }  // namespace

@@ -106,15 +106,18 @@ static void add_bf16(int rows, float* p, const float* decay, const Tile& tile, f
   if (rows % 8 == 0 || rows % 8 == 7)
     for (; chunk + 2 <= chunks; chunk += 2)
       for_rows<8>(rows, [&](auto n, int row) {
-        add_bf16_rows<decltype(n)::value, 2>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
+        add_bf16_rows<decltype(n)::value, 2>(row, pairs, decay, tile, chunk, fetch && row == 0, o,
+                                             padded);
       });
   for (; chunk + 4 <= chunks; chunk += 4)
     for_rows<6>(rows, [&](auto n, int row) {
-      add_bf16_rows<decltype(n)::value, 4>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
+      add_bf16_rows<decltype(n)::value, 4>(row, pairs, decay, tile, chunk, fetch && row == 0, o,
+                                           padded);
     });
   for (; chunk < chunks; ++chunk)
     for_rows<8>(rows, [&](auto n, int row) {
-      add_bf16_rows<decltype(n)::value, 1>(row, pairs, decay, tile, chunk, fetch && row == 0, o, padded);
+      add_bf16_rows<decltype(n)::value, 1>(row, pairs, decay, tile, chunk, fetch && row == 0, o,
+                                           padded);
     });
 }
 

@@ -1,4 +1,4 @@
-// Rows into a store: the C++ twin of kvfold/ops/quantize.py, bit for bit.
+// Numbers to rows and back: the C++ twin of kvfold/ops/quantize.py, bit for bit.
 #pragma once
 #include "layout.h"
 
@@ -6,7 +6,10 @@ namespace KVF_NAMESPACE {
 
 // A row of a tensor as floats.
 static inline void load_row(const KvfTensor& t, const void* row, int count, float* x) {
-  if (t.format == KVF_F32) { memcpy(x, row, 4 * count); return; }
+  if (t.format == KVF_F32) {
+    memcpy(x, row, 4 * count);
+    return;
+  }
   const uint16_t* halves = (const uint16_t*)row;
   const bool f16 = t.format == KVF_F16;
   int i = 0;
@@ -15,7 +18,8 @@ static inline void load_row(const KvfTensor& t, const void* row, int count, floa
 }
 
 // Floats times a factor into a row of a tensor.
-static inline void store_row(const KvfTensor& t, const float* x, int count, float factor, void* row) {
+static inline void store_row(const KvfTensor& t, const float* x, int count, float factor,
+                             void* row) {
   if (t.format == KVF_F32)
     for (int i = 0; i < count; ++i) ((float*)row)[i] = x[i] * factor;
   else if (t.format == KVF_F16)
@@ -48,7 +52,8 @@ static inline void hadamard(float* x, int count, int size) {
   int first = 1;
 #if defined(__AVX512F__)
   if (size >= 16) {
-    for (int i = 0; i + 16 <= count; i += 16) _mm512_storeu_ps(x + i, hadamard16(_mm512_loadu_ps(x + i)));
+    for (int i = 0; i + 16 <= count; i += 16)
+      _mm512_storeu_ps(x + i, hadamard16(_mm512_loadu_ps(x + i)));
     first = 16;
   }
 #endif
@@ -91,7 +96,10 @@ static inline int code_of(float x, float scale, int low, int high) {
 // Encode `padded` numbers (zeros beyond the head) as an unpacked row and its scales.
 static inline void encode_row(int format, const float* x, int padded, uint8_t* row,
                               uint16_t* scales) {
-  if (format == KVF_F32) { memcpy(row, x, 4 * padded); return; }
+  if (format == KVF_F32) {
+    memcpy(row, x, 4 * padded);
+    return;
+  }
   if (format == KVF_F16 || format == KVF_BF16) {
     for (int i = 0; i < padded; ++i) {
       const uint16_t h = format == KVF_F16 ? to_f16(x[i]) : to_bf16(x[i]);
@@ -121,44 +129,6 @@ static inline void encode_row(int format, const float* x, int padded, uint8_t* r
   for (int i = 0; i < padded; ++i)
     row[i] = format == KVF_INT8 ? (uint8_t)code_of(x[i], scale, -127, 127)
                                 : to_fp8(scale == 0 ? 0.f : x[i] / scale);
-}
-
-static inline void append_row(const KvfSide& side, bool key, int64_t page, int head, int slot,
-                              const KvfTensor& from, const void* source) {
-  float x[1024 + 32] = {0};
-  uint8_t row[4 * (1024 + 32)];
-  uint16_t scales[64];
-  const int padded = key ? key_dim(side.format, side.dim) : value_dim(side.format, side.dim);
-  load_row(from, source, side.dim, x);
-  if (side.rotation) hadamard(x, padded, side.rotation);
-  // Only INT4's last group looks beyond the head, and zeros change no scale.
-  encode_row(side.format, x, padded, row, scales);
-  uint8_t* at = page_of(side, page, head);
-  const int groups = scale_groups(side.format, side.dim);
-  if (side.packed) {
-    const int block = slot / BLOCK;
-    if (key) place_key(side.format, side.dim, row, at + block * key_block_bytes(side.format, side.dim), slot % BLOCK);
-    else place_value(side.format, side.dim, row, at + block * value_block_bytes(side.format, side.dim), slot % BLOCK);
-    uint16_t* s = groups ? scales_of(side, page, head) + (int64_t)block * groups * BLOCK : nullptr;
-    for (int g = 0; g < groups; ++g) s[g * BLOCK + slot % BLOCK] = scales[g];
-  } else {
-    const int stored = side.format == KVF_INT4 ? padded : side.dim;
-    memcpy(at + slot * side.row_stride, row, bytes_of(side.format, stored));
-    uint16_t* s = groups ? scales_of(side, page, head) + (int64_t)slot * groups : nullptr;
-    for (int g = 0; g < groups; ++g) s[g] = scales[g];
-  }
-}
-
-static void append(const KvfAppend& call, int b, int head) {
-  const KvfPart& part = call.part;
-  for (int t = 0; t < call.tokens; ++t) {
-    const int position = call.first[b] + t;
-    const int32_t page = part.table[b * part.table_stride + position / part.page_size];
-    if (page < 0) continue;
-    const int slot = position % part.page_size;
-    append_row(part.k, true, page, head, slot, call.k, row_of(call.k, b, head, t));
-    append_row(part.v, false, page, head, slot, call.v, row_of(call.v, b, head, t));
-  }
 }
 
 }  // namespace

@@ -20,13 +20,13 @@ struct Tile {
 
 // Query rows of one KV head, prepared for a key format; which members are used is its business.
 struct Queries {
-  int rows, dim;           // dim: padded to the keys'
-  float scale;             // what scores are to be multiplied by
-  float* x;                // [rows][dim], the queries (rotated where the keys are)
-  uint16_t* bf16;          // [rows][dim]
-  int8_t *high, *low;      // [rows][dim], 256 high + low = the query as a 16-bit integer …
-  float* unit;             // [rows], … times this
-  int32_t *sums;           // [rows][dim / GROUP + 1], sums of those integers over groups, last over all
+  int rows, dim;       // dim: padded to the keys'
+  float scale;         // what scores are to be multiplied by
+  float* x;            // [rows][dim], the queries (rotated where the keys are)
+  uint16_t* bf16;      // [rows][dim]
+  int8_t *high, *low;  // [rows][dim], 256 high + low = the query as a 16-bit integer …
+  float* unit;         // [rows], … times this
+  int32_t* sums;       // [rows][dim / GROUP + 1], sums of those integers over groups, last over all
 };
 
 struct KeyKernel {
@@ -52,12 +52,24 @@ static INLINE void for_rows(int rows, Function f) {
   int r = 0;
   for (; r + LIMIT <= rows; r += LIMIT) f(Number<LIMIT>(), r);
   switch (rows - r) {
-    case 7: if constexpr (LIMIT > 7) f(Number<7>(), r); break;
-    case 6: if constexpr (LIMIT > 6) f(Number<6>(), r); break;
-    case 5: if constexpr (LIMIT > 5) f(Number<5>(), r); break;
-    case 4: if constexpr (LIMIT > 4) f(Number<4>(), r); break;
-    case 3: if constexpr (LIMIT > 3) f(Number<3>(), r); break;
-    case 2: if constexpr (LIMIT > 2) f(Number<2>(), r); break;
+    case 7:
+      if constexpr (LIMIT > 7) f(Number<7>(), r);
+      break;
+    case 6:
+      if constexpr (LIMIT > 6) f(Number<6>(), r);
+      break;
+    case 5:
+      if constexpr (LIMIT > 5) f(Number<5>(), r);
+      break;
+    case 4:
+      if constexpr (LIMIT > 4) f(Number<4>(), r);
+      break;
+    case 3:
+      if constexpr (LIMIT > 3) f(Number<3>(), r);
+      break;
+    case 2:
+      if constexpr (LIMIT > 2) f(Number<2>(), r);
+      break;
     case 1: f(Number<1>(), r); break;
     default: break;
   }
@@ -67,7 +79,9 @@ static INLINE void for_rows(int rows, Function f) {
 // (values), as floats. Scales: keys' and values' per token are applied elsewhere; INT4's here.
 struct StepF32 {
   static constexpr int step = 1, format = KVF_F32;
-  static INLINE void load(const uint8_t* p, F16x* x) { x[0] = KVF_NAMESPACE::load((const float*)p); }
+  static INLINE void load(const uint8_t* p, F16x* x) {
+    x[0] = KVF_NAMESPACE::load((const float*)p);
+  }
 };
 struct StepF16 {
   static constexpr int step = 1, format = KVF_F16;
@@ -193,9 +207,8 @@ static INLINE void add_chunks(int row, const float* p, const float* decay, const
     for (int token = 0; token < BLOCK; token += step) {
       F16x x[CHUNKS][step];
       for (int c = 0; c < CHUNKS; ++c) {
-        const int64_t at = step == 1
-            ? bytes_of(format, (int64_t)token * padded + (chunk + c) * 16)
-            : bytes_of(format, (int64_t)(chunk + c) * 256 + token * 16);
+        const int64_t at = step == 1 ? bytes_of(format, (int64_t)token * padded + (chunk + c) * 16)
+                                     : bytes_of(format, (int64_t)(chunk + c) * 256 + token * 16);
         Step::load(tile.block[block] + at, x[c]);
         if (fetch) prefetch(tile.next[block] + at);
         if constexpr (format == KVF_INT4) {

@@ -28,13 +28,15 @@ static void prepare_integers(Queries& q, int group, int offset) {
       finite = finite && _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ) == 0;
       top = _mm512_max_ps(top, size);
     });
-    const float unit = _mm512_reduce_max_ps(top) / 32512.f;  // 127 * 256, so that the high plane fits
+    const float unit =
+        _mm512_reduce_max_ps(top) / 32512.f;  // 127 * 256, so that the high plane fits
     q.unit[r] = finite ? unit * q.scale : NAN;
     const __m512 inverse = _mm512_set1_ps(finite && unit > 0 ? 1 / unit : 0);
     for (int g = 0; g < groups; ++g) {
       __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
       for_vectors(g * group, (g + 1) * group, [&](int i, __mmask16 some) {
-        const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), inverse));
+        const __m512i n =
+            _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), inverse));
         const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
         const __m512i low = _mm512_sub_epi32(n, _mm512_slli_epi32(high, 8));
         _mm512_mask_cvtepi32_storeu_epi8(q.high + (int64_t)r * q.dim + i, some, high);
@@ -62,7 +64,8 @@ static INLINE __m512 joined(__m512i high, __m512i low) {
 }
 
 static INLINE __m512 scales16(const uint16_t* p) {
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)),
+                                   16);
 }
 
 template <int ROWS, int BLOCKS>
@@ -142,18 +145,18 @@ static INLINE void score_int4_rows(const Queries& q, int row, const Tile& tile, 
                        _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q.unit[row + r])));
 }
 
-#define KVF_SCORE(name, rows_function)                                                           \
-  static void name(const Queries& q, const Tile& tile, float* s) {                               \
-    const bool fetch = tile.next[0] != nullptr;                                                  \
-    int block = 0;                                                                               \
-    for (; block + 2 <= tile.blocks; block += 2)                                                 \
-      for_rows<4>(q.rows, [&](auto n, int row) {                                                 \
-        rows_function<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s);         \
-      });                                                                                        \
-    if (block < tile.blocks)                                                                     \
-      for_rows<4>(q.rows, [&](auto n, int row) {                                                 \
-        rows_function<decltype(n)::value, 1>(q, row, tile, block, false, s);                     \
-      });                                                                                        \
+#define KVF_SCORE(name, rows_function)                                                   \
+  static void name(const Queries& q, const Tile& tile, float* s) {                       \
+    const bool fetch = tile.next[0] != nullptr;                                          \
+    int block = 0;                                                                       \
+    for (; block + 2 <= tile.blocks; block += 2)                                         \
+      for_rows<4>(q.rows, [&](auto n, int row) {                                         \
+        rows_function<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s); \
+      });                                                                                \
+    if (block < tile.blocks)                                                             \
+      for_rows<4>(q.rows, [&](auto n, int row) {                                         \
+        rows_function<decltype(n)::value, 1>(q, row, tile, block, false, s);             \
+      });                                                                                \
   }
 KVF_SCORE(score_int8, score_int8_rows)
 KVF_SCORE(score_int4, score_int4_rows)
@@ -163,8 +166,8 @@ KVF_SCORE(score_int4, score_int4_rows)
 // the order.
 static INLINE __m512i bytes_of_tile(const __m512i* n) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(_mm512_packus_epi32(n[0], n[1]),
-                                                             _mm512_packus_epi32(n[2], n[3])));
+  return _mm512_permutexvar_epi32(
+      order, _mm512_packus_epi16(_mm512_packus_epi32(n[0], n[1]), _mm512_packus_epi32(n[2], n[3])));
 }
 
 // Weights of up to eight rows as two planes of unsigned bytes.
@@ -177,7 +180,8 @@ struct Planes {
 static INLINE void largest_weights(int rows, const float* p, int blocks, float* tops) {
   for (int r = 0; r < rows; ++r) {
     __m512 top = _mm512_loadu_ps(p + r * TILE);
-    for (int b = 1; b < blocks; ++b) top = _mm512_max_ps(top, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
+    for (int b = 1; b < blocks; ++b)
+      top = _mm512_max_ps(top, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
     tops[r] = _mm512_reduce_max_ps(top);
   }
 }
@@ -272,7 +276,8 @@ constexpr float FLAT = 16;
 static INLINE bool is_flat(int rows, const float* p, const float* tops, int blocks) {
   for (int r = 0; r < rows; ++r) {
     __m512 sum = _mm512_loadu_ps(p + r * TILE);
-    for (int b = 1; b < blocks; ++b) sum = _mm512_add_ps(sum, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
+    for (int b = 1; b < blocks; ++b)
+      sum = _mm512_add_ps(sum, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
     if (!(tops[r] * (blocks * BLOCK) <= FLAT * _mm512_reduce_add_ps(sum))) return false;
   }
   return true;
@@ -301,9 +306,9 @@ static INLINE void round_weights(int rows, const float* p, const float* tops, co
     planes.unit[r] = tops[r] * scale_top * (1 / 255.f);
     __m512i n[TILE_BLOCKS];
     for (int b = 0; b < TILE_BLOCKS; ++b)
-      n[b] = b < tile.blocks
-                 ? _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + r * TILE + b * BLOCK), scales[b]))
-                 : _mm512_setzero_si512();
+      n[b] = b < tile.blocks ? _mm512_cvtps_epi32(_mm512_mul_ps(
+                                   _mm512_loadu_ps(p + r * TILE + b * BLOCK), scales[b]))
+                             : _mm512_setzero_si512();
     _mm512_storeu_si512(planes.low[r], bytes_of_tile(n));
   }
 }
@@ -354,8 +359,9 @@ static INLINE void add_int4_rows(int row, const Planes& planes, const float* dec
 }
 
 template <int ROWS>
-static INLINE void add_int4_group(int row, const float* p, const float* tops, bool flat, const float* decay,
-                                  const Tile& tile, int group, bool fetch, float* o, int padded) {
+static INLINE void add_int4_group(int row, const float* p, const float* tops, bool flat,
+                                  const float* decay, const Tile& tile, int group, bool fetch,
+                                  float* o, int padded) {
   Planes planes;
   const int chunk = group * 2;
   if (flat) {
@@ -382,7 +388,8 @@ static void add_int4(int rows, float* p, const float* decay, const Tile& tile, f
     const bool flat = is_flat(ROWS, weights, tops, tile.blocks);
     if (flat) normalize_weights(ROWS, weights, tops, tile.blocks);
     for (int group = 0; group * GROUP < padded; ++group)
-      add_int4_group<ROWS>(row, weights, tops, flat, decay, tile, group, tile.next[0] && row == 0, o, padded);
+      add_int4_group<ROWS>(row, weights, tops, flat, decay, tile, group, tile.next[0] && row == 0,
+                           o, padded);
   });
 }
 

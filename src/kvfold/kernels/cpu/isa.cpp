@@ -1,4 +1,5 @@
 // Compiled once per instruction set, with KVF_NAMESPACE and KVF_TABLE naming the copy.
+#include "append.h"
 #include "attend.h"
 #include "read.h"
 #include "table.h"

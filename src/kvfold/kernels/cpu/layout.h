@@ -5,13 +5,13 @@
 // Values: [dim / 16][16 / STEP][16 dims][STEP tokens], or [16 tokens][dim] where STEP is 1.
 // INT4 puts dimensions (tokens) 0-3 of a step of 8 in the low halves of four bytes, 4-7 in the high.
 #pragma once
-#include "api.h"
+#include "kernel.h"
 #include "simd.h"
 
 namespace KVF_NAMESPACE {
 
-constexpr int BLOCK = 16;    // tokens in a packed block
-constexpr int GROUP = 32;    // dimensions that share an INT4 scale
+constexpr int BLOCK = KVF_BLOCK;
+constexpr int GROUP = 32;  // dimensions that share an INT4 scale
 
 static INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -35,7 +35,8 @@ static INLINE int value_dim(int format, int dim) {
 static INLINE int64_t bytes_of(int format, int64_t numbers) {
   switch (format) {
     case KVF_F32: return 4 * numbers;
-    case KVF_F16: case KVF_BF16: return 2 * numbers;
+    case KVF_F16:
+    case KVF_BF16: return 2 * numbers;
     case KVF_INT4: return numbers / 2;
     default: return numbers;
   }
@@ -90,7 +91,8 @@ static inline void place_value(int format, int dim, const uint8_t* row, uint8_t*
     case KVF_FP8: memcpy(block + slot * padded, row, dim); break;
     case KVF_BF16:
       for (int d = 0; d < dim; ++d)
-        memcpy(block + 2 * (((d / 16 * 8 + slot / 2) * 16 + d % 16) * 2 + slot % 2), row + 2 * d, 2);
+        memcpy(block + 2 * (((d / 16 * 8 + slot / 2) * 16 + d % 16) * 2 + slot % 2), row + 2 * d,
+               2);
       break;
     case KVF_INT8:
       for (int d = 0; d < dim; ++d)
@@ -112,8 +114,8 @@ static inline void clear_value(int format, int dim, uint8_t* block, int slot) {
       set_half(block + ((d / 16 * 2 + slot / 8) * 16 + d % 16) * 4 + slot % 4, slot % 8 / 4, 8);
     return;
   }
-  uint8_t zeros[4 * 1024] = {0};
-  place_value(format, padded <= 1024 ? padded : 1024, zeros, block, slot);
+  uint8_t zeros[4 * KVF_MAX_DIM] = {0};
+  place_value(format, padded, zeros, block, slot);
 }
 
 // Where token `slot` of a page of one head begins, unpacked; or its block, packed.

@@ -72,7 +72,8 @@ struct Reading {
 static void read_thread(void* data) {
   Reading& r = *(Reading*)data;
   const int32_t i = __atomic_fetch_add(&r.next, 1, __ATOMIC_RELAXED);
-  const int64_t lines = r.bytes / 64, first = lines * i / r.threads, last = lines * (i + 1) / r.threads;
+  const int64_t lines = r.bytes / 64, first = lines * i / r.threads,
+                last = lines * (i + 1) / r.threads;
   const uint64_t total = current->table->read_lines(r.data + first * 64, last - first);
   __atomic_fetch_add(&r.sum, total, __ATOMIC_RELAXED);
 }

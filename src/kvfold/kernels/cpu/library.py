@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: found, loaded, and called with plain pointers (see ``cpu/api.h``)."""
+"""The compiled CPU kernels: found, loaded, and called with plain pointers (``cpu/kernel.h``)."""
 
 import ctypes
 import os
@@ -20,12 +20,9 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.build import NAME
+from kvfold.kernels.cpu.limits import MAX_PARTS
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
 from kvfold.ops.quantize import format_of
-
-MAX_PARTS = 4
-MAX_DIM = 1024
-MAX_TOKENS = 16  # queries per sequence that the kernels are meant for
 
 _TABLE, _ROWS = Buffer("page table", torch.int32), Buffer("rows")
 

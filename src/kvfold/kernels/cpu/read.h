@@ -1,6 +1,6 @@
 // Reading memory and doing next to nothing with it: the speed no kernel can exceed.
 #pragma once
-#include "api.h"
+#include "kernel.h"
 #include "simd.h"
 
 namespace KVF_NAMESPACE {

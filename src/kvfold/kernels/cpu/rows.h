@@ -63,7 +63,8 @@ static void place_pairs(const uint8_t* const rows[BLOCK], int dim, uint8_t* bloc
 }
 #endif
 
-static INLINE void place_keys(int format, int dim, const uint8_t* const rows[BLOCK], uint8_t* block) {
+static INLINE void place_keys(int format, int dim, const uint8_t* const rows[BLOCK],
+                              uint8_t* block) {
 #if defined(__AVX512F__)
   if (format == KVF_F32) return place_words(rows, dim, block);
   if (format == KVF_BF16 && dim % 2 == 0) return place_words(rows, dim / 2, block);
@@ -71,7 +72,8 @@ static INLINE void place_keys(int format, int dim, const uint8_t* const rows[BLO
   for (int slot = 0; slot < BLOCK; ++slot) place_key(format, dim, rows[slot], block, slot);
 }
 
-static INLINE void place_values(int format, int dim, const uint8_t* const rows[BLOCK], uint8_t* block) {
+static INLINE void place_values(int format, int dim, const uint8_t* const rows[BLOCK],
+                                uint8_t* block) {
 #if defined(__AVX512F__)
   if (format == KVF_BF16) return place_pairs(rows, dim, block);
 #endif

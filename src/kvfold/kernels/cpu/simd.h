@@ -31,13 +31,33 @@ struct F16x {  // 16 floats
 
 #define EACH for (int i = 0; i < PARTS; ++i)
 
-static INLINE F16x splat(float x) { F16x r; EACH r.v[i] = x - Floats{}; return r; }
-static INLINE F16x load(const float* p) { F16x r; EACH memcpy(&r.v[i], p + i * WIDTH, sizeof(Floats)); return r; }
+static INLINE F16x splat(float x) {
+  F16x r;
+  EACH r.v[i] = x - Floats{};
+  return r;
+}
+static INLINE F16x load(const float* p) {
+  F16x r;
+  EACH memcpy(&r.v[i], p + i * WIDTH, sizeof(Floats));
+  return r;
+}
 static INLINE void store(float* p, F16x a) { EACH memcpy(p + i * WIDTH, &a.v[i], sizeof(Floats)); }
-static INLINE F16x operator+(F16x a, F16x b) { EACH a.v[i] += b.v[i]; return a; }
-static INLINE F16x operator-(F16x a, F16x b) { EACH a.v[i] -= b.v[i]; return a; }
-static INLINE F16x operator*(F16x a, F16x b) { EACH a.v[i] *= b.v[i]; return a; }
-static INLINE F16x fma(F16x a, F16x b, F16x c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+static INLINE F16x operator+(F16x a, F16x b) {
+  EACH a.v[i] += b.v[i];
+  return a;
+}
+static INLINE F16x operator-(F16x a, F16x b) {
+  EACH a.v[i] -= b.v[i];
+  return a;
+}
+static INLINE F16x operator*(F16x a, F16x b) {
+  EACH a.v[i] *= b.v[i];
+  return a;
+}
+static INLINE F16x fma(F16x a, F16x b, F16x c) {
+  EACH c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
 static INLINE Floats larger(Floats a, Floats b) {  // b where either is NaN
 #if defined(__AVX512F__)
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -47,7 +67,10 @@ static INLINE Floats larger(Floats a, Floats b) {  // b where either is NaN
   return a > b ? a : b;
 #endif
 }
-static INLINE F16x max(F16x a, F16x b) { EACH a.v[i] = larger(a.v[i], b.v[i]); return a; }
+static INLINE F16x max(F16x a, F16x b) {
+  EACH a.v[i] = larger(a.v[i], b.v[i]);
+  return a;
+}
 
 static INLINE F16x load_bf16(const uint16_t* p) {
   F16x r;
@@ -76,7 +99,8 @@ static INLINE float reduce_add(F16x a) {
 #else
   float t[16];
   store(t, a);
-  for (int w = 8; w; w >>= 1) for (int i = 0; i < w; ++i) t[i] += t[i + w];
+  for (int w = 8; w; w >>= 1)
+    for (int i = 0; i < w; ++i) t[i] += t[i + w];
   return t[0];
 #endif
 }
@@ -87,7 +111,8 @@ static INLINE float reduce_max(F16x a) {
 #else
   float t[16];
   store(t, a);
-  for (int w = 8; w; w >>= 1) for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
+  for (int w = 8; w; w >>= 1)
+    for (int i = 0; i < w; ++i) t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
   return t[0];
 #endif
 }
@@ -136,8 +161,17 @@ static INLINE uint16_t to_bf16(float f) {  // to nearest, ties to even; NaN stay
   return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-static INLINE float from_f16(uint16_t h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }
-static INLINE uint16_t to_f16(float f) { _Float16 x = (_Float16)f; uint16_t h; memcpy(&h, &x, 2); return h; }
+static INLINE float from_f16(uint16_t h) {
+  _Float16 x;
+  memcpy(&x, &h, 2);
+  return (float)x;
+}
+static INLINE uint16_t to_f16(float f) {
+  _Float16 x = (_Float16)f;
+  uint16_t h;
+  memcpy(&h, &x, 2);
+  return h;
+}
 
 static INLINE F16x load_f16(const uint16_t* p) {
 #if defined(__AVX512F__)

@@ -1,6 +1,6 @@
 // What each instruction set's copy of the kernels offers.
 #pragma once
-#include "api.h"
+#include "kernel.h"
 
 struct IsaTable {
   void (*attend)(const KvfAttend&, KvfParallel);

@@ -20,7 +20,8 @@ struct Spare {
 
 // A block for tokens that are not there: zeros, whatever the format.
 static void clear_block(const KvfSide& side, bool key, uint8_t* to, uint16_t* scales) {
-  memset(to, 0, key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim));
+  memset(to, 0,
+         key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim));
   memset(scales, 0, 2 * scale_groups(side.format, side.dim) * BLOCK);
 }
 
@@ -59,11 +60,13 @@ static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int po
     for (int g = 0; g < groups; ++g)
       scales[g * BLOCK + slot] = scales_of(side, page, unit.head)[(int64_t)row * groups + g];
   }
-  if (found == BLOCK) return key ? place_keys(side.format, side.dim, rows, to)
-                                 : place_values(side.format, side.dim, rows, to);
+  if (found == BLOCK)
+    return key ? place_keys(side.format, side.dim, rows, to)
+               : place_values(side.format, side.dim, rows, to);
   for (int slot = 0; slot < BLOCK; ++slot)
-    if (rows[slot]) key ? place_key(side.format, side.dim, rows[slot], to, slot)
-                        : place_value(side.format, side.dim, rows[slot], to, slot);
+    if (rows[slot])
+      key ? place_key(side.format, side.dim, rows[slot], to, slot)
+          : place_value(side.format, side.dim, rows[slot], to, slot);
 }
 
 // Goes through the packed blocks of a sequence; dividing once, as it costs more than reading.
@@ -84,7 +87,8 @@ struct Walk {
 };
 
 // What follows the tile, so that it can be fetched ahead of use; its scales are, here.
-static void set_next(const KvfSide& side, const Unit& unit, int64_t bytes, int groups, Walk at, Tile& tile) {
+static void set_next(const KvfSide& side, const Unit& unit, int64_t bytes, int groups, Walk at,
+                     Tile& tile) {
   for (int i = 0; i < TILE_BLOCKS; ++i, at.step()) {
     const int32_t page = *at.page < 0 ? 0 : *at.page;
     tile.next[i] = page_of(side, page, unit.head) + at.block * bytes;
@@ -99,7 +103,8 @@ static void set_next(const KvfSide& side, const Unit& unit, int64_t bytes, int g
 static void gather(const KvfPart& part, bool key, const Unit& unit, int first, uint64_t unseen,
                    Spare& spare, Tile& tile) {
   const KvfSide& side = key ? part.k : part.v;
-  const int64_t bytes = key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
+  const int64_t bytes =
+      key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
   const int groups = scale_groups(side.format, side.dim);
   const size_t half = spare.blocks.size() / 2, scale_half = spare.scales.size() / 2;
   tile.dim = side.dim;
@@ -111,7 +116,8 @@ static void gather(const KvfPart& part, bool key, const Unit& unit, int first, u
     const bool here = side.packed && *at.page >= 0;
     if (here) {
       tile.block[i] = page_of(side, *at.page, unit.head) + at.block * bytes;
-      if (groups) tile.scales[i] = scales_of(side, *at.page, unit.head) + (int64_t)at.block * groups * BLOCK;
+      if (groups)
+        tile.scales[i] = scales_of(side, *at.page, unit.head) + (int64_t)at.block * groups * BLOCK;
       if (whole || key) continue;  // scores of keys outside are thrown away
     }
     uint8_t* to = spare.blocks.data() + (key ? 0 : half) + i * bytes;

@@ -1,9 +1,18 @@
-// The C interface between Python (ctypes) and the kernels. Mirrored in library.py.
+// The C interface between Python (ctypes) and the kernels. Mirrored in library.py; limits.py reads
+// the limits here.
 #pragma once
 #include <cstdint>
 
 #pragma GCC visibility push(default)
 extern "C" {
+
+// The limits of every kernel; Python reads them here.
+enum KvfLimit : int32_t {
+  KVF_MAX_DIM = 1024,   // numbers of a head
+  KVF_MAX_PARTS = 4,    // stores that one call reads
+  KVF_MAX_TOKENS = 16,  // queries per sequence that the kernels are meant for
+  KVF_BLOCK = 16        // tokens of a packed block
+};
 
 // How numbers are stored. The one definition of each is in kvfold/ops/quantize.py.
 enum KvfFormat : int32_t { KVF_F32, KVF_F16, KVF_BF16, KVF_FP8, KVF_INT8, KVF_INT4, KVF_FORMATS };
@@ -34,8 +43,6 @@ struct KvfPart {
   const int32_t* end;
 };
 
-enum { KVF_MAX_PARTS = 4 };
-
 struct KvfTensor {  // [B, H, T, dim], the last dimension contiguous; strides in elements
   void* data;
   int32_t format;  // KVF_F32, KVF_F16 or KVF_BF16
@@ -45,19 +52,19 @@ struct KvfTensor {  // [B, H, T, dim], the last dimension contiguous; strides in
 struct KvfAttend {
   int32_t batch, num_heads, num_kv_heads, tokens, head_dim, v_head_dim;
   KvfTensor q, out;
-  float* lse;             // [B, Hq, T] contiguous, or null
-  const int32_t* start;   // [B]: first visible position, or null
-  const int32_t* length;  // [B]: the last query's position + 1
-  float scale, softcap;   // softcap 0: none
+  float* lse;                  // [B, Hq, T] contiguous, or null
+  const int32_t* start;        // [B]: first visible position, or null
+  const int32_t* length;       // [B]: the last query's position + 1
+  float scale, softcap;        // softcap 0: none
   int32_t left, right, sinks;  // keys seen before and after a query's own; -1: no limit
   const float* sink_logits;    // [Hq] joins the softmax's denominator, or null
-  const float* slopes;    // [Hq] ALiBi, or null
-  const float* mask;      // additive, or null; strides in elements, keys contiguous
+  const float* slopes;         // [Hq] ALiBi, or null
+  const float* mask;           // additive, or null; strides in elements, keys contiguous
   int64_t mask_batch_stride, mask_head_stride, mask_token_stride;
   int32_t num_parts;
   KvfPart parts[KVF_MAX_PARTS];
   int32_t threads;
-  int32_t chunk;          // keys per unit of work; 0 chooses
+  int32_t chunk;  // keys per unit of work; 0 chooses
 };
 
 // Write tokens at positions first[b] … first[b] + tokens - 1 of each sequence.
@@ -72,9 +79,9 @@ struct KvfAppend {
 // Run body(data) on `threads` threads, as OpenMP's GOMP_parallel does.
 typedef void (*KvfParallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-const char* kvf_isa();                 // the instruction set in use
-int32_t kvf_set_isa(const char* name); // 0 when this machine has it
-const char* kvf_isas();                // all that this machine has, best first, space-separated
+const char* kvf_isa();                   // the instruction set in use
+int32_t kvf_set_isa(const char* name);   // 0 when this machine has it
+const char* kvf_isas();                  // all that this machine has, best first, space-separated
 void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
 int32_t kvf_attend(const KvfAttend* call);
 int32_t kvf_append(const KvfAppend* call);
