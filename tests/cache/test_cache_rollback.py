@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache, EncoderDecoderCache
 
 import kvfold.transformers as drop_in
 from kvfold.cache.kv import KVCache
@@ -13,7 +14,6 @@ from kvfold.errors import InputError
 from tests.toolbox.attention_cases import noise
 from tests.toolbox.encoder_decoder_cases import decoder_prompt, make_encoder_decoder, source_of
 from tests.toolbox.tiny import COMMON, WIDE, build, make, tokens
-from transformers import DynamicCache, EncoderDecoderCache
 
 WINDOW = 16
 SLIDING = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold import convert, fold_model
 from kvfold.checkpoint.places import working_folder
@@ -19,7 +20,6 @@ from kvfold.fold import convert as convert_module
 from kvfold.quality.text import token_windows
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CALIBRATION: dict[str, Any] = {"calibration_tokens": 1024, "context": 64}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from kvfold import convert, heal
 from kvfold.checkpoint.places import working_folder
@@ -23,7 +24,6 @@ from kvfold.healing.loop import Distillation, rate_factor
 from kvfold.healing.watch import Guard, read_metrics
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
-from transformers import AutoModelForCausalLM
 
 OPTIONS: dict[str, Any] = {
     "stages": ["kl"],

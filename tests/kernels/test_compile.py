@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from transformers import StaticCache
 
 import kvfold
 import kvfold.transformers as drop_in
@@ -22,7 +23,6 @@ from tests.toolbox.attention_cases import (
     without_kernels,
 )
 from tests.toolbox.tiny import make
-from transformers import StaticCache
 
 # How each path is reached: number of queries, whether kernels may be used, and gradients.
 PATHS = {

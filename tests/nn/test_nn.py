@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
 from kvfold.nn import GroupedQueryAttention, Rotary
 from tests.toolbox.nn_cases import F32, F64, layer, tokens
-from transformers import DynamicCache, LlamaConfig
 
 
 def close(out: torch.Tensor, truth: torch.Tensor, terms: int, dtype: torch.dtype = F64) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvfold.errors import InputError
 from kvfold.ops.rope import Rotary, following
-from transformers import LlamaConfig
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from kvfold import convert, evaluate
 from kvfold.errors import InputError
@@ -13,7 +14,6 @@ from kvfold.quality.scores import compare
 from kvfold.quality.text import token_windows
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
-from transformers import AutoTokenizer
 
 # Log-softmax in float32 over a hundred entries, averaged: errors of about 1e-7 per token.
 FLOAT32 = 1e-5

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from tests.toolbox.tiny import VOCABULARY
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 _WORDS: dict[str, Any] = {
     "vocab_size": VOCABULARY,

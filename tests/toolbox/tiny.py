@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvfold.arch.families import FAMILIES, Family
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold.heads import LayerHeads, SharedHead
 from kvfold.fold.layer import load_heads
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {

@@ -9,11 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.models.auto import modeling_auto
-
-import kvfold.transformers as drop_in
-from kvfold.errors import KVFoldError, UnsupportedError
-from tests.toolbox.tiny import VOCABULARY
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +16,11 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
 )
+from transformers.models.auto import modeling_auto
+
+import kvfold.transformers as drop_in
+from kvfold.errors import KVFoldError, UnsupportedError
+from tests.toolbox.tiny import VOCABULARY
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,

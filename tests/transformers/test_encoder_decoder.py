@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
 import kvfold.transformers as drop_in
 from tests.toolbox.encoder_decoder_cases import (
@@ -12,7 +13,6 @@ from tests.toolbox.encoder_decoder_cases import (
     make_encoder_decoder,
     source_of,
 )
-from transformers import DynamicCache, EncoderDecoderCache
 
 CASES = pytest.mark.parametrize("case", ENCODER_DECODERS)
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import kvfold.transformers as drop_in
 from kvfold.errors import InputError
 from tests.toolbox.tiny import CASES, build, make
-from transformers import StaticCache
 
 NEW_TOKENS = 24
 GPT_OSS: dict[str, Any] = {

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
+from transformers import DynamicCache
 
 import kvfold.transformers as drop_in
 from kvfold.cache.kv import KVCache
@@ -13,7 +14,6 @@ from kvfold.kernels.dispatch import attention
 from tests.toolbox.attention_cases import noise
 from tests.toolbox.encoder_decoder_cases import decoder_prompt, make_encoder_decoder, source_of
 from tests.toolbox.tiny import make, tokens
-from transformers import DynamicCache
 
 EPSILON = 2**-8  # between neighbouring bfloat16 numbers
 

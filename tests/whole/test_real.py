@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold import convert, fold_model, inspect
 from kvfold.checkpoint.gguf import summarize, transcode
 from kvfold.quality.text import token_windows
 from tests.toolbox import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [
     pytest.mark.real,

@@ -99,8 +99,8 @@ def machine(threads: int) -> dict[str, Any]:
     from importlib.metadata import version
 
     import torch
-
     import transformers
+
     from kvfold.kernels.cpu.library import library
 
     kernels = library()

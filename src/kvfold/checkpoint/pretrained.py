@@ -21,7 +21,6 @@ from kvfold.names import shown
 
 if TYPE_CHECKING:
     import torch
-
     from transformers import PreTrainedModel
 
 # Keys of a config that name code, other files or kernels, or say how weights are stored.
@@ -122,7 +121,6 @@ def load_gguf(folder: Path, name: str) -> "tuple[PreTrainedModel, Any]":
         CheckpointError: if transformers cannot read it, or misses tensors.
     """
     import torch
-
     import transformers
 
     how: dict[str, Any] = {
@@ -217,7 +215,6 @@ class _Names:
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The model of a config without memory for its weights."""
     import torch
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     arguments = {k: v for k, v in checkpoint.config.items() if k not in _NOT_ARCHITECTURE}

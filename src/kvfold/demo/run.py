@@ -21,7 +21,6 @@ from kvfold.quality.text import Tokenizer, python_topics, token_windows
 
 if TYPE_CHECKING:
     import torch
-
     from transformers import LlamaForCausalLM
 
 CONTEXT = 128
@@ -235,7 +234,6 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE tokenizer, small like the model."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
-
     from transformers import PreTrainedTokenizerFast
 
     backend = Backend(models.BPE())

@@ -80,7 +80,6 @@ def _build(
     config: dict[str, Any], state: dict[str, torch.Tensor], like: "PreTrainedModel"
 ) -> "PreTrainedModel":
     from accelerate import init_empty_weights
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):

@@ -16,7 +16,6 @@ from kvfold.quality.text import Tokenizer, check_ids, opening_tokens
 
 if TYPE_CHECKING:
     import torch
-
     from transformers import PreTrainedModel
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -22,7 +22,6 @@ from kvfold.quality.text import read_texts, token_windows
 
 if TYPE_CHECKING:
     import torch
-
     from transformers import PreTrainedModel
 
 DEFAULT_CONTEXT = 512

@@ -18,7 +18,6 @@ from kvfold.quality.given import check_model, check_windows
 
 if TYPE_CHECKING:
     import torch
-
     from transformers import PreTrainedModel
 
 

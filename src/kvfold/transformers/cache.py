@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvfold.cache.kv import Dtype
@@ -11,7 +12,6 @@ from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
-from transformers import PretrainedConfig
 
 _PAGE, _SLIDING_PAGE = 256, 64  # longer pages read faster; shorter ones are freed sooner
 _EVERYTHING = (1 << 31) - 1  # tokens of slack
