@@ -1,12 +1,9 @@
 """``kvfold.attention``: every path against attention written out in float64."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import kvfold
 from kvfold.kernels.checks import check_options
@@ -22,6 +19,7 @@ from tests.toolbox.attention_cases import (
     noise,
     qkv,
     skip_without_kernels,
+    slopes,
     without_kernels,
 )
 
@@ -86,10 +84,6 @@ def test_head_sizes(path: str, dims: tuple[int, int], dtype: torch.dtype) -> Non
 def test_lengths(keys: int, dtype: torch.dtype) -> None:
     for tokens in (1, 3, 16, 17, keys):
         check(None, *qkv(1, (3, 1), tokens, keys, dtype=dtype))
-
-
-def slopes(heads: int) -> torch.Tensor:
-    return 2.0 ** -torch.arange(1, heads + 1)
 
 
 def options_of(tokens: int, keys: int) -> dict[str, dict[str, Any]]:
@@ -244,108 +238,6 @@ def test_merge_of_splits_is_the_whole(path: str, dtype: torch.dtype) -> None:
     assert bool(none.isneginf().all())
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operator gave, views included."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.numel, self.operator = 0, ""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.numel() > self.numel:
-                self.numel, self.operator = x.numel(), str(func)
-        return out
-
-
-@pytest.mark.parametrize(
-    ("dims", "options"),
-    [
-        ((128, 128), {}),
-        ((128, 128), {"causal": False}),
-        ((128, 128), {"window": 9, "sinks": 1}),
-        ((128, 128), {"return_lse": True}),
-        ((128, 128), {"softcap": 3.0}),
-        ((128, 64), {}),
-        ((128, 128), {"dropout": 0.1}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("gradients", [False, True])
-def test_keys_and_values_are_not_repeated(
-    dims: tuple[int, int], options: dict[str, Any], gradients: bool
-) -> None:
-    """No tensor, not even a view, is as large as repeated K or V would be."""
-    q, k, v = qkv(1, (16, 2), 20, 64, dims)
-    recorder = Largest()
-    with recorder:
-        out = kvfold.attention(*(x.requires_grad_(gradients) for x in (q, k, v)), **options)
-        if gradients:
-            (out[0] if isinstance(out, tuple) else out).sum().backward()
-    assert recorder.numel < 16 * 64 * min(dims), recorder.operator
-
-
-@pytest.mark.parametrize("dims", [(128, 128), (128, 64)], ids=str)
-def test_decoding_does_not_repeat_keys_and_values(
-    monkeypatch: pytest.MonkeyPatch, dims: tuple[int, int]
-) -> None:
-    q, k, v = qkv(1, (16, 2), 1, 64, dims)
-    with Largest() as recorder:
-        kvfold.attention(q, k, v, alibi_slopes=slopes(16), softcap=5.0)
-        without_kernels(monkeypatch)
-        kvfold.attention(q, k, v, alibi_slopes=slopes(16), softcap=5.0)
-    assert recorder.numel <= k.numel(), recorder.operator
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"causal": False}, {"window": 3, "sinks": 1}, {"softcap": 2.0}, {"return_lse": True},
-        {"start": torch.tensor([2, 5]), "lengths": torch.tensor([6, 5])},
-        {"window": (1, 1), "causal": False},
-    ],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_gradients(options: dict[str, Any], tokens: int) -> None:
-    q, k, v = (x.double().requires_grad_() for x in qkv(2, (4, 2), tokens, 6, (3, 2)))
-
-    def call(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = kvfold.attention(given[0], given[1], given[2], **options)
-        if isinstance(found, torch.Tensor):
-            return (found,)
-        return found[0], found[1].nan_to_num(neginf=0)
-
-    assert torch.autograd.gradcheck(call, (q, k, v))
-
-
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"causal": False}, {"window": 2}, {"softcap": 2.0}, {"return_lse": True},
-        {"start": torch.tensor([2, 6])}, {"start": torch.tensor([2, 6]), "return_lse": True},
-        {"scale": 1e-4},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_gradients_reach_sink_logits(options: dict[str, Any], tokens: int) -> None:
-    """Those of q, k, v and the logits, also where a query sees nothing but the sink."""
-    q, k, v = (x.double().requires_grad_() for x in qkv(2, (4, 2), tokens, 6, (3, 2)))
-    logits = noise(4, seed=7).double().requires_grad_()
-
-    def call(*given: torch.Tensor) -> Any:
-        return kvfold.attention(*given[:3], sink_logits=given[3], **options)
-
-    assert torch.autograd.gradcheck(call, (q, k, v, logits))
-    frozen = [x.detach() for x in (q, k, v)]
-    out = call(*frozen, logits)
-    assert (out[0] if isinstance(out, tuple) else out).requires_grad
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sink_logits_given_to_one_of_the_merged_parts(path: str, dtype: torch.dtype) -> None:
     """The log-sum-exp counts the sink, so the split-KV identity holds."""
@@ -360,46 +252,6 @@ def test_sink_logits_given_to_one_of_the_merged_parts(path: str, dtype: torch.dt
         parts.append(found)
     out, lse = kvfold.merge(parts)
     check_as_good_as_pytorch(out, q, k, v, lse=lse, causal=False, **sink)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"alibi": True}, {"mask": True}, {"softcap": 3.0}], ids=str
-)
-def test_gradients_of_invisible_keys_are_zero(options: dict[str, Any]) -> None:
-    """Left padding longer than the first queries: no NaN, nothing flows to what is hidden."""
-    q, k, v = (x.requires_grad_() for x in qkv(1, (4, 2), 12, 12))
-    extra: dict[str, Any] = {key: value for key, value in options.items() if key == "softcap"}
-    if "alibi" in options:
-        extra["alibi_slopes"] = slopes(4).requires_grad_()
-    if "mask" in options:
-        extra["mask"] = noise(12, 12, seed=5).requires_grad_()
-    out = torch.as_tensor(kvfold.attention(q, k, v, start=torch.tensor([7]), **extra))
-    out.square().sum().backward()
-    for x in (q, k, v):
-        assert x.grad is not None
-        assert bool(x.grad.isfinite().all())
-        assert torch.equal(x.grad[:, :, :7], torch.zeros_like(x.grad[:, :, :7]))
-        assert float(x.grad[:, :, 7:].abs().max()) > 0
-
-
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_dropout_keeps_the_mean(tokens: int) -> None:
-    """The average over draws nears the output without dropout; its spread is that of weights.
-
-    With p = 1/n for n keys and values of size one, a draw's variance is about
-    rate / (1 - rate) * sum p^2 = 0.25 / n for scores this small; 5 standard errors are allowed.
-    """
-    q, k, v = qkv(1, (2, 1), tokens, 64, (16, 16))
-    q = q * 0.1
-    torch.manual_seed(0)
-    given: dict[str, Any] = {"causal": False}
-    exact = torch.as_tensor(kvfold.attention(q, k, v, **given))
-    draws = torch.stack(
-        [torch.as_tensor(kvfold.attention(q, k, v, **given, dropout=0.2)) for _ in range(400)]
-    )
-    spread = float(draws.std(0).mean())
-    assert 0.5 * math.sqrt(0.25 / 64) < spread < 2 * math.sqrt(0.25 / 64)
-    assert distance(draws.mean(0), exact) < 5 * float(draws.std(0).max()) / math.sqrt(400)
 
 
 @needs_kernels

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kvfold import fold_model
 from kvfold.errors import InputError
@@ -14,6 +12,7 @@ from kvfold.report import maps
 from kvfold.report.maps import divergences, look, pooled
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
+from tests.toolbox.largest import Largest
 
 
 def eager(model: Any, ids: torch.Tensor, layer: int) -> torch.Tensor:
@@ -70,27 +69,14 @@ def test_divergence_is_nothing_for_the_same_model_and_something_after_folding() 
         divergences(source, look(model, ids[:9], [0])[0])
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers any tensor had."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.numbers = max(self.numbers, leaf.numel())
-        return out
-
-
 def test_the_map_of_all_tokens_by_all_tokens_never_exists() -> None:
     tokens = 1024
     model = tiny.make("llama", max_position_embeddings=tokens)
     seen = look(model, tiny.tokens(1, tokens)[0], [0])[0]
-    with Largest() as largest:  # type: ignore[no-untyped-call]
+    with Largest() as largest:
         pooled(seen)
         divergences(seen, seen)
-    assert largest.numbers <= 6 * maps.ROWS * tokens < 6 * tokens * tokens
+    assert largest.numel <= 6 * maps.ROWS * tokens < 6 * tokens * tokens
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -258,3 +258,7 @@ def allowed_error(
     if best and cache.formats[1].name == "int4":
         weights += 16 / 510
     return (shift + weights) * float(v.abs().max())
+
+
+def slopes(heads: int) -> torch.Tensor:
+    return 2.0 ** -torch.arange(1, heads + 1)
