@@ -6,6 +6,7 @@ field here, never an ``if`` somewhere else.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,23 @@ class Family:
     @property
     def name(self) -> str:
         return self.model_types[0]
+
+    @property
+    def base(self) -> str:
+        """The attribute of transformers' module that holds everything but the output embedding."""
+        return self.layer.partition(".")[0]
+
+    def decoder_layers(self) -> re.Pattern[str]:
+        """Matches the paths of decoder layers in a module, whatever is wrapped around it."""
+        return re.compile(rf"(^|\.){self._any_layer}$")
+
+    def attention_parameters(self) -> re.Pattern[str]:
+        """Finds the parameters of attention modules among a module's names."""
+        return re.compile(rf"(^|\.){self._any_layer}\.{re.escape(self.attention)}\.")
+
+    @property
+    def _any_layer(self) -> str:
+        return re.escape(self.layer).replace(re.escape("{layer}"), r"\d+")
 
     def geometry(self, config: Config) -> AttentionGeometry:
         """Head counts and sizes from a ``config.json``.

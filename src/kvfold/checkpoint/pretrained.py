@@ -172,7 +172,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
         UnsupportedError: for one that is not stored in floating point.
     """
     model = _skeleton(checkpoint)
-    names = _Names(checkpoint, model.base_model_prefix)
+    names = checkpoint.stored_names
     needed: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -181,16 +181,16 @@ def check_complete(checkpoint: Checkpoint) -> None:
     missing = [
         tied[0]
         for tied in needed.values()
-        if not any(names.stored(name) for name in tied)
+        if not any(names.find(name) for name in tied)
         and not any(pattern.search(tied[0]) for pattern in ignored)
     ]
     if missing:
         raise CheckpointError(f"{checkpoint.label}: {_listed(missing)} missing", _INCOMPLETE)
     for name, tensor in state.items():
-        found = names.stored(name)
+        found = names.find(name)
         if found:
             _check(checkpoint, found, tuple(tensor.shape))
-    taken = {names.stored(name) for name in state}
+    taken = {names.find(name) for name in state}
     for layer in range(checkpoint.geometry.num_layers):
         stray = sorted(checkpoint.attention_shapes(layer).keys() - taken)
         if stray:
@@ -198,18 +198,6 @@ def check_complete(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.label} holds {stray[0]}, for which its config has no place",
                 "the config belongs to another checkpoint",
             )
-
-
-class _Names:
-    """What a checkpoint calls a model's tensors: old ones lack the base model's name."""
-
-    def __init__(self, checkpoint: Checkpoint, base: str) -> None:
-        self._names, self._prefix = checkpoint.names, f"{base}."
-        self._has_base = any(name.startswith(self._prefix) for name in self._names)
-
-    def stored(self, name: str) -> str | None:
-        own = name if self._has_base else name.removeprefix(self._prefix)
-        return own if own in self._names else None
 
 
 def _skeleton(checkpoint: Checkpoint) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
 from kvfold.arch.families import Family, family_of
+from kvfold.arch.parameters import StoredNames
 from kvfold.arch.projections import AttentionWeights, Shapes
 from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.tensors import (
@@ -93,7 +94,7 @@ class Checkpoint:
 
     Attributes:
         label: what messages call it. config: ``config.json``. family, geometry: derived from
-        it. store: the tensors.
+        it. store: the tensors. stored_names: their names beside those of transformers' module.
     """
 
     label: str
@@ -101,11 +102,13 @@ class Checkpoint:
     store: TensorSource = field(repr=False)
     family: Family = field(init=False)
     geometry: AttentionGeometry = field(init=False)
+    stored_names: StoredNames = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.family = family_of(self.config)
         self.geometry = self.family.geometry(self.config)
         self.names = set(self.store.names())
+        self.stored_names = StoredNames(self.family.base, self.names)
         _check_shapes(self)
 
     def tensor(self, name: str) -> "torch.Tensor":
@@ -130,11 +133,7 @@ class Checkpoint:
 
     def layer_prefix(self, layer: int) -> str:
         """The path of a layer's tensors as this checkpoint names them."""
-        full = self.family.layer.format(layer=layer)
-        base, _, bare = full.partition(".")
-        # Old GPT-2 checkpoints lack the base model's name.
-        has_base = any(name.startswith(base + ".") for name in self.names)
-        return full if has_base else bare
+        return self.stored_names.to_stored(self.family.layer.format(layer=layer))
 
     def attention_prefix(self, layer: int) -> str:
         return f"{self.layer_prefix(layer)}.{self.family.attention}"

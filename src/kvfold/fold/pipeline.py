@@ -110,8 +110,7 @@ class CalibratedFolder:
 
     def _load_source(self, name: str) -> torch.Tensor:
         """Load by the module's name, which old GPT-2 checkpoints store without its base."""
-        bare = name.partition(".")[2]
-        return self._checkpoint.tensor(name if name in self._checkpoint.names else bare)
+        return self._checkpoint.tensor(self._checkpoint.stored_names.to_stored(name))
 
     def fold(self, index: int, progress: Progress = no_progress) -> FoldedLayer:
         """Fold the next layer; layers must come in order."""

@@ -43,7 +43,7 @@ def load_student(
             )
     checkpoint = Checkpoint("the folded model", model.config.to_dict(), TensorDict(_own(model)))
     model.load_state_dict(balanced_tensors(checkpoint), strict=False)
-    attention = attention_parameters(checkpoint.family)
+    attention = checkpoint.family.attention_parameters()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(request.train == "all" or bool(attention.search(name)))
     if request.lora_rank:
@@ -67,12 +67,6 @@ def _own(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def attention_parameters(family: Family) -> re.Pattern[str]:
-    """Finds the parameters of attention modules among a model's names."""
-    layer = re.escape(family.layer).replace(re.escape("{layer}"), r"\d+")
-    return re.compile(rf"(^|\.){layer}\.{re.escape(family.attention)}\.")
-
-
 def _with_lora(model: Any, family: Family, rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
@@ -81,7 +75,7 @@ def _with_lora(model: Any, family: Family, rank: int, seed: int) -> Any:
             "--lora-rank needs the peft library, which is not installed",
             "pip install 'kvfold[heal]', or drop --lora-rank",
         ) from error
-    inside = attention_parameters(family)
+    inside = family.attention_parameters()
     targets = [
         name
         for name, module in model.named_modules()
@@ -110,7 +104,7 @@ class ParameterGroup:
 
 def parameter_groups(model: Any, family: Family, request: HealRequest) -> list[ParameterGroup]:
     """Attention at ``lr``, everything else that is trained at ``lr_rest``."""
-    inside = attention_parameters(family)
+    inside = family.attention_parameters()
     attention: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -127,7 +121,5 @@ def family_of_model(model: Any) -> Family:
 
 def decoder_layers(model: Any, family: Family) -> list[torch.nn.Module]:
     """The model's decoder layers: the units that are sharded."""
-    pattern = re.compile(
-        r"(^|\.)" + re.escape(family.layer).replace(re.escape("{layer}"), r"\d+") + "$"
-    )
+    pattern = family.decoder_layers()
     return [module for name, module in model.named_modules() if pattern.search(name)]

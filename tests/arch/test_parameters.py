@@ -1,0 +1,36 @@
+"""Names of checkpoints and of transformers' modules, in both directions."""
+
+import pytest
+
+from kvfold.arch.parameters import StoredNames
+from tests.toolbox import tiny
+
+
+@pytest.mark.parametrize("case", [*tiny.CASES, "gpt2"])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_names_go_there_and_back(case: str, with_base: bool) -> None:
+    """Also as old GPT-2 checkpoints have them: without the base model's name."""
+    model = tiny.build("gpt2", tiny.GPT2) if case == "gpt2" else tiny.make(case)
+    base = tiny.checkpoint_of(model).family.base
+    own = list(model.state_dict())
+    stored = own if with_base else [name.removeprefix(f"{base}.") for name in own]
+    names = StoredNames(base, stored)
+    assert [names.to_module(name) for name in stored] == own
+    assert [names.to_stored(name) for name in own] == stored
+    assert [names.find(name) for name in own] == stored
+    assert names.find(f"{base}.nothing.weight") is None
+    assert names.find("nothing.weight") is None
+
+
+@pytest.mark.parametrize("case", [*tiny.CASES, "gpt2"])
+def test_layers_and_attention_are_found_in_the_module(case: str) -> None:
+    model = tiny.build("gpt2", tiny.GPT2) if case == "gpt2" else tiny.make(case)
+    checkpoint = tiny.checkpoint_of(model)
+    layer, attention = (f() for f in (checkpoint.family.decoder_layers,
+                                      checkpoint.family.attention_parameters))  # fmt: skip
+    layers = [name for name, _ in model.named_modules() if layer.search(name)]
+    assert layers == [checkpoint.layer_prefix(i) for i in range(checkpoint.geometry.num_layers)]
+    inside = {name for name, _ in model.named_parameters() if attention.search(name)}
+    shapes = {name for i in range(len(layers)) for name in checkpoint.attention_shapes(i)}
+    assert shapes <= inside
+    assert all(any(name.startswith(path + ".") for path in layers) for name in inside)
