@@ -171,7 +171,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
         CheckpointError: naming the tensors that are missing, or have another shape.
         UnsupportedError: for one that is not stored in floating point.
     """
-    model = _skeleton(checkpoint)
+    model = skeleton(checkpoint)
     names = checkpoint.stored_names
     needed: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
@@ -200,7 +200,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
             )
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
+def skeleton(checkpoint: Checkpoint) -> Any:
     """The model of a config without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

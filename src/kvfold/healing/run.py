@@ -13,8 +13,7 @@ from kvfold.arguments import callback, check_options, flag, new_folder
 from kvfold.checkpoint.inputs import take_prints
 from kvfold.checkpoint.places import full_path, working_folder
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
-from kvfold.checkpoint.source import Checkpoint, open_checkpoint, resolve
-from kvfold.checkpoint.tensors import torch_dtype
+from kvfold.checkpoint.source import open_checkpoint, resolve
 from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
 from kvfold.checkpoint.writer import carry_files, plan_shards, write_shards
 from kvfold.errors import RunError
@@ -32,6 +31,7 @@ from kvfold.healing.models import (
 )
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
 from kvfold.healing.parallel import World, distribute, launched_rank, world
+from kvfold.healing.placing import check_places, healed_tensors, take_trained
 from kvfold.healing.record import METRICS, heal_record, model_card, read_healing
 from kvfold.healing.request import (
     CHANGEABLE,
@@ -191,12 +191,14 @@ class _Models:
 
     Raises:
         InputError: for weights that are missing, a broken tokenizer, or text that is too short.
+        RunError: for a tensor that the healed model could not keep.
     """
 
     def __init__(self, request: HealRequest) -> None:
         self.folder, self.teacher_folder = resolve(request.folded), resolve(request.teacher)
         self.folded = open_checkpoint(self.folder)
         check_complete(self.folded)
+        check_places(self.folded)
         check_complete(open_checkpoint(self.teacher_folder))
         self.words = self.folded.config.get("vocab_size")
         self.tokens = Tokens(load_tokenizer(self.folder), self.words)
@@ -324,10 +326,10 @@ class _Run:
     ) -> None:
         """The healed checkpoint, laid out as the folded one, into an empty folder."""
         model = load_student(self.request, changed)
-        model.load_state_dict(trained, strict=False)
-        state = without_lora(model).state_dict()
+        take_trained(model, trained)
+        read = healed_tensors(self.folded, without_lora(model), trained)
         shards = plan_shards(self.folded, self.folded.geometry.num_kv_heads)
-        write_shards(out, shards, _reader(self.folded, state))
+        write_shards(out, shards, read)
         copy_file(self.folder / "config.json", out / "config.json")
         carry_files(self.folder, out)
         if (self.partial / METRICS).is_file():
@@ -367,20 +369,3 @@ def _spread(batch: Batch, rows: int) -> Batch:
     """So many rows, evenly spread."""
     index = torch.arange(min(rows, len(batch))) * len(batch) // min(rows, len(batch))
     return Batch(batch.ids[index], batch.positions[index], batch.valid[index])
-
-
-def _reader(folded: Checkpoint, state: dict[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
-    """Tensors of the healed model under the folded checkpoint's names, in its dtypes."""
-    base = folded.family.layer.partition(".")[0]
-
-    def read(name: str) -> torch.Tensor:
-        # Old GPT-2 checkpoints lack the base model's name.
-        found = state.get(name, state.get(f"{base}.{name}"))
-        if found is None:
-            return folded.tensor(name)
-        tensor = found.to(torch_dtype(folded.store.dtype(name))).contiguous()
-        if not torch.isfinite(tensor).all():
-            raise RunError(f"healing left {name} with values that are not finite", "lower --lr")
-        return tensor
-
-    return read
