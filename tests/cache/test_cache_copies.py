@@ -14,10 +14,10 @@ from kvfold.cache.fixed import FixedKVCache
 from kvfold.cache.kv import KVCache
 from kvfold.nn import Rotary
 from kvfold.ops.quantize import FORMATS
-from tests.cache.test_cache_rollback import sliding
 from tests.toolbox.attention_cases import filled, noise, stores
 from tests.toolbox.nn_cases import layer
 from tests.toolbox.nn_cases import tokens as inputs
+from tests.toolbox.sliding import sliding
 from tests.toolbox.tiny import make, tokens
 
 COPY = pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])

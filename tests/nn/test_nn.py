@@ -1,14 +1,10 @@
 """The attention layer: equal to what it generalises, whichever way it is computed."""
 
-import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig
@@ -17,32 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
 from kvfold.nn import GroupedQueryAttention, Rotary
-from tests.toolbox.nn_cases import F32, F64, layer, tokens
-
-
-def close(out: torch.Tensor, truth: torch.Tensor, terms: int, dtype: torch.dtype = F64) -> None:
-    """Equal but for rounding: sums of at most ``terms`` terms, in ``dtype``.
-
-    The rounding error of such a sum is around eps * sqrt(terms) of its terms' size. Four products
-    and a softmax follow each other, and 16 leaves room for results smaller than their terms.
-    """
-    bound = 16 * torch.finfo(dtype).eps * math.sqrt(terms) * truth.abs().max()
-    assert out.shape == truth.shape
-    assert (out.to(F64) - truth.to(F64)).abs().max() <= bound
-
-
-def repeated(gqa: Any) -> Any:
-    """The same function as multi-head attention: every KV head once per query head."""
-    g = gqa.geometry
-    options = {"rotary": gqa.rotary, "causal": gqa.causal, "v_head_dim": g.v_head_dim}
-    mha = layer(g.hidden_size, g.num_heads, g.num_heads, head_dim=g.head_dim, **options)
-    state = gqa.state_dict()
-    for name, dim in (("k_proj.weight", g.head_dim), ("v_proj.weight", g.v_head_dim)):
-        heads = state[name].unflatten(0, (-1, dim))
-        state[name] = heads.repeat_interleave(g.group_size, 0).flatten(0, 1)
-    mha.load_state_dict(state)
-    return mha
-
+from tests.toolbox.nn_cases import F32, F64, close, layer, repeated, tokens
 
 # What it generalises
 
@@ -138,108 +109,6 @@ def test_equals_transformers_llama_with_caches() -> None:
         close(out, call(x[:, low:high], low, theirs), 48, F32)
 
 
-# The cache
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    kv_heads=st.integers(1, 3),
-    group_size=st.integers(1, 4),
-    length=st.integers(1, 40),
-    prefill=st.integers(0, 20),
-    window=st.none() | st.integers(1, 12),
-    kind=st.sampled_from(["contiguous", "paged", "sliding"]),
-    batch=st.integers(1, 3),
-)
-def test_step_by_step_equals_all_at_once(
-    kv_heads: int,
-    group_size: int,
-    length: int,
-    prefill: int,
-    window: int | None,
-    kind: str,
-    batch: int,
-) -> None:
-    kind = "paged" if window is None and kind == "sliding" else kind
-    options: dict[str, Any] = {"window": window, "sinks": 0 if window is None else 2}
-    exact = layer(
-        24, kv_heads * group_size, kv_heads, head_dim=8, v_head_dim=6, rotary=Rotary(6),
-        qk_norm=1e-6, qkv_bias=True, **options,
-    )  # fmt: skip
-    x = tokens(batch, length, 24)
-    truth = exact(x).detach()
-    single = exact.float()
-    with torch.inference_mode():
-        cache = single.new_cache(batch, dtype="fp32", kind=kind, page_size=4)
-        cuts = [0, *range(min(prefill, length), length + 1)]
-        steps = [single(x[:, i:j].float(), cache=cache) for i, j in pairwise(cuts)]
-    assert cache.lengths == [length] * batch
-    close(torch.cat(steps, 1), truth, max(48, length), F32)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp8", "int8", "int4", ("int8", "int4")])
-def test_a_first_prefill_never_reads_the_cache(dtype: Any) -> None:
-    single = layer(64, 4, 2, dtype=F32, rotary=Rotary(16))
-    x = tokens(2, 20, 64, dtype=F32)
-    assert torch.equal(single(x, cache=single.new_cache(2, dtype=dtype)), single(x))
-
-
-@torch.inference_mode()
-def test_right_padding_does_not_enter_the_cache() -> None:
-    single = layer(24, 4, 2, dtype=F32, rotary=Rotary(6))
-    x, lengths = tokens(3, 9, 24, dtype=F32), [9, 4, 0]
-    step = tokens(3, 1, 24, seed=5, dtype=F32)
-    cache = single.new_cache(3, dtype="fp32")
-    first = single(x, cache=cache, lengths=torch.tensor(lengths))
-    assert cache.lengths == lengths
-    second, weights = single(step, cache=cache, need_weights=True)
-    for b, n in enumerate(lengths):
-        alone = single(torch.cat([x[b : b + 1, :n], step[b : b + 1]], 1))
-        close(torch.cat([first[b, :n], second[b]]), alone[0], 24, F32)
-        assert weights[b, :, :, n + 1 :].count_nonzero() == 0
-
-
-@torch.inference_mode()
-def test_left_padding_is_never_seen() -> None:
-    single = layer(24, 4, 2, dtype=F32, rotary=Rotary(6))
-    x, start = tokens(3, 9, 24, dtype=F32), torch.tensor([0, 5, 8])
-    step, cache = tokens(3, 1, 24, seed=5, dtype=F32), single.new_cache(3, dtype="fp32")
-    first = single(x, cache=cache, start=start)
-    both = torch.cat([first, single(step, cache=cache, start=start)], 1)
-    for b, s in enumerate(start.tolist()):
-        alone = single(torch.cat([x[b : b + 1, s:], step[b : b + 1]], 1))
-        close(both[b, s:], alone[0], 24, F32)  # whatever the position: rotary is relative
-
-
-@torch.inference_mode()
-def test_a_context_is_projected_once() -> None:
-    exact = layer(24, 4, 2, kv_hidden_size=10, causal=False)
-    x, context, lengths = tokens(2, 6, 24), tokens(2, 7, 10), torch.tensor([5, 3])
-    mask = tokens(2, 1, 1, 7, seed=9) > -1
-    truth = exact(x, context, lengths=lengths, mask=mask)
-    single = exact.float()
-    cache = single.new_cache(2, dtype="fp32")
-    hide = {"lengths": lengths, "mask": mask, "cache": cache}
-    steps = [single(x[:, t : t + 1].float(), context.float(), **hide) for t in range(3)]
-    single.k_proj = single.v_proj = None  # not needed any more
-    steps.append(single(x[:, 3:].float(), context.float(), **hide))
-    close(torch.cat(steps, 1), truth, 24, F32)
-    assert cache.lengths == [5, 3]
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("kind", ["contiguous", "paged", "sliding"])
-def test_weights_from_a_cache_reproduce_the_output(kind: str) -> None:
-    single = layer(24, 4, 2, dtype=F32, rotary=Rotary(6), window=5, sinks=1)
-    cache, x = single.new_cache(2, dtype="fp32", kind=kind), tokens(2, 12, 24, dtype=F32)
-    full, all_weights = single(x, need_weights=True)
-    single(x[:, :9], cache=cache)
-    out, weights = single(x[:, 9:], cache=cache, need_weights=True)
-    close(weights, all_weights[:, :, 9:], 24, F32)
-    close(out, full[:, 9:], 24, F32)
-
-
 # Positions, masks, weights
 
 
@@ -300,58 +169,6 @@ def test_right_padding_without_a_cache() -> None:
         out = exact(x, lengths=lengths)
         close(out[1, :4], exact(x[1:, :4])[0], 24)
         close(out[0], exact(x[:1])[0], 24)
-
-
-# Training
-
-
-def test_gradients_are_those_of_repeat_kv_attention() -> None:
-    gqa = layer(24, 6, 2, rotary=Rotary(4))
-    mha, x, y = repeated(gqa), tokens(2, 7, 24), tokens(2, 7, 24, seed=3)
-    for one in (gqa, mha):
-        torch.autograd.backward((one(x) * y).sum())
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        mine, theirs = (getattr(one, name).weight.grad for one in (gqa, mha))
-        if name in ("k_proj", "v_proj"):  # a shared head's gradient is the sum of its copies'
-            theirs = theirs.unflatten(0, (2, 3, 4)).sum(1).flatten(0, 1)
-        close(mine, theirs, 24 * 14)
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradients_are_numerical_derivatives(softcap: float | None) -> None:
-    exact = layer(
-        4, 2, 1, head_dim=4, rotary=Rotary(2), qk_norm=1e-3, qkv_bias=True, softcap=softcap
-    )
-    names, values = zip(*exact.named_parameters(), strict=True)
-
-    def call(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        named = dict(zip(names, weights, strict=True))
-        out = torch.func.functional_call(exact, named, (x,))
-        assert isinstance(out, torch.Tensor)
-        return out
-
-    x = tokens(1, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
-
-
-def test_low_precision_gradients_are_near_the_exact_ones() -> None:
-    exact, x = layer(32, 4, 2, rotary=Rotary(8)), tokens(2, 9, 32)
-    single = layer(32, 4, 2, rotary=Rotary(8)).float()
-    torch.autograd.backward([exact(x).square().sum(), single(x.float()).square().sum()])
-    for mine, truth in zip(single.parameters(), exact.parameters(), strict=True):
-        close(mine.grad, truth.grad, 32 * 18, F32)
-
-
-def test_dropout_only_in_training() -> None:
-    dropping, x = layer(24, 4, 2, dropout=0.5), tokens(2, 9, 24)
-    same = layer(24, 4, 2)(x)
-    assert torch.equal(dropping(x), same)
-    dropping.train()
-    assert not torch.allclose(dropping(x), same)
-    with torch.inference_mode():
-        single = dropping.float()
-        cached = single(x.float(), cache=single.new_cache(2))
-    close(cached, same, 24, F32)
 
 
 # Sizes

@@ -13,41 +13,8 @@ from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from tests.toolbox.attention_cases import noise
 from tests.toolbox.encoder_decoder_cases import decoder_prompt, make_encoder_decoder, source_of
-from tests.toolbox.tiny import COMMON, WIDE, build, make, tokens
-
-WINDOW = 16
-SLIDING = {
-    "mistral": ("mistral", COMMON | WIDE | {"sliding_window": WINDOW}),
-    "gemma2": ("gemma2", COMMON | WIDE | {"query_pre_attn_scalar": 16, "sliding_window": WINDOW}),
-    "gemma3": (
-        "gemma3_text",
-        COMMON
-        | WIDE
-        | {
-            "query_pre_attn_scalar": 16,
-            "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-    ),
-    "cohere2": (
-        "cohere2",
-        COMMON
-        | {
-            "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "logit_scale": 1.0,
-        },
-    ),
-    "phi3": ("phi3", COMMON | {"resid_pdrop": 0.0, "sliding_window": WINDOW}),
-    "qwen2": (
-        "qwen2",
-        COMMON | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    ),
-}
-
-
-def sliding(case: str, seed: int = 0) -> Any:
-    return build(*SLIDING[case], seed=seed)
+from tests.toolbox.sliding import SLIDING, sliding
+from tests.toolbox.tiny import make, tokens
 
 
 def generate(model: Any, ids: torch.Tensor, implementation: str, **options: Any) -> torch.Tensor:
