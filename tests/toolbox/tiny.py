@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kvfold.arch.families import FAMILIES, Family
+from kvfold.arch.families import FAMILIES
+from kvfold.arch.family import Family
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold.heads import LayerHeads, SharedHead
 from kvfold.fold.layer import load_heads

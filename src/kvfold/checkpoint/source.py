@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
-from kvfold.arch.families import Family, family_of
+from kvfold.arch.families import family_of
+from kvfold.arch.family import Family
 from kvfold.arch.parameters import StoredNames
 from kvfold.arch.projections import AttentionWeights, Shapes
 from kvfold.checkpoint.schemas import INDEX_FILE

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvfold.arch.families import QKNorm
+from kvfold.arch.family import QKNorm
 from kvfold.arch.projections import AttentionWeights
 from kvfold.geometry import AttentionGeometry
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvfold.arch.families import Family, family_of
+from kvfold.arch.families import family_of
+from kvfold.arch.family import Family
 from kvfold.checkpoint.pretrained import load_config, load_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict, open_checkpoint, resolve
 from kvfold.errors import CheckpointError, InputError

@@ -1,0 +1,12 @@
+"""Cohere's Command R."""
+
+from kvfold.arch.family import NORM_PER_HEAD, Family, Rotary, unless
+
+FAMILIES = (
+    Family(
+        ("cohere",),
+        "interleaved rotary, parallel MLP",
+        rotary=Rotary(interleaved=True),
+        refuse=unless("use_qk_norm", NORM_PER_HEAD),
+    ),
+)

@@ -1,0 +1,10 @@
+"""DeepSeek: multi-head latent attention (arXiv 2405.04434) and mixtures of experts."""
+
+from kvfold.arch.family import Family
+
+FAMILIES = (
+    Family(
+        ("deepseek_v2", "deepseek_v3"),
+        unfoldable="multi-head latent attention already caches one shared latent",
+    ),
+)

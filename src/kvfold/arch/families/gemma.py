@@ -1,0 +1,21 @@
+"""Gemma: heads wider than hidden size / heads, and norms after each block."""
+
+from kvfold.arch.family import Family, QKNorm
+
+FAMILIES = (
+    Family(("gemma",), default_head_dim=256),
+    Family(("gemma2",), "logit softcap, sliding layers", post_norm=True, default_head_dim=256),
+    Family(
+        ("gemma3_text",),
+        "QK-norm, sliding layers",
+        qk_norm=QKNorm(offset=1.0),
+        post_norm=True,
+        default_head_dim=256,
+    ),
+    Family(
+        ("gemma3",),
+        unfoldable="it is the image-and-text wrapper",
+        instead="save its text half first: "
+        "Gemma3ForCausalLM.from_pretrained(SRC).save_pretrained(TEXT)",
+    ),
+)

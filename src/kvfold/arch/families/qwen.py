@@ -1,0 +1,9 @@
+"""Qwen2 and later."""
+
+from kvfold.arch.family import Family, QKNorm
+
+FAMILIES = (
+    Family(("qwen2",), "K and V biases"),
+    Family(("qwen3",), "QK-norm", qk_norm=QKNorm()),
+    Family(("qwen3_moe",), unfoldable="mixture-of-experts layers are not supported"),
+)

@@ -1,0 +1,12 @@
+"""StableLM."""
+
+from kvfold.arch.family import NORM_PER_HEAD, Family, Rotary, unless
+
+FAMILIES = (
+    Family(
+        ("stablelm",),
+        "partial rotary",
+        rotary=Rotary(default_factor=0.25),
+        refuse=unless("qk_layernorm", NORM_PER_HEAD),
+    ),
+)

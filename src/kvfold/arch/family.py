@@ -1,0 +1,171 @@
+"""What one architecture declares. No torch."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvfold.arch.config import CONFIG
+from kvfold.arch.projections import Projections, SeparateProjections
+from kvfold.errors import CheckpointError
+from kvfold.geometry import AttentionGeometry
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Mapping[str, Any]
+NORM_PER_HEAD = "its QK-norm has its own weights for each head, which a shared head cannot keep"
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Which dimensions of a head rotate, and which of them form pairs.
+
+    Attributes:
+        default_factor: fraction of ``head_dim`` that rotates where the config is silent.
+        interleaved: pairs are (2j, 2j + 1) if true, else (j, j + r/2) as in Llama.
+    """
+
+    default_factor: float = 1.0
+    interleaved: bool = False
+
+    def dim(self, config: Config, head_dim: int, layer: int) -> int:
+        """Number of rotating dimensions (r) of a head of ``layer``."""
+        per_layer = config.get("no_rope_layers")  # SmolLM3: 0 marks a layer without rotary
+        if per_layer and not per_layer[layer]:
+            return 0
+        return int(head_dim * self.factor(config))
+
+    def factor(self, config: Config) -> float:
+        parameters = config.get("rope_parameters") or {}
+        if "partial_rotary_factor" in parameters:
+            return float(parameters["partial_rotary_factor"])
+        value = config.get("partial_rotary_factor")
+        return self.default_factor if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """RMS norms over ``head_dim`` after the q and k projections; weight + ``offset`` multiplies."""
+
+    q: str = "q_norm.weight"
+    k: str = "k_norm.weight"
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """The names an architecture's ``config.json`` gives to its sizes."""
+
+    hidden_size: str = "hidden_size"
+    num_heads: str = "num_attention_heads"
+    num_kv_heads: str | None = "num_key_value_heads"
+    num_layers: str = "num_hidden_layers"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: where its attention lies and what it can express.
+
+    Attributes:
+        model_types: values of ``model_type`` that share this layout.
+        layer, attention: module paths; ``{layer}`` is the layer number.
+        mlp_output: the MLP's last linear layer below ``layer``, if there is just one.
+        post_norm: the attention's output is normalised before it joins the residual stream.
+        residual_scale: config key of the factor on each block's output, if any.
+        default_head_dim: where neither the config nor hidden / heads gives it.
+        unfoldable: why no model of the family can be folded, if so. instead: what to do then.
+        refuse: returns why a config of this family cannot be folded, or ``None``.
+        target: returns the folded config, where setting the number of KV heads is not enough.
+        target_projections: how the folded model stores its projections, if otherwise.
+        rewrite, rewritten_shape: a tensor that is not attention in the folded model's form.
+        dropped: tensors the folded model has no place for.
+    """
+
+    model_types: tuple[str, ...]
+    notes: str = ""
+    layer: str = "model.layers.{layer}"
+    attention: str = "self_attn"
+    mlp_output: str | None = "mlp.down_proj"
+    projections: Projections = SeparateProjections()
+    rotary: Rotary = Rotary()
+    qk_norm: QKNorm | None = None
+    keys: ConfigKeys = ConfigKeys()
+    post_norm: bool = False
+    residual_scale: str | None = None
+    default_head_dim: int | None = None
+    unfoldable: str = ""
+    instead: str = ""
+    refuse: Callable[[Config], str | None] = lambda config: None
+    target: Callable[[Config, int], dict[str, Any]] | None = None
+    target_projections: Projections | None = None
+    rewrite: "Callable[[str, torch.Tensor], torch.Tensor] | None" = None
+    rewritten_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
+    dropped: Callable[[str], bool] = lambda name: False
+
+    @property
+    def name(self) -> str:
+        return self.model_types[0]
+
+    @property
+    def base(self) -> str:
+        """The attribute of transformers' module that holds everything but the output embedding."""
+        return self.layer.partition(".")[0]
+
+    def decoder_layers(self) -> re.Pattern[str]:
+        """Matches the paths of decoder layers in a module, whatever is wrapped around it."""
+        return re.compile(rf"(^|\.){self._any_layer}$")
+
+    def attention_parameters(self) -> re.Pattern[str]:
+        """Finds the parameters of attention modules among a module's names."""
+        return re.compile(rf"(^|\.){self._any_layer}\.{re.escape(self.attention)}\.")
+
+    @property
+    def _any_layer(self) -> str:
+        return re.escape(self.layer).replace(re.escape("{layer}"), r"\d+")
+
+    def geometry(self, config: Config) -> AttentionGeometry:
+        """Head counts and sizes from a ``config.json``.
+
+        Raises:
+            CheckpointError: if a size is missing or not a number.
+        """
+        keys = self.keys
+        CONFIG.check(dict(config), "config.json")
+        heads = _integer(config, keys.num_heads)
+        hidden = _integer(config, keys.hidden_size)
+        kv_key = keys.num_kv_heads
+        kv_heads = _integer(config, kv_key, heads) if kv_key else self._implied_kv_heads(config)
+        head_dim = _integer(config, "head_dim", self.default_head_dim or hidden // heads)
+        layers = _integer(config, keys.num_layers)
+        rotary = config.get("no_rope_layers")
+        if rotary and len(rotary) != layers:
+            raise CheckpointError(
+                f"config.json: no_rope_layers has {len(rotary)} entries; expected {layers}, one "
+                "per layer",
+                CONFIG.hint,
+            )
+        return AttentionGeometry(layers, heads, kv_heads, head_dim, head_dim, hidden)
+
+    def _implied_kv_heads(self, config: Config) -> int:
+        return 1 if config.get("multi_query") else _integer(config, self.keys.num_heads)
+
+    def folded_config(self, config: Config, num_kv_heads: int) -> dict[str, Any]:
+        """The config of the folded model; a copy, everything else untouched."""
+        if self.target is not None:
+            return self.target(config, num_kv_heads)
+        kv_heads = {self.keys.num_kv_heads: num_kv_heads} if self.keys.num_kv_heads else {}
+        return {**config, **kv_heads}
+
+
+def _integer(config: Config, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int):  # missing: what is there has been checked
+        raise CheckpointError(f"config.json has no {key}", CONFIG.hint)
+    return value
+
+
+def unless(key: str, reason: str) -> Callable[[Config], str | None]:
+    """A ``Family.refuse``: where ``key`` is set, for this reason."""
+    return lambda config: reason if config.get(key) else None
