@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from kvfold.bench.peers import PEERS, Peer
-from tests.cli.test_bad_input import complaint
 from tests.conftest import Kvfold
-from tests.whole.test_package import modules_after
+from tests.toolbox.commands import complaint, modules_after
 
 ATTENTION = (
     "bench", "attention", "--heads", 4, "--kv-heads", "4,1", "--head-dim", 32, "--context", "64",

@@ -10,19 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Kvfold, Run
-
-
-def complaint(run: Run, *words: str) -> None:
-    """Check exit code and form: an error line, a hint line, no traceback, no output."""
-    assert run.code == 2, run.err
-    lines = run.err.strip().splitlines()
-    assert len(lines) == 2, run.err
-    assert lines[0].startswith("error: ")
-    assert lines[1].startswith("hint: ")
-    assert run.out == ""
-    for word in words:
-        assert word in run.err, run.err
+from tests.conftest import Kvfold
+from tests.toolbox.commands import complaint
 
 
 @pytest.fixture

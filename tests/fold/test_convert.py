@@ -20,21 +20,7 @@ from kvfold.fold import convert as convert_module
 from kvfold.quality.text import token_windows
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
-
-CALIBRATION: dict[str, Any] = {"calibration_tokens": 1024, "context": 64}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """The content of every file; the record without what a run may differ in."""
-    result = {}
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        if path.name == "kvfold.json":
-            record = json.loads(data)
-            del record["run"]
-            data = json.dumps(record).encode()
-        result[path.name] = hashlib.sha256(data).hexdigest()
-    return result
+from tests.toolbox.runs import CALIBRATION, Stop, digests
 
 
 def greedy(model: Any, prompt: list[int], steps: int = 12) -> list[int]:
@@ -192,10 +178,6 @@ def test_only_the_builtin_text_leaves_a_warning(llama_folder: Path, tmp_path: Pa
     record = convert(llama_folder, tmp_path / "out", 2, fit="none", **CALIBRATION)
     assert "built-in" in record["warnings"][0]
     assert "built-in" in (tmp_path / "out" / "README.md").read_text()
-
-
-class Stop(BaseException):
-    """Stands for Ctrl-C or a power cut."""
 
 
 @pytest.mark.parametrize("fit", ["none", "local"])

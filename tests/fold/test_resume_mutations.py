@@ -15,7 +15,8 @@ from kvfold.checkpoint.workspace import Workspace
 from kvfold.cli.main import main
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
-from tests.whole.test_mutations import answered, damage, damaged
+from tests.toolbox.damage import answered, damage, damaged
+from tests.toolbox.runs import Stop
 
 HEALING: dict[str, Any] = {
     "stages": ["kl"], "tokens": 1024, "batch_tokens": 256, "context": 64, "held_out_tokens": 128,
@@ -27,10 +28,6 @@ unshrunk = [Phase.explicit, Phase.reuse, Phase.generate]  # each example is a ru
 slow: dict[str, Any] = {"deadline": None, "suppress_health_check": fixtures, "phases": unshrunk}
 few = settings(max_examples=10, **slow)
 fewer = settings(max_examples=5, **slow)
-
-
-class Stop(BaseException):
-    """Stands for a power cut."""
 
 
 def stop_while_writing(label: str, done: int, total: int) -> None:

@@ -1,10 +1,13 @@
-"""Every command and option that click knows of, for tests that leave none out."""
+"""Every command and option that click knows of, how a command complains, and what it imports."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import click
 
 from kvfold.cli.main import cli
+from tests.conftest import Run
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -35,3 +38,23 @@ def options() -> list[tuple[tuple[str, ...], click.Option]]:
         for param in command_of(words).params
         if isinstance(param, click.Option)
     ]
+
+
+def complaint(run: Run, *words: str) -> None:
+    """Check exit code and form: an error line, a hint line, no traceback, no output."""
+    assert run.code == 2, run.err
+    lines = run.err.strip().splitlines()
+    assert len(lines) == 2, run.err
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    assert run.out == ""
+    for word in words:
+        assert word in run.err, run.err
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.splitlines())

@@ -5,7 +5,6 @@ of JSON for each n = FIRST, FIRST + STEP …, until a run ends by itself. A chil
 run, so that PyTorch is imported once.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import torch
 
 from kvfold import convert
 from kvfold.errors import InputError
-from tests.fold.test_convert import digests
+from tests.toolbox.runs import digests, tree
 
 KILLED = 77
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate",
@@ -61,13 +60,6 @@ def run(source: Path, out: Path, number: int = 0, **options: Any) -> int:
         code = 2
     finally:
         os._exit(code)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
 
 
 def one(source: Path, root: Path, older: Path | None, whole: dict[str, str], n: int) -> Any:

@@ -14,9 +14,9 @@ from kvfold.checkpoint.places import working_folder
 from kvfold.errors import RunError
 from kvfold.files import WriteError, of_full_disk, reserve
 from kvfold.healing import saves
-from tests.fold.test_convert import CALIBRATION, digests
 from tests.test_files import largest_file
 from tests.toolbox import tiny
+from tests.toolbox.runs import CALIBRATION, digests
 
 MEGABYTES = 64
 

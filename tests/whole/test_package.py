@@ -1,7 +1,5 @@
 """Start-up, imports, and the small commands."""
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,7 @@ from packaging.version import Version
 import kvfold as package
 from kvfold.cli.main import COMMANDS
 from tests.conftest import Kvfold
-
-
-def modules_after(code: str) -> set[str]:
-    script = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    return set(result.stdout.splitlines())
-
+from tests.toolbox.commands import modules_after
 
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "rich"}
 
