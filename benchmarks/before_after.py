@@ -156,9 +156,9 @@ def _varlen() -> Case:
 
 def _drop_in(fmt: str) -> Case:
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     import kvfold.transformers as drop_in
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=4,
