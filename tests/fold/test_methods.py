@@ -1,20 +1,23 @@
 """Methods, grouping and the algebra under them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.errors import InputError
+from kvfold.arch.target import Grouped
+from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.energy import fold_energy
-from kvfold.fold.grouping import _exact, _greedy, find_groups, pair_losses
-from kvfold.fold.heads import HeadGroup, LayerHeads, Pairs, consecutive_groups
+from kvfold.fold.grouping import _exact, _greedy, consecutive_groups, find_groups, pair_losses
+from kvfold.fold.heads import HeadGroup, LayerHeads
 from kvfold.fold.layer import fold_layer, load_heads
-from kvfold.fold.methods import all_methods, check_method, method_names
+from kvfold.fold.methods import Method, all_methods, check_method, method_names, methods_for
 from kvfold.fold.model import fold_model
+from kvfold.fold.pairs import Pairs
 from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.subspace import matrix_roots, shared_subspace
-from kvfold.geometry import AttentionGeometry
 from tests.toolbox import tiny
 
 
@@ -192,15 +195,14 @@ def test_hidden_copies_are_found_among_many_heads(kv_heads: int) -> None:
 
 
 def test_consecutive_groups() -> None:
-    geometry = AttentionGeometry(1, 6, 6, 8, 8, 48)
-    assert consecutive_groups(geometry, 2) == [[0, 1, 2], [3, 4, 5]]
+    assert consecutive_groups(6, 2) == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_regrouping_never_captures_less_than_neighbours() -> None:
     checkpoint = tiny.checkpoint_of(tiny.make("llama", num_key_value_heads=6))
     heads = load_heads(checkpoint, 0)
     stats = statistics(heads.k.shape[-1])
-    _, found = fold_layer(checkpoint, 0, 3, "pca", stats)
+    _, found = fold_layer(checkpoint, 0, Grouped(3), "pca", stats)
     neighbours = [
         fold_energy(g, all_methods()["pca"].fold(g, torch.Generator()))
         for g in (heads.group(members, stats) for members in [[0, 1], [2, 3], [4, 5]])
@@ -215,6 +217,19 @@ def test_method_names_are_files() -> None:
     with pytest.raises(InputError) as error:
         check_method("maen")
     assert error.value.hint.startswith("did you mean mean?")
+
+
+def test_a_method_makes_only_the_targets_that_it_declares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither by its name nor by way of auto is it asked for another."""
+    grouped, other = all_methods()["pca"], replace(all_methods()["aligned"], targets=())
+    methods: dict[str, Method] = {"aligned": other, "pca": grouped}
+    monkeypatch.setattr("kvfold.fold.methods.all_methods", lambda: methods)
+    assert methods_for("auto", Grouped(2)) == [grouped]
+    with pytest.raises(UnsupportedError, match="aligned cannot make 2 KV heads") as error:
+        fold_model(tiny.make("llama", num_key_value_heads=6), 2, "aligned", "none")
+    assert "pca" in error.value.hint
 
 
 def test_every_divisor_works() -> None:

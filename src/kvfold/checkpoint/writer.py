@@ -1,10 +1,12 @@
 """Writing a folded checkpoint: an ordinary Hugging Face folder, streamed tensor by tensor."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.projections import Shapes
+from kvfold.arch.target import Target
 from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
 from kvfold.errors import CheckpointError
@@ -33,26 +35,41 @@ class Shard:
         return sum(spec.nbytes for spec in self.specs)
 
 
-def folded_shapes(checkpoint: Checkpoint, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
+def folded_shapes(checkpoint: Checkpoint, target: Target) -> Shapes:
     """The shape of every attention tensor of the folded model."""
-    family = checkpoint.family
-    projections = family.target_projections or family.projections
-    geometry = checkpoint.geometry.with_kv_heads(num_kv_heads)
-    shapes: dict[str, tuple[int, ...]] = {}
+    projections = target.projections(checkpoint.family)
+    geometry = target.geometry(checkpoint.geometry)
+    shapes: Shapes = {}
     for layer in range(geometry.num_layers):
         prefix = checkpoint.attention_prefix(layer)
         shapes |= projections.shapes(prefix, geometry, checkpoint.names)
     return shapes
 
 
-def plan_shards(
-    checkpoint: Checkpoint, num_kv_heads: int, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[Shard]:
-    """Lay out the output: the source's tensors, in its order, with folded shapes.
+def stored_specs(checkpoint: Checkpoint) -> list[TensorSpec]:
+    """A checkpoint's tensors as they are, in its order."""
+    store = checkpoint.store
+    return [TensorSpec(name, store.dtype(name), store.shape(name)) for name in store.names()]
+
+
+def folded_specs(checkpoint: Checkpoint, target: Target) -> list[TensorSpec]:
+    """The folded model's tensors, in the source's order."""
+    if target.is_source(checkpoint.geometry):
+        return stored_specs(checkpoint)
+    family = checkpoint.family
+    shapes = folded_shapes(checkpoint, target)
+    return [
+        replace(spec, shape=shapes.get(spec.name) or family.rewritten_shape(spec.name, spec.shape))
+        for spec in stored_specs(checkpoint)
+        if not family.dropped(spec.name)
+    ]
+
+
+def plan_shards(specs: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+    """Lay out an output.
 
     Nothing is loaded: sizes, and so the disk space needed, are known beforehand.
     """
-    specs = list(_folded_specs(checkpoint, num_kv_heads))
     groups: list[list[TensorSpec]] = [[]]
     used = 0
     for spec in specs:
@@ -68,19 +85,6 @@ def plan_shards(
         Shard(f"model-{number:05d}-of-{total:05d}.safetensors", group)
         for number, group in enumerate(groups, 1)
     ]
-
-
-def _folded_specs(checkpoint: Checkpoint, num_kv_heads: int) -> Iterator[TensorSpec]:
-    store, family = checkpoint.store, checkpoint.family
-    if num_kv_heads == checkpoint.geometry.num_kv_heads:
-        for name in store.names():
-            yield TensorSpec(name, store.dtype(name), store.shape(name))
-        return
-    shapes = folded_shapes(checkpoint, num_kv_heads)
-    for name in store.names():
-        if not family.dropped(name):
-            shape = shapes.get(name) or family.rewritten_shape(name, store.shape(name))
-            yield TensorSpec(name, store.dtype(name), shape)
 
 
 def write_shards(
@@ -104,11 +108,11 @@ def write_shards(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def folded_config(checkpoint: Checkpoint, num_kv_heads: int) -> dict[str, Any]:
+def folded_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     """The folded model's ``config.json``; loads without remote code."""
-    if num_kv_heads == checkpoint.geometry.num_kv_heads:
+    if target.is_source(checkpoint.geometry):
         return dict(checkpoint.config)
-    config = checkpoint.family.folded_config(checkpoint.config, num_kv_heads)
+    config = target.config(checkpoint.family, checkpoint.config)
     # Engines that do not know transformers 5's rope_parameters read the older key.
     base = (config.get("rope_parameters") or {}).get("rope_theta")
     if base is not None:

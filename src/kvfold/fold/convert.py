@@ -37,6 +37,7 @@ from kvfold.checkpoint.writer import (
     carry_files,
     files_read,
     folded_config,
+    folded_specs,
     plan_shards,
     write_shards,
 )
@@ -164,7 +165,7 @@ def _early_windows(request: Request, text: str | None) -> "torch.Tensor | None":
         describe(path, Path(apart), tokenizer=False)
         config = peek_config(apart)
         geometry = family_of(config).geometry(config)
-        geometry.with_kv_heads(request.num_kv_heads)
+        request.target.geometry(geometry)
         if text is not None:
             describe(path, Path(apart), tokenizer=True)
         return _windows(config, geometry, Path(apart), request, text)
@@ -216,15 +217,15 @@ def _run(
     folder = _local_source(request, work.folder)
     checkpoint = open_checkpoint(folder)
     _verify(checkpoint, progress)
-    same = request.num_kv_heads == checkpoint.geometry.num_kv_heads
+    same = request.target.is_source(checkpoint.geometry)
     if is_gguf(request.source):
         check_complete(checkpoint)
     if windows is None:
         windows = _windows(checkpoint.config, checkpoint.geometry, folder, request, text)
     layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
-    shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
+    shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
-    write_json(work.new / "config.json", folded_config(checkpoint, request.num_kv_heads))
+    write_json(work.new / "config.json", folded_config(checkpoint, request.target))
     carried = carry_files(folder, work.new)
     record = _record(checkpoint, request, text, windows, layers)
     record["source"] |= {"sha256": _weight_hashes(work, checkpoint), "carried": carried}
@@ -271,7 +272,7 @@ def _windows(
     text: str | None,
 ) -> "torch.Tensor | None":
     """The calibration text as tokens; None if none is needed."""
-    if text is None or request.num_kv_heads == geometry.num_kv_heads:
+    if text is None or request.target.is_source(geometry):
         return None
     longest = config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
@@ -301,7 +302,7 @@ def _fold_layers(
     from kvfold.fold.kept import keep_layer, stored_layers
     from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
 
-    plan = FoldPlan(request.num_kv_heads, request.method, request.fit, request.seed)
+    plan = FoldPlan(request.target, request.method, request.fit, request.seed)
     kept = partial / "layers"
     kept.mkdir(exist_ok=True)
     reports = []
@@ -345,7 +346,6 @@ def _record(
     windows: "torch.Tensor | None",
     layers: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    folded = checkpoint.geometry.with_kv_heads(request.num_kv_heads)
     builtin = windows is not None and not request.calibration
     calibration = None
     if windows is not None and text is not None:
@@ -361,7 +361,7 @@ def _record(
         "versions": versions(),
         "command": command_line(request),
         "source": {"name": request.source, "family": checkpoint.family.name},
-        "geometry": geometry_record(checkpoint.geometry, folded),
+        "geometry": geometry_record(checkpoint.geometry, request.target),
         "method": request.method,
         "fit": request.fit,
         "seed": request.seed,

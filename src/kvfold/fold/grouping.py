@@ -19,6 +19,16 @@ _TINY = torch.finfo(torch.float64).tiny
 _EXACT_UP_TO = 12  # heads; dynamic programming over subsets beyond that takes too long
 
 
+def consecutive_groups(count: int, num_groups: int) -> list[list[int]]:
+    """The GQA paper's grouping: neighbours share.
+
+    >>> consecutive_groups(4, 2)
+    [[0, 1], [2, 3]]
+    """
+    size = count // num_groups
+    return [list(range(start, start + size)) for start in range(0, count, size)]
+
+
 def find_groups(losses: torch.Tensor, num_groups: int) -> list[list[int]]:
     """Split n heads into equal groups of least total pair loss.
 
@@ -37,7 +47,7 @@ def find_groups(losses: torch.Tensor, num_groups: int) -> list[list[int]]:
     count = len(table)
     size = count // num_groups
     if num_groups == 1 or size == 1:
-        return [list(range(i * size, (i + 1) * size)) for i in range(num_groups)]
+        return consecutive_groups(count, num_groups)
     search = _exact if count <= _EXACT_UP_TO else _greedy
     return sorted(sorted(group) for group in search(table, size))
 
@@ -112,7 +122,7 @@ class PairEnergy:
         """The loss as a fraction of the whole layer's energy."""
         return self.lost / self.own.sum().clamp_min(_TINY)
 
-    def kept(self) -> torch.Tensor:
+    def shareable(self) -> torch.Tensor:
         """The fraction of each pair's own energy that the pair keeps."""
         return 1 - self.lost / (self.own[:, None] + self.own[None, :]).clamp_min(_TINY)
 

@@ -6,46 +6,13 @@ All tensors are float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvfold.arch.family import QKNorm
 from kvfold.arch.projections import AttentionWeights
-from kvfold.geometry import AttentionGeometry
-
-if TYPE_CHECKING:
-    from kvfold.fold.statistics import LayerStatistics
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Which dimensions of a head rotate together: the first ``rotary_dim``, in pairs.
-
-    Half-split pairs (Llama) are (j, j + r/2); interleaved pairs are (2j, 2j + 1).
-    A pair is one complex number, k_j = k[first] + i k[second]; rotary embeddings multiply
-    it by a phase, so a gauge that commutes with them is one complex number per pair.
-    """
-
-    rotary_dim: int
-    interleaved: bool = False
-
-    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[..., D, X]`` -> complex pairs ``[..., r/2, X]`` and the rest ``[..., D - r, X]``."""
-        rotating, rest = rows[..., : self.rotary_dim, :], rows[..., self.rotary_dim :, :]
-        if self.interleaved:
-            first, second = rotating[..., 0::2, :], rotating[..., 1::2, :]
-        else:
-            first, second = rotating.tensor_split(2, dim=-2)
-        return torch.complex(first.contiguous(), second.contiguous()), rest
-
-    def join(self, pairs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`split`."""
-        if self.interleaved:
-            rotating = torch.stack([pairs.real, pairs.imag], dim=-2).flatten(-3, -2)
-        else:
-            rotating = torch.cat([pairs.real, pairs.imag], dim=-2)
-        return torch.cat([rotating, rest], dim=-2)
+from kvfold.fold.pairs import Pairs
+from kvfold.fold.statistics import LayerStatistics
 
 
 @dataclass
@@ -142,7 +109,7 @@ class LayerHeads:
     def num_kv_heads(self) -> int:
         return self.k.shape[0]
 
-    def group(self, heads: list[int], statistics: "LayerStatistics") -> HeadGroup:
+    def group(self, heads: list[int], statistics: LayerStatistics) -> HeadGroup:
         keys = statistics.key_moments
         return HeadGroup(
             q=self.q[heads],
@@ -185,13 +152,3 @@ def norm_weights(
         load(f"{prefix}.{spec.q}").double() + spec.offset,
         load(f"{prefix}.{spec.k}").double() + spec.offset,
     )
-
-
-def consecutive_groups(geometry: AttentionGeometry, num_kv_heads: int) -> list[list[int]]:
-    """The GQA paper's grouping: neighbours share.
-
-    >>> consecutive_groups(AttentionGeometry(1, 4, 4, 8, 8, 32), 2)
-    [[0, 1], [2, 3]]
-    """
-    size = geometry.num_kv_heads // num_kv_heads
-    return [list(range(start, start + size)) for start in range(0, geometry.num_kv_heads, size)]

@@ -102,4 +102,4 @@ def head_similarity(checkpoint: Checkpoint, layer: int) -> Similarity:
         return float(torch.stack([table[a, b] for a, b in pairs]).mean())
 
     key, value = key_pair_energy(heads, statistics), value_pair_energy(heads, statistics)
-    return Similarity(layer, mean(cosine), mean(key.kept()), mean(value.kept()))
+    return Similarity(layer, mean(cosine), mean(key.shareable()), mean(value.shareable()))

@@ -1,16 +1,17 @@
-"""Folding one layer: cut it into heads, find the groups, run the method, put it together."""
+"""Folding one layer: its heads, the methods that can make the target, the best of them."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from kvfold.arch.projections import AttentionWeights
+from kvfold.arch.target import Grouped, Target
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.fold.energy import Energy, fold_energy
-from kvfold.fold.grouping import find_groups, pair_losses
-from kvfold.fold.heads import LayerHeads, Pairs, SharedHead, consecutive_groups, norm_weights
-from kvfold.fold.methods import AUTO, Method, all_methods
+from kvfold.fold.energy import Energy
+from kvfold.fold.grouped import GroupedFold
+from kvfold.fold.heads import LayerHeads, norm_weights
+from kvfold.fold.methods import Method, methods_for
+from kvfold.fold.pairs import Pairs
 from kvfold.fold.statistics import LayerStatistics
 
 
@@ -34,66 +35,47 @@ class LayerReport:
         return asdict(self)
 
 
-def layer_pairs(checkpoint: Checkpoint, layer: int) -> Pairs:
+class LayerFold(Protocol):
+    """Folds one layer to a target by any method that can make it."""
+
+    def groups(self, method: Method) -> list[list[int]]: ...
+
+    def by(self, method: Method, seed: int) -> tuple[AttentionWeights, Energy]: ...
+
+
+# How a layer is folded to each kind of target.
+LAYER_FOLDS: dict[type, Callable[[LayerHeads, Any, LayerStatistics], LayerFold]] = {
+    Grouped: GroupedFold
+}
+
+
+def layer_pairs(checkpoint: Checkpoint, index: int) -> Pairs:
     """Which dimensions of this layer's heads rotate together."""
     rotary = checkpoint.family.rotary
-    dim = rotary.dim(checkpoint.config, checkpoint.geometry.head_dim, layer)
+    dim = rotary.dim(checkpoint.config, checkpoint.geometry.head_dim, index)
     return Pairs(dim, rotary.interleaved)
 
 
-def load_heads(checkpoint: Checkpoint, layer: int) -> LayerHeads:
+def load_heads(checkpoint: Checkpoint, index: int) -> LayerHeads:
     """One layer's heads in float64."""
-    prefix = checkpoint.attention_prefix(layer)
+    prefix = checkpoint.attention_prefix(index)
     norm = norm_weights(checkpoint.family.qk_norm, prefix, checkpoint.tensor)
-    return LayerHeads.of(checkpoint.attention(layer), layer_pairs(checkpoint, layer), norm)
+    return LayerHeads.of(checkpoint.attention(index), layer_pairs(checkpoint, index), norm)
 
 
 def fold_layer(
     checkpoint: Checkpoint,
-    layer: int,
-    num_kv_heads: int,
+    index: int,
+    target: Target,
     method: str,
     statistics: LayerStatistics,
     seed: int = 0,
 ) -> tuple[AttentionWeights, LayerReport]:
-    """Fold one layer's attention to ``num_kv_heads``; float64 weights.
-
-    The methods see no group of one head: such heads keep their bits.
-    """
-    heads = load_heads(checkpoint, layer)
-    methods = all_methods()
-    names = [name for name, m in methods.items() if m.candidate] if method == AUTO else [method]
-    neighbours = consecutive_groups(checkpoint.geometry, num_kv_heads)
-    alike = neighbours
-    if num_kv_heads > 1 and any(methods[name].regroups for name in names):
-        alike = find_groups(pair_losses(heads, statistics), num_kv_heads)
-
-    def candidate(name: str) -> tuple[Energy, str, list[list[int]], list[SharedHead]]:
-        groups = alike if methods[name].regroups else neighbours
-        folded, energy = _run(methods[name], heads, groups, statistics, seed + layer)
-        return energy, name, groups, folded
-
-    candidates = (candidate(name) for name in names)
-    energy, name, groups, folded = max(candidates, key=lambda found: found[0].captured)
-    report = LayerReport(layer, name, groups, energy.captured_value, energy.captured_key)
-    return heads.weights(folded), report
-
-
-def _run(
-    method: Method,
-    heads: LayerHeads,
-    groups: list[list[int]],
-    statistics: LayerStatistics,
-    seed: int,
-) -> tuple[list[SharedHead], Energy]:
-    generator = torch.Generator().manual_seed(seed)
-    folded, energy = [], Energy()
-    for members in groups:
-        group = heads.group(members, statistics)
-        if len(members) == 1:
-            shared = SharedHead(group.q, group.k[0], group.v[0], group.o)
-        else:
-            shared = method.fold(group, generator)
-        folded.append(shared)
-        energy += fold_energy(group, shared)
-    return folded, energy
+    """Fold one layer's attention by a method, or by ``auto``'s best; float64 weights."""
+    fold = LAYER_FOLDS[type(target)](load_heads(checkpoint, index), target, statistics)
+    candidates = ((each, *fold.by(each, seed + index)) for each in methods_for(method, target))
+    best, weights, energy = max(candidates, key=lambda candidate: candidate[2].captured)
+    report = LayerReport(
+        index, best.name, fold.groups(best), energy.captured_value, energy.captured_key
+    )
+    return weights, report

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvfold.arch.target import Grouped
 from kvfold.arguments import callback
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
-from kvfold.fold.methods import AUTO, check_method
+from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
 from kvfold.fold.request import check_fit
-from kvfold.numbers import KV_HEADS, SEED
+from kvfold.numbers import SEED
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.given import check_model, check_windows
 
@@ -55,21 +56,22 @@ def fold_model(
         raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
     check_model(model)
     windows = None if windows is None else check_windows(windows, model)
-    num_kv_heads = KV_HEADS.check(num_kv_heads, "num_kv_heads")
+    target = Grouped.asked(num_kv_heads, "num_kv_heads")
     seed = SEED.check(seed, "seed")
     callback(progress, "progress")
     config = model.config.to_dict()
     checkpoint = Checkpoint(type(model).__name__, config, TensorDict(model.state_dict()))
-    checkpoint.geometry.with_kv_heads(num_kv_heads)
+    target.geometry(checkpoint.geometry)
+    methods_for(method, target)
     folded = {**config}
     state = {name: checkpoint.tensor(name) for name in model.state_dict()}
     record: list[dict[str, Any]] = []
-    if num_kv_heads != checkpoint.geometry.num_kv_heads:
+    if not target.is_source(checkpoint.geometry):
         family = checkpoint.family
-        folded = family.folded_config(config, num_kv_heads)
+        folded = target.config(family, config)
         if family.rewrite:
             state = {name: family.rewrite(name, tensor) for name, tensor in state.items()}
-        plan = FoldPlan(num_kv_heads, method, fit, seed)
+        plan = FoldPlan(target, method, fit, seed)
         for layer in fold_all(checkpoint, plan, windows, progress=progress):
             state.update(layer.tensors)
             record.append(layer_report(layer))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvfold.arch.projections import AttentionWeights
+from kvfold.arch.target import Target
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.errors import RunError
@@ -35,7 +36,7 @@ class FoldPlan:
         fit: ``none``, ``refit`` or ``local``; more than ``none`` needs calibration windows.
     """
 
-    num_kv_heads: int
+    target: Target
     method: str
     fit: str
     seed: int
@@ -61,16 +62,15 @@ class FoldedLayer:
 def fold_without_data(checkpoint: Checkpoint, plan: FoldPlan, layer: int) -> FoldedLayer:
     """Fold one layer from its weights alone."""
     statistics = LayerStatistics.without_data(checkpoint.geometry.hidden_size)
-    weights, report = fold_layer(
-        checkpoint, layer, plan.num_kv_heads, plan.method, statistics, plan.seed
-    )
-    return FoldedLayer(layer, stored_attention(checkpoint, layer, weights), report)
+    weights, report = fold_layer(checkpoint, layer, plan.target, plan.method, statistics, plan.seed)
+    return FoldedLayer(layer, stored_attention(checkpoint, plan.target, layer, weights), report)
 
 
-def stored_attention(checkpoint: Checkpoint, layer: int, weights: AttentionWeights) -> Tensors:
+def stored_attention(
+    checkpoint: Checkpoint, target: Target, layer: int, weights: AttentionWeights
+) -> Tensors:
     """A layer's folded projections as the folded checkpoint stores them, in its dtype."""
-    family = checkpoint.family
-    projections = family.target_projections or family.projections
+    projections = target.projections(checkpoint.family)
     tensors = projections.write(checkpoint.attention_prefix(layer), weights)
     some_name = next(iter(checkpoint.attention_shapes(layer)))
     dtype = torch_dtype(checkpoint.store.dtype(some_name))
@@ -103,7 +103,7 @@ class CalibratedFolder:
         self._source.start(windows, self._load_source, self._inputs)
         self._folded: LayerStream | None = None
         if plan.fit != "none":
-            config = family.folded_config(checkpoint.config, plan.num_kv_heads)
+            config = plan.target.config(family, checkpoint.config)
             self._folded = LayerStream(config, family.layer, family.attention)
             self._folded_inputs, self._attention = buffer("folded-in"), buffer("attention")
             self._folded.start(windows, self._load_source, self._folded_inputs)
@@ -120,12 +120,13 @@ class CalibratedFolder:
         weights, report = fold_layer(
             self._checkpoint,
             index,
-            self._plan.num_kv_heads,
+            self._plan.target,
             self._plan.method,
             collector.result(),
             self._plan.seed,
         )
-        folded = FoldedLayer(index, stored_attention(self._checkpoint, index, weights), report)
+        tensors = stored_attention(self._checkpoint, self._plan.target, index, weights)
+        folded = FoldedLayer(index, tensors, report)
         self._finish(folded, progress)
         return folded
 
@@ -185,7 +186,7 @@ class CalibratedFolder:
     def _fit(self, live: LiveLayer, folded: FoldedLayer, progress: Progress) -> None:
         """Run the plan's fitting stages and take up the parameters they changed."""
         family = self._checkpoint.family
-        projections = family.target_projections or family.projections
+        projections = self._plan.target.projections(family)
         scale_key = family.residual_scale
         task = FitTask(
             live=live,

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kvfold.arch.target import Target
 from kvfold.checkpoint.records import FOLDING, RECORDS
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.geometry import AttentionGeometry
@@ -35,16 +36,16 @@ def read_folding(folder: Path) -> dict[str, Any]:
     return dict(FOLDING.check(read_record(folder), str(folder / RECORD)))
 
 
-def geometry_record(source: AttentionGeometry, folded: AttentionGeometry) -> dict[str, Any]:
+def geometry_record(source: AttentionGeometry, target: Target) -> dict[str, Any]:
     """Heads and cache size, before and after."""
     return {
         "num_heads": source.num_heads,
-        "num_kv_heads": {"source": source.num_kv_heads, "folded": folded.num_kv_heads},
+        **target.compared(source),
         "head_dim": source.head_dim,
         "num_layers": source.num_layers,
         "kv_bytes_per_token_16bit": {
             "source": source.kv_bytes_per_token(),
-            "folded": folded.kv_bytes_per_token(),
+            "folded": target.kv_bytes_per_token(source),
         },
     }
 

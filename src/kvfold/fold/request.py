@@ -11,6 +11,7 @@ from typing import Any
 import kvfold
 from kvfold import arguments
 from kvfold.arch.families import family_of
+from kvfold.arch.target import Grouped, Target
 from kvfold.arguments import choice, flag, location, several
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
@@ -22,14 +23,15 @@ from kvfold.checkpoint.writer import (
     carried_files,
     folded_config,
     folded_shapes,
+    folded_specs,
     plan_shards,
     total_bytes,
 )
 from kvfold.errors import InputError
-from kvfold.fold.methods import AUTO, check_method
+from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
-from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW
+from kvfold.numbers import CALIBRATION, SEED, SHARD_BYTES, WINDOW
 from kvfold.quality.text import builtin_calibration_text, read_texts
 
 FIT_NAMES = ("none", "refit", "local")
@@ -45,7 +47,7 @@ class Request:
     """What was asked for, with every default filled in; two equal requests give equal output."""
 
     source: str
-    num_kv_heads: int
+    target: Target
     method: str
     fit: str
     calibration: tuple[str, ...] | None
@@ -64,7 +66,10 @@ class Request:
         return [Path(name).expanduser() for name in (self.source, *(self.calibration or ()))]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "kvfold": kvfold.__version__}
+        """What another run must ask for to go on with this one."""
+        source, target, rest = self.source, self.target, dict(vars(self))
+        del rest["source"], rest["target"]
+        return {"source": source, **target.as_dict(), **rest, "kvfold": kvfold.__version__}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,6 @@ class Preview:
 
     request: Request
     source: AttentionGeometry
-    folded: AttentionGeometry
     output_bytes: int
     disk_bytes: int
     free_bytes: int
@@ -81,7 +85,7 @@ class Preview:
     def as_dict(self) -> dict[str, Any]:
         return {
             "request": self.request.as_dict(),
-            "geometry": geometry_record(self.source, self.folded),
+            "geometry": geometry_record(self.source, self.request.target),
             "output_bytes": self.output_bytes,
             "disk_bytes_needed": self.disk_bytes,
             "disk_bytes_free": self.free_bytes,
@@ -115,7 +119,7 @@ def make_request(
         raise InputError(f"--fit {chosen} needs calibration text", "drop --no-calibration")
     return Request(
         source=arguments.source(source, "SRC"),
-        num_kv_heads=KV_HEADS.check(num_kv_heads, "--kv-heads"),
+        target=Grouped.asked(num_kv_heads),
         method=method,
         fit=chosen,
         calibration=tuple(str(path) for path in texts) if wants_data else None,
@@ -155,29 +159,30 @@ def preview(request: Request, out: Path, *, force: bool = False, resume: bool = 
         output = changed = transcoded
     else:
         config = peek_config(request.source)
-        family_of(config).geometry(config).with_kv_heads(request.num_kv_heads)
+        request.target.geometry(family_of(config).geometry(config))
         folder = resolve(request.source)
         checkpoint = open_checkpoint(folder)
         carried_files(folder)
         check_apart(out, [folder])  # of a hub name, known only now
         geometry, transcoded = checkpoint.geometry, 0
-        folded_config(checkpoint, request.num_kv_heads)
-        shards = plan_shards(checkpoint, request.num_kv_heads, request.max_shard_bytes)
+        folded_config(checkpoint, request.target)
+        shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
         output = total_bytes(shards)
         changed = _changed_bytes(checkpoint, shards, request)
-    folded = geometry.with_kv_heads(request.num_kv_heads)
+    request.target.geometry(geometry)
     calibration_text(request)
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
     needed = output + changed + transcoded + hidden
     free = check_disk(out, needed)
+    methods_for(request.method, request.target)  # last: from here on torch is imported
     if not is_gguf(request.source):
-        check_complete(checkpoint)  # last: it imports torch
-    return Preview(request, geometry, folded, output, needed, free)
+        check_complete(checkpoint)
+    return Preview(request, geometry, output, needed, free)
 
 
 def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: Request) -> int:
     """Size of the tensors kept apart until the output is written: attention, fitted MLPs."""
-    names = set(folded_shapes(checkpoint, request.num_kv_heads))
+    names = set(folded_shapes(checkpoint, request.target))
     if request.fit != "none":
         layers = range(checkpoint.geometry.num_layers)
         mlp = checkpoint.family.mlp_output
@@ -196,7 +201,7 @@ def calibration_text(request: Request) -> str | None:
 
 def command_line(request: Request) -> str:
     """The command that repeats a request (to a folder called OUT)."""
-    parts = ["kvfold convert", request.source, "OUT", f"--kv-heads {request.num_kv_heads}"]
+    parts = ["kvfold convert", request.source, "OUT", request.target.option]
     parts += [f"--method {request.method}", f"--fit {request.fit}", f"--seed {request.seed}"]
     if request.calibration is None:
         parts.append("--no-calibration")

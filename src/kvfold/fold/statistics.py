@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvfold.fold.heads import Pairs
+from kvfold.fold.pairs import Pairs
 from kvfold.fold.stream import AttentionCall
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.target import Grouped
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import CheckpointError
 from kvfold.fold.kept import keep_layer, stored_layers
@@ -32,7 +33,7 @@ def heal_layers(
     Returns:
         the changed tensors, and what each stage gained in each layer.
     """
-    plan = FoldPlan(folded.geometry.num_kv_heads, "given", "local", seed)
+    plan = FoldPlan(Grouped(folded.geometry.num_kv_heads), "given", "local", seed)
     kept.mkdir(parents=True, exist_ok=True)
     stored = stored_layers(kept, reported=False)  # they were folded elsewhere
     layers = teacher.geometry.num_layers

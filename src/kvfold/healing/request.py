@@ -12,7 +12,13 @@ from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.inputs import Files, files_of
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, read_config, resolve
-from kvfold.checkpoint.writer import carried_files, files_read, plan_shards, total_bytes
+from kvfold.checkpoint.writer import (
+    carried_files,
+    files_read,
+    plan_shards,
+    stored_specs,
+    total_bytes,
+)
 from kvfold.errors import InputError
 from kvfold.fold.record import RECORD, read_record
 from kvfold.healing.sources import TextSource, check_source, parse_source
@@ -271,7 +277,7 @@ def check_heal(
         check_source(text)
     checkpoints = (request.keep + 1) * _STATE_BYTES_PER_WEIGHT * folded.parameters
     state = checkpoints if "kl" in request.stages else 0
-    written = total_bytes(plan_shards(folded, folded.geometry.num_kv_heads))
+    written = total_bytes(plan_shards(stored_specs(folded)))
     check_disk(out, 2 * written + state)
 
 

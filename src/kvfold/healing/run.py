@@ -15,7 +15,7 @@ from kvfold.checkpoint.places import full_path, working_folder
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
 from kvfold.checkpoint.source import open_checkpoint, resolve
 from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
-from kvfold.checkpoint.writer import carry_files, plan_shards, write_shards
+from kvfold.checkpoint.writer import carry_files, plan_shards, stored_specs, write_shards
 from kvfold.errors import RunError
 from kvfold.files import copy_file, write_json, write_text
 from kvfold.fold.record import RECORD
@@ -328,7 +328,7 @@ class _Run:
         model = load_student(self.request, changed)
         take_trained(model, trained)
         read = healed_tensors(self.folded, without_lora(model), trained)
-        shards = plan_shards(self.folded, self.folded.geometry.num_kv_heads)
+        shards = plan_shards(stored_specs(self.folded))
         write_shards(out, shards, read)
         copy_file(self.folder / "config.json", out / "config.json")
         carry_files(self.folder, out)

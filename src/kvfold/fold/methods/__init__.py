@@ -1,8 +1,9 @@
 """Folding methods. A new method is one new file here; nothing else is edited.
 
-A method is a function ``(HeadGroup, torch.Generator) -> SharedHead`` decorated with
-:func:`method`. Base code validates, regroups, runs it group by group, and skips groups of
-one head, which are returned bit for bit.
+A method is a function decorated with :func:`method`, which says what targets it can make
+(``arch.target``). To make ``Grouped`` it is a function ``(HeadGroup, torch.Generator) ->
+SharedHead``: base code validates, regroups, runs it group by group, and skips groups of one head,
+which are returned bit for bit.
 """
 
 import importlib
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from kvfold.arch.target import Target
 from kvfold.arguments import choice
+from kvfold.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kvfold.fold.heads import FoldGroup
@@ -23,6 +26,7 @@ class Method:
     """A registered method.
 
     Attributes:
+        targets: the kinds of target that it can make.
         regroups: heads that fit together are found first; otherwise neighbours share, as in
             the GQA paper.
         candidate: ``auto`` may choose it.
@@ -32,6 +36,7 @@ class Method:
     fold: "FoldGroup"
     summary: str
     paper: str
+    targets: tuple[type[Target], ...]
     regroups: bool
     candidate: bool
 
@@ -42,13 +47,18 @@ AUTO_SUMMARY = "per layer, the candidate that captures the most energy"
 
 
 def method(
-    name: str, *, paper: str = "", regroups: bool = True, candidate: bool = False
+    name: str,
+    *,
+    targets: tuple[type[Target], ...],
+    paper: str = "",
+    regroups: bool = True,
+    candidate: bool = False,
 ) -> Callable[["FoldGroup"], "FoldGroup"]:
     """Register a folding method; its docstring's first line is its summary."""
 
     def register(fold: "FoldGroup") -> "FoldGroup":
         summary = (fold.__doc__ or "").strip().splitlines()[0]
-        _METHODS[name] = Method(name, fold, summary, paper, regroups, candidate)
+        _METHODS[name] = Method(name, fold, summary, paper, targets, regroups, candidate)
         return fold
 
     return register
@@ -76,3 +86,18 @@ def check_method(name: str) -> None:
         InputError: if there is no such method.
     """
     choice(name, "--method", [AUTO, *method_names()])
+
+
+def methods_for(name: str, target: Target) -> list[Method]:
+    """The named method, or those that ``auto`` chooses from (imports torch).
+
+    Raises:
+        UnsupportedError: if it cannot make the target, naming those that can.
+    """
+    able = {key: each for key, each in all_methods().items() if isinstance(target, each.targets)}
+    if name != AUTO and name not in able:
+        raise UnsupportedError(
+            f"--method {name} cannot make {target.label}",
+            f"those that can: {', '.join([AUTO, *able])}",
+        )
+    return [each for each in able.values() if each.candidate] if name == AUTO else [able[name]]

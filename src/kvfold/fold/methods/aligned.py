@@ -6,6 +6,7 @@ by phases. Averaging shrinks, so the result is scaled to the members' mean energ
 
 import torch
 
+from kvfold.arch.target import Grouped
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.keys import normalised_keys
 from kvfold.fold.methods import method
@@ -14,7 +15,7 @@ from kvfold.fold.subspace import energy, through
 _ROUNDS = 20
 
 
-@method("aligned", candidate=True)
+@method("aligned", targets=(Grouped,), candidate=True)
 def aligned(group: HeadGroup, generator: torch.Generator) -> SharedHead:
     """rotate the heads onto each other (Procrustes), then average"""
     v, turns = _procrustes(group.v, group.value_moment)

@@ -11,6 +11,7 @@ by their covariance within each query's attention instead of over all tokens. Se
 
 import torch
 
+from kvfold.arch.target import Grouped
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.keys import normalised_keys
 from kvfold.fold.methods import method
@@ -20,7 +21,7 @@ Shared = tuple[torch.Tensor, torch.Tensor]  # queries and the key rows they now 
 _ROUNDS = 30
 
 
-@method("pca", candidate=True)
+@method("pca", targets=(Grouped,), candidate=True)
 def pca(group: HeadGroup, generator: torch.Generator) -> SharedHead:
     """the best shared subspace, weighted by what queries ask and outputs read"""
     metric = torch.einsum("hrcd,hrce->hde", group.o, group.o)

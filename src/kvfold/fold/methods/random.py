@@ -2,11 +2,12 @@
 
 import torch
 
+from kvfold.arch.target import Grouped
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.methods import method
 
 
-@method("random", paper="arXiv 2305.13245", regroups=False)
+@method("random", targets=(Grouped,), paper="arXiv 2305.13245", regroups=False)
 def random(group: HeadGroup, generator: torch.Generator) -> SharedHead:
     """draw K and V at random, with the source's scale: the floor for comparison"""
     return SharedHead(group.q, _like(group.k, generator), _like(group.v, generator), group.o)
