@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 
 import kvfold.transformers as drop_in
@@ -27,7 +28,6 @@ from decode_slope import filled, read_bandwidth
 from fold_quality import machine, source_folder
 from kvfold.files import append_text
 from kvfold.quality.run import load_model
-from transformers import AttentionInterface
 
 CONTEXTS = (512, 7900)
 WAYS = ("sdpa", "bf16", "int8", "int4")

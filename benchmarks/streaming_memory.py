@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 
 from fold_quality import machine
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
 from kvfold.files import append_text, write_text
-from transformers import LlamaConfig
 
 CONFIG = LlamaConfig(
     hidden_size=2560,
@@ -82,7 +82,6 @@ def random_tensor(spec: TensorSpec) -> torch.Tensor:
 
 def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
-
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))

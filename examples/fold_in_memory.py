@@ -7,9 +7,9 @@ python examples/fold_in_memory.py
 """
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvfold
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def disguised(model: LlamaForCausalLM, kv_heads: int) -> LlamaForCausalLM:

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-from kvfold.checkpoint.source import Checkpoint
-from kvfold.errors import CheckpointError
-from kvfold.files import reserve
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.errors import CheckpointError
+from kvfold.files import reserve
 
 BATCH_TOKENS = 4096  # tokens run through a layer at once
 SPILL_BYTES = 2**30  # hidden states larger than this live in a file

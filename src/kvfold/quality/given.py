@@ -7,7 +7,6 @@ from kvfold.names import shown
 
 if TYPE_CHECKING:
     import torch
-
     from transformers import PreTrainedModel
 
 _LEARNED_POSITIONS = "n_positions"  # GPT-2's name for them: a model cannot go beyond

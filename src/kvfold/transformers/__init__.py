@@ -11,12 +11,12 @@ The implementation alone works with every transformers cache; it then reads plai
 """
 
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvfold.errors import InputError
 from kvfold.transformers.attend import attend
 from kvfold.transformers.cache import KVCache, KVLayer
 from kvfold.transformers.masks import mask_of
-from transformers import AttentionInterface, AttentionMaskInterface
 
 __all__ = ["NAME", "KVCache", "KVLayer", "attend", "check_implementation", "enable"]
 
