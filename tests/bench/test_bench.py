@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from kvfold.bench.attention import run_attention
 from kvfold.bench.buffers import Rotation, Rows, copies, read
 from kvfold.bench.cases import (
-    CACHE_DTYPES,
     AttentionCase,
     AttentionRequest,
     dtype_of,
@@ -27,7 +26,7 @@ from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.limits import MAX_DIM
 from kvfold.numbers import BYTES, CONTEXT, HEAD_DIM, Wholes
-from kvfold.ops.quantize import FORMATS
+from kvfold.ops.formats import FORMATS
 
 TINY = AttentionRequest(
     num_heads=4,
@@ -127,7 +126,6 @@ def test_lists() -> None:
 
 
 def test_what_is_known_without_torch_is_true() -> None:
-    assert tuple(FORMATS) == CACHE_DTYPES
     assert HEAD_DIM.most == MAX_DIM
 
 
@@ -180,14 +178,14 @@ def test_rotations_share_their_turns() -> None:
     read(rows.flat)
 
 
-@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("dtype", list(FORMATS))
 @pytest.mark.parametrize("length", [5, 64, 500])
 def test_step_bytes_are_what_a_full_cache_takes(dtype: str, length: int) -> None:
     cache = KVCache(2, 64, batch=3, dtype=dtype, max_length=length)
     cache.append(torch.randn(3, 2, length, 64), torch.randn(3, 2, length, 64))
     fmt = FORMATS[dtype]
     row = 2 * (fmt.row_bytes(64) + 2 * fmt.groups(64)) * 2
-    if dtype != "int4":
+    if not fmt.keeps_exact_ends:
         assert cache.bytes_per_step == 3 * length * row
     elif length == 500:  # between all in INT4, and 16 + 64 + 32 tokens in bfloat16
         half = 2 * 64 * 2 * 2

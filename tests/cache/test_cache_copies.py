@@ -13,7 +13,7 @@ import kvfold.transformers as drop_in
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.cache.kv import KVCache
 from kvfold.nn import Rotary
-from kvfold.ops.quantize import FORMATS
+from kvfold.ops.formats import FORMATS
 from tests.toolbox.attention_cases import filled, noise, stores
 from tests.toolbox.nn_cases import layer
 from tests.toolbox.nn_cases import tokens as inputs

@@ -12,8 +12,9 @@ from kvfold.cache.half import Half
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.call import KernelCall
+from kvfold.ops.formats import FORMATS, encode
 from kvfold.ops.options import Options
-from kvfold.ops.quantize import FORMATS, encode, rotate, rotation_size
+from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import (
     DTYPES,
     ISAS,
@@ -91,7 +92,7 @@ def raw_rows(half: Half, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def test_append_is_the_format_bit_for_bit(
     isa: str, name: str, page_size: int, source: torch.dtype
 ) -> None:
-    """Rows and scales in the pages, packed or not, are what ``ops.quantize`` gives."""
+    """Rows and scales in the pages, packed or not, are what ``ops.formats`` gives."""
     fmt = FORMATS[name]
     for dim, v_dim in ((1, 13), (32, 8), (59, 80), (128, 33)):
         k, v = noise(1, 2, 37, dim, dtype=source), noise(1, 2, 37, v_dim, dtype=source, seed=1)
@@ -103,7 +104,7 @@ def test_append_is_the_format_bit_for_bit(
         cache.append(k, v)
         main = stores(cache)[0]
         assert main.keys.layout.packed == (page_size % 16 == 0)
-        for half, x, size in ((main.keys, k, rotation_size(fmt, dim)), (main.values, v, 0)):
+        for half, x, size in ((main.keys, k, fmt.rotation(dim)), (main.values, v, 0)):
             padded = torch.nn.functional.pad(x[0].float(), (0, -x.shape[-1] % (size or 1)))
             data, scales = encode(rotate(padded, size), fmt)
             got, got_scales = raw_rows(half, main.table[0][main.table[0] >= 0].long())

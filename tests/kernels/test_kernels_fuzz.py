@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kvfold
 from kvfold.cache.kv import KVCache
-from kvfold.ops.quantize import FORMATS
+from kvfold.ops.formats import FORMATS
 from tests.toolbox.attention_cases import (
     DTYPES,
     ISAS,

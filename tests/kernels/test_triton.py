@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvfold.kernels.checks import check_options
-from kvfold.ops.quantize import FORMATS, decode, encode, rotate, rotation_size
+from kvfold.ops.formats import FORMATS, decode, encode
+from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import naive, noise
 from tests.toolbox.triton_cases import DEVICE, check
 
@@ -23,13 +24,13 @@ SINK_LOGITS = torch.tensor([0.5, -torch.inf, 3.0, -1.0])
 
 
 def stored(x: torch.Tensor, name: str, page: int, key: bool) -> tuple[Rows, torch.Tensor]:
-    """Pages of ``[B, H, S, D]`` encoded by ``ops.quantize``, and what they decode to.
+    """Pages of ``[B, H, S, D]`` encoded by ``ops.formats``, and what they decode to.
 
     Slots beyond S hold NaN or, in codes, the largest numbers.
     """
     fmt, (batch, _, keys, dim) = FORMATS[name], x.shape
     count = -(-keys // page)
-    size = rotation_size(fmt, dim) if key else 0
+    size = fmt.rotation(dim) if key else 0
     width = fmt.stored_dim(dim)
     rows = rotate(torch.nn.functional.pad(x, (0, width - dim)), size) if size else x
     data, scales = encode(rows, fmt)
@@ -37,8 +38,7 @@ def stored(x: torch.Tensor, name: str, page: int, key: bool) -> tuple[Rows, torc
     poison = (0, 0, 0, count * page - keys)
     data = torch.nn.functional.pad(data, poison, value=255)
     scales = torch.nn.functional.pad(scales, poison, value=float("nan"))
-    if name == "int8" or fmt.dtype:
-        data = data.view(fmt.dtype or torch.int8)
+    data = data.view(fmt.dtype)
 
     def paged(rows: torch.Tensor) -> torch.Tensor:
         pages = rows.unflatten(2, (count, page)).transpose(1, 2).flatten(0, 1)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kvfold.ops.quantize import FORMATS, encode, rotate, rotation_size
+from kvfold.ops.formats import FORMATS, encode
 from kvfold.ops.rope import Rotary
+from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import noise
 from tests.toolbox.triton_cases import DEVICE
 
@@ -21,19 +22,19 @@ pytestmark = pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dim", [13, 32, 80])
 @pytest.mark.parametrize("key", [True, False])
-def test_append_writes_what_ops_quantize_encodes(name: str, dim: int, key: bool) -> None:
+def test_append_writes_what_the_format_encodes(name: str, dim: int, key: bool) -> None:
     """Byte for byte, at the right places, and nothing elsewhere."""
     fmt, page, pages = FORMATS[name], 4, 3
     x = 3 * noise(2, 2, 5, dim)
     x[0, 0, 0] = 0  # a scale of zero
     width = fmt.stored_dim(dim)
-    size = rotation_size(fmt, dim) if key else 0
+    size = fmt.rotation(dim) if key else 0
     rows = rotate(torch.nn.functional.pad(x, (0, width - dim)), size) if size else x
     wanted, wanted_scales = encode(rows, fmt)
     data = torch.full((2 * pages, 2, page, fmt.row_bytes(dim)), 7, dtype=torch.uint8)
     scales = torch.full((2 * pages, 2, page, fmt.groups(dim)), 7, dtype=torch.bfloat16)
     data, scales = data.to(DEVICE), scales.to(DEVICE)
-    view = data.view(fmt.dtype or (torch.int8 if name == "int8" else torch.uint8))
+    view = data.view(fmt.dtype)
     table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages).flip(1).contiguous()
     table[1, 0] = -1  # a page that has been freed: positions there are skipped
     first = torch.tensor([6, 2], dtype=torch.int32)

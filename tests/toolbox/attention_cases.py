@@ -255,7 +255,7 @@ def allowed_error(
     unit = dim * 2**-24 + (dim**0.5 / 65024 if integers else 0)
     shift = math.expm1(2 * unit * size)
     weights = (64 / 130560 if integers else 0) + (2**-9 if brains else 0) + 4 * 2**-20
-    if best and cache.formats[1].name == "int4":
+    if best and cache.formats[1].bits == 4:
         weights += 16 / 510
     return (shift + weights) * float(v.abs().max())
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from kvfold.cache.kv import KVCache
-from kvfold.ops.quantize import FORMATS, decode, encode, rotate, rotation_size
+from kvfold.ops.formats import FORMATS, decode, encode
+from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import (
     check_as_good_as_pytorch,
     noise,
@@ -30,7 +31,7 @@ def tokens(count: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, tor
 def as_stored(x: torch.Tensor, name: str, key: bool) -> torch.Tensor:
     """Rows through the format, as its definition says."""
     fmt, dim = FORMATS[name], x.shape[-1]
-    size = rotation_size(fmt, dim) if key else 0
+    size = fmt.rotation(dim) if key else 0
     padded = torch.nn.functional.pad(x, (0, -dim % (size or 1)))
     rows = decode(*encode(rotate(padded, size), fmt), fmt, padded.shape[-1])
     return rotate(rows, size)[..., :dim]

@@ -14,8 +14,8 @@ import kvfold.transformers
 from kvfold.cache.kv import KVCache
 from kvfold.kernels.torch.flex import flex
 from kvfold.nn import GroupedQueryAttention
+from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import Options
-from kvfold.ops.quantize import FORMATS
 from kvfold.ops.rope import Rotary, following
 from tests.toolbox import tiny
 from tests.toolbox.attention_cases import (

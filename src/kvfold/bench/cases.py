@@ -13,9 +13,8 @@ from kvfold.errors import InputError
 from kvfold.geometry import divisors
 from kvfold.names import shown
 from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes, parts
+from kvfold.ops.formats import FORMATS
 
-# Those of kvfold.ops.quantize, which needs PyTorch; a test compares both.
-CACHE_DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 DEFAULT_WORKING_SET = 1 << 30  # bytes: several times any last-level cache
 MOST_CASES = 1000
 MOST_CACHES = 1 << 17  # that one competitor rotates over: each is an object too
@@ -156,7 +155,7 @@ def check_dtype(dtype: object, name: str = "--dtype") -> str:
             f"{name} {shown(found)}: expected one dtype, or keys/values", "e.g. int8/int4"
         )
     for part in each:
-        choice(part, name, CACHE_DTYPES)
+        choice(part, name, FORMATS)
     return found
 
 

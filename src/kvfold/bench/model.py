@@ -30,7 +30,7 @@ from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.checkpoint.source import open_checkpoint
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import AttentionGeometry
-from kvfold.ops.quantize import format_of
+from kvfold.ops.formats import format_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model, local_folder
 from kvfold.quality.text import read_texts, token_windows

@@ -8,7 +8,8 @@ import torch
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.limits import MAX_DIM
 from kvfold.names import shown
-from kvfold.ops.quantize import Format, format_of
+from kvfold.ops.format import Format
+from kvfold.ops.formats import format_of
 from kvfold.ops.rope import Rotary
 
 KINDS = ("contiguous", "paged", "sliding")

@@ -7,7 +7,8 @@ import torch
 from kvfold.cache.layout import Layout
 from kvfold.kernels.cpu.library import Side
 from kvfold.kernels.cpu.pointer import Buffer
-from kvfold.ops.quantize import decode, encode, rotate, rotation_size
+from kvfold.ops.formats import decode, encode
+from kvfold.ops.rotation import rotate
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton.launch import Rows
@@ -29,7 +30,7 @@ class Half:
 
     def __init__(self, layout: Layout, heads: int, pages: int, device: torch.device = CPU) -> None:
         self.layout, self.heads, self.device = layout, heads, device
-        self.rotation = rotation_size(layout.fmt, layout.dim) if layout.key else 0
+        self.rotation = layout.fmt.rotation(layout.dim) if layout.key else 0
         shape = pages, heads
         with normal_tensors():
             self.data = torch.zeros(*shape, layout.page_bytes, dtype=torch.uint8, device=device)
@@ -80,9 +81,8 @@ class Half:
 
         layout = self.layout
         data = self.data.unflatten(-1, (layout.page_size, -1))
-        stored = torch.int8 if layout.fmt.name == "int8" else layout.fmt.dtype or torch.uint8
         scales = self.scales.unflatten(-1, (layout.page_size, layout.fmt.groups(layout.dim)))
-        return Rows(layout.fmt, data.view(stored), scales, layout.dim)
+        return Rows(layout.fmt, data.view(layout.fmt.dtype), scales, layout.dim)
 
     def write(self, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Write rows ``[n, H, D]`` at slots ``[n]`` of pages ``[n]`` (unpacked pages only)."""

@@ -26,8 +26,9 @@ from kvfold.kernels.cpu.library import library
 from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.outside import python_state
+from kvfold.ops.format import Format
+from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import Window
-from kvfold.ops.quantize import FORMATS, Format
 
 _EXACT_FIRST = 16  # attention sinks live there, and quantize badly
 _EXACT_RECENT = 64  # most of the attention's weight lies on what came last
@@ -47,7 +48,7 @@ class KVCache:
         num_kv_heads, head_dim, v_head_dim: of the layer; ``v_head_dim`` defaults to ``head_dim``.
         batch: number of sequences. They may have different lengths.
         dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8`` or ``int4`` (see
-            ``kvfold.ops.quantize``), or a pair for keys and values: ``("int8", "int4")``.
+            ``kvfold.ops.formats``), or a pair for keys and values: ``("int8", "int4")``.
         kind: ``contiguous``: one run of memory per sequence, which grows by half when it is full
             unless ``max_length`` reserves it at once. ``paged``: pages of ``page_size`` tokens,
             which sequences can share (``fork``). ``sliding``: pages that have left the last
@@ -107,9 +108,9 @@ class KVCache:
             self._capacity = page_size
         main = self._store(formats, page_size, batch if kind == "contiguous" else 0)
         self._storage = Uniform(main)
-        int4 = any(f.name == "int4" for f in formats)
-        first = (_EXACT_FIRST if int4 else 0) if exact_first is None else exact_first
-        recent = (_EXACT_RECENT if int4 else 0) if exact_recent is None else exact_recent
+        coarse = any(fmt.keeps_exact_ends for fmt in formats)
+        first = (_EXACT_FIRST if coarse else 0) if exact_first is None else exact_first
+        recent = (_EXACT_RECENT if coarse else 0) if exact_recent is None else exact_recent
         if first or recent:
             half = FORMATS["bf16"]
             ends = self._store((half, half), EXACT_PAGE, 0)

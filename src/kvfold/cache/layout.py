@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.kernels.cpu.limits import BLOCK
-from kvfold.ops.quantize import Format
-
-_STEPS = {"bf16": 2, "int8": 4, "int4": 8}
+from kvfold.ops.format import Format
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,9 @@ class Layout:
     @property
     def padded(self) -> int:
         """Numbers per token, with the zeros that fill steps and registers."""
-        if not self.packed or self.fmt.name == "int4":
+        if not self.packed or self.fmt.grouped:
             return self.fmt.stored_dim(self.dim)
-        step = _STEPS.get(self.fmt.name, 1) if self.key else BLOCK
+        step = self.fmt.step if self.key else BLOCK
         return -(-self.dim // step) * step
 
     @property
@@ -55,14 +53,14 @@ class Layout:
 
     def _unpacked(self, blocks: torch.Tensor) -> torch.Tensor:
         """``[..., 16 * padded numbers' bytes]`` -> ``[..., 16, bytes]``."""
-        name, padded = self.fmt.name, self.padded
-        if name == "int4":
-            return self._unpacked_int4(blocks)
-        size, step = self.fmt.bits // 8, _STEPS.get(name, 1)
+        fmt, padded = self.fmt, self.padded
+        if fmt.bits == 4:
+            return self._unpacked_halves(blocks)
+        size, step = fmt.bits // 8, fmt.step
         if self.key:  # [padded / step, 16, step]
             x = blocks.unflatten(-1, (padded // step, BLOCK, step * size))
             x = x.transpose(-3, -2).flatten(-2)
-            return x ^ 0x80 if name == "int8" else x
+            return x ^ fmt.key_flip if fmt.key_flip else x
         if step == 1:
             return blocks.unflatten(-1, (BLOCK, padded * size))
         # [padded / 16, 16 / step, 16, step] -> tokens (16 / step, step), dims (padded / 16, 16)
@@ -70,7 +68,7 @@ class Layout:
         x = x.movedim((-4, -2, -5, -3, -1), (-5, -4, -3, -2, -1))
         return x.flatten(-5, -4).flatten(-3)
 
-    def _unpacked_int4(self, blocks: torch.Tensor) -> torch.Tensor:
+    def _unpacked_halves(self, blocks: torch.Tensor) -> torch.Tensor:
         halves = torch.stack([blocks & 15, blocks >> 4], -1)
         if self.key:  # [padded / 8, 16, 4, 2]: dims (padded / 8, 2, 4)
             x = halves.unflatten(-2, (self.padded // 8, BLOCK, 4))

@@ -19,7 +19,7 @@ from kvfold.kernels.backend import backend_of
 from kvfold.kernels.cpu.library import Append, Part, Side, Tensor, library
 from kvfold.kernels.cpu.limits import BLOCK
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
-from kvfold.ops.quantize import Format
+from kvfold.ops.format import Format
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton.launch import GpuPart

@@ -13,6 +13,7 @@ from kvfold.cli.options import Location, Number, Source
 from kvfold.cli.output import emit, say
 from kvfold.names import printable
 from kvfold.numbers import Wholes
+from kvfold.ops.formats import FORMATS
 
 if TYPE_CHECKING:
     from kvfold.bench.compare import Change
@@ -73,8 +74,7 @@ def command() -> None:
     "--dtype",
     default="bf16,int8,int4",
     show_default=True,
-    help="Of kvfold's caches: fp32, fp16, bf16, fp8, int8, int4, or keys/values: int8/int4; or "
-    "none.",
+    help=f"Of kvfold's caches: {', '.join(FORMATS)}, or keys/values: int8/int4; or none.",
 )
 @click.option(
     "--against",

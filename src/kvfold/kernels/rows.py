@@ -6,8 +6,8 @@ from kvfold.kernels.backend import backend_of
 from kvfold.kernels.checks import check_range
 from kvfold.kernels.cpu.call import KernelCall, readable
 from kvfold.kernels.cpu.library import Part, library, rows_side
+from kvfold.ops.formats import format_of
 from kvfold.ops.options import Options
-from kvfold.ops.quantize import format_of
 
 
 @torch.library.custom_op("kvfold::attend_rows", mutates_args=(), device_types=("cpu", "cuda"))

@@ -5,6 +5,8 @@ Every number is one of ``benchmarks/README.md``, which has its command, machine 
 
 from dataclasses import dataclass
 
+from kvfold.ops.formats import FORMATS
+
 MODEL = "SmolLM2-135M"
 
 
@@ -45,7 +47,7 @@ def heads_risk(factor: float) -> str:
 
 def cache_risk(kv_dtype: str) -> str:
     """What is known of a cache format."""
-    if kv_dtype in ("bf16", "fp16", "fp32"):
+    if FORMATS[kv_dtype].plain:
         return "none beyond rounding"
     found = CACHES.get(kv_dtype)
     return f"measured on {MODEL} at 4k tokens: {found}" if found else "not measured"

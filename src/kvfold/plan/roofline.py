@@ -7,11 +7,12 @@ larger of the two binds it (roofline; Williams et al., 2009). Real steps are slo
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvfold.ops.formats import FORMATS
 from kvfold.plan.hardware import Hardware
 from kvfold.plan.model import LATENT, Model
 
 # Bits per number of a cache format, scales included, for heads of 128 (see docs/attention.md).
-KV_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.125, "int8": 8.125, "int4": 4.5}
+KV_BITS = {name: fmt.bits_each(128) for name, fmt in FORMATS.items()}
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model together
 _ACTIVATION_BYTES = 2
 

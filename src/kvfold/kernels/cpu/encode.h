@@ -1,4 +1,4 @@
-// Numbers to rows and back: the C++ twin of kvfold/ops/quantize.py, bit for bit.
+// Numbers to rows and back: the C++ twin of kvfold/ops/formats, bit for bit.
 #pragma once
 #include "layout.h"
 

@@ -14,7 +14,7 @@ enum KvfLimit : int32_t {
   KVF_BLOCK = 16        // tokens of a packed block
 };
 
-// How numbers are stored. The one definition of each is in kvfold/ops/quantize.py.
+// How numbers are stored. The one definition of each is in kvfold/ops/formats.
 enum KvfFormat : int32_t { KVF_F32, KVF_F16, KVF_BF16, KVF_FP8, KVF_INT8, KVF_INT4, KVF_FORMATS };
 
 // One side (keys or values) of a store. Strides are in bytes.

@@ -22,7 +22,7 @@ from kvfold.errors import InputError
 from kvfold.kernels.cpu.build import NAME
 from kvfold.kernels.cpu.limits import MAX_PARTS
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
-from kvfold.ops.quantize import format_of
+from kvfold.ops.formats import format_of
 
 _TABLE, _ROWS = Buffer("page table", torch.int32), Buffer("rows")
 

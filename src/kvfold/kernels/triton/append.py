@@ -1,6 +1,6 @@
 """Writing to a cache in one pass: rotary embedding, Hadamard rotation, quantization, store.
 
-One program takes one head's key or value of one token. What it writes is what ``ops.quantize``
+One program takes one head's key or value of one token. What it writes is what ``ops.formats``
 encodes, byte for byte (but for which of two equal extremes an INT4 scale takes its sign from).
 """
 

@@ -17,12 +17,14 @@ from kvfold.kernels.triton.decode import (
     merge_kernel,
 )
 from kvfold.kernels.triton.splits import Gpu, choose_splits
+from kvfold.ops.format import Format
 from kvfold.ops.options import Options, limit
-from kvfold.ops.quantize import GROUP, Format, rotate, rotation_size
+from kvfold.ops.rotation import rotate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEAST_ROWS = 16  # the smallest M of a matrix product
 MOST_ROWS = 64
+_HALVES = 32  # numbers that the append kernel splits into pairs at once
 _KINDS = {"fp8": FP8, "int8": INT8, "int4": INT4}
 # The dtype of products; the interpreter has none of bfloat16.
 _DOTS = {
@@ -177,8 +179,8 @@ def append(
         0 if rotary is None else cos.stride(0), 0 if rotary is None else cos.stride(1),
         0 if rotary is None else 2 * cos.shape[-1],
         heads, tokens, dim,
-        D=max(GROUP, _power(width)), GROUPS=max(1, _power(width) // GROUP),
-        FORMAT=rows.kind, ROTATION=rotation_size(rows.fmt, dim) if rotated else 0,
+        D=max(_HALVES, _power(width)), GROUPS=max(1, _power(width) // _HALVES),
+        FORMAT=rows.kind, ROTATION=rows.fmt.rotation(dim) if rotated else 0,
         ROTARY=rotary is not None, INTERLEAVED=rotary is not None and rotary.interleaved,
         num_warps=1 if rows.kind != INT4 else 4,
     )  # fmt: skip
@@ -260,7 +262,7 @@ def _tile_keys(k: Rows, v: Rows) -> int:
 
 def _padded(rows: Rows) -> int:
     """Numbers of a row as the kernel's arrays have them: a power of two, at least one product."""
-    least = GROUP if rows.kind == INT4 else LEAST_ROWS
+    least = _HALVES if rows.kind == INT4 else LEAST_ROWS
     return max(least, _power(rows.fmt.stored_dim(rows.dim)))
 
 
@@ -275,7 +277,7 @@ def _power(n: int) -> int:
 
 def _rotated(q: torch.Tensor, k: Rows) -> torch.Tensor:
     """Queries for keys that are stored rotated; one matrix product."""
-    size = rotation_size(k.fmt, k.dim)
+    size = k.fmt.rotation(k.dim)
     if not size:
         return q
     stored = k.fmt.stored_dim(k.dim)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from kvfold.kernels.triton.launch import Angles, GpuPart, Rows, append, attend
+from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import Options
-from kvfold.ops.quantize import FORMATS
 
 _DEVICES = ("cuda", "cpu")  # a CPU for Triton's interpreter
 

@@ -1,6 +1,8 @@
 """Cache formats: what encoding may cost, what it must not, and how pages lay rows out."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,19 +11,13 @@ from hypothesis import strategies as st
 
 from kvfold.cache.layout import Layout
 from kvfold.errors import InputError
-from kvfold.ops.quantize import (
-    FORMATS,
-    GROUP,
-    Format,
-    decode,
-    encode,
-    format_of,
-    rotate,
-    rotation_size,
-)
+from kvfold.ops.format import Format
+from kvfold.ops.formats import FORMATS, decode, encode, format_of
+from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import noise
 
 NAMES = list(FORMATS)
+GROUP = FORMATS["int4"].group
 SCALED = ["fp8", "int8", "int4"]
 DIMS = (1, 8, 13, 32, 59, 80, 576)
 
@@ -43,7 +39,7 @@ def through(rows: torch.Tensor, fmt: Format) -> torch.Tensor:
 def scales_of(rows: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Each number's scale, in float64."""
     _, scales = encode(rows, fmt)
-    size = GROUP if fmt.name == "int4" else rows.shape[-1]
+    size = fmt.group if fmt.grouped else rows.shape[-1]
     return scales.double().repeat_interleave(size, -1)[..., : rows.shape[-1]]
 
 
@@ -96,7 +92,7 @@ def test_scales_are_the_least_that_overflow_no_code(rows: torch.Tensor, name: st
     """Rounded up, by less than bfloat16's spacing, 2^-7."""
     fmt = FORMATS[name]
     top = {"fp8": 448, "int8": 127, "int4": 8}[name]
-    size = GROUP if name == "int4" else rows.shape[-1]
+    size = fmt.group if fmt.grouped else rows.shape[-1]
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % size))
     largest = padded.double().unflatten(-1, (-1, size)).abs().amax(-1)
     scales = encode(rows, fmt)[1].double().abs()
@@ -133,7 +129,7 @@ def test_representable_numbers_survive(sign: int, exponent: int) -> None:
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
 def test_unquantized_formats_round_once(name: str) -> None:
     fmt = FORMATS[name]
-    assert fmt.dtype is not None
+    assert fmt.plain
     rows = torch.cat([noise(4, 33) * 1e3, torch.tensor([[math.inf, -math.inf, 0.0] * 11])])
     assert torch.equal(through(rows, fmt), rows.to(fmt.dtype).float())
     assert bool(through(torch.full((1, 3), torch.nan), fmt).isnan().all())
@@ -150,7 +146,7 @@ def test_what_is_not_finite_stays_visible_and_in_its_row(name: str, value: float
     got = through(rows, fmt)
     assert not bool(got[1, 40].isfinite())
     assert torch.equal(got[::2], through(rows[::2], fmt))
-    if name == "int4":
+    if fmt.grouped:
         assert torch.equal(got[1, :32], through(rows[:, :32], fmt)[1])
 
 
@@ -194,8 +190,8 @@ def test_rotation_is_orthogonal_symmetric_and_its_own_inverse(size: int) -> None
 @pytest.mark.parametrize("dim", DIMS)
 def test_rotation_covers_the_stored_row(dim: int) -> None:
     for name in NAMES:
-        size = rotation_size(FORMATS[name], dim)
-        if name != "int4":
+        size = FORMATS[name].rotation(dim)
+        if not FORMATS[name].rotates_keys:
             assert size == 0
             continue
         assert size >= GROUP
@@ -207,7 +203,7 @@ def test_rotation_saves_keys_with_outliers() -> None:
     """What it is for: one large dimension no longer costs the others of its group."""
     keys = noise(64, 128)
     keys[:, 5] *= 50
-    size = rotation_size(FORMATS["int4"], 128)
+    size = FORMATS["int4"].rotation(128)
     plain = through(keys, FORMATS["int4"])
     rotated = rotate(through(rotate(keys, size), FORMATS["int4"]), size)
     others = torch.arange(128) != 5
@@ -291,3 +287,13 @@ def test_layout_of_scales(name: str) -> None:
             assert got[token, group] == (token // 16 * groups + group) * 16 + token % 16
     plain = Layout(fmt, 80, 32, packed=False, key=True).scales(page)
     assert torch.equal(plain, page.unflatten(0, (32, groups)))
+
+
+def test_codes_number_the_formats_and_copies_are_the_format() -> None:
+    """Kernels know a format by its code; copied caches hold copies of their formats."""
+    assert [fmt.code for fmt in FORMATS.values()] == list(range(len(FORMATS)))
+    for fmt in FORMATS.values():
+        for twin in (copy.deepcopy(fmt), pickle.loads(pickle.dumps(fmt))):
+            assert twin == fmt
+            rows = noise(2, 40)
+            assert torch.equal(encode(rows, twin)[0], encode(rows, fmt)[0])
