@@ -3,13 +3,11 @@
 import errno
 import json
 import os
-import resource
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,36 +24,7 @@ from kvfold.files import (
     write_json,
     write_text,
 )
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """While the block runs, no file can grow beyond ``size``: a disk that fills up."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def in_the_way(folder: Path, kind: str) -> Path:
-    """Something called ``target`` that is no regular file."""
-    target, aside = folder / "target", folder / "aside"
-    if kind == "folder":
-        target.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(target)
-    elif kind == "device":
-        target = Path("/dev/full")
-    else:
-        if kind == "link to a file":
-            aside.write_text("precious")
-        target.symlink_to(aside)
-    return target
-
-
-KINDS = ["folder", "pipe", "device", "link to a file", "dangling link"]
+from tests.toolbox.in_the_way import KINDS, in_the_way, largest_file
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,7 @@ The public names load when first used, so that ``import kvfold`` stays light and
 torch by itself.
 """
 
-__version__ = "0.1.0"
+from kvfold.version import __version__
 
 TYPE_CHECKING = False  # importing typing takes longer than all the rest
 

@@ -14,8 +14,8 @@ from kvfold.plan.model import read_model
 from kvfold.plan.plan import USABLE, make_plan
 from kvfold.plan.roofline import Load, memory
 from tests.conftest import Kvfold
-from tests.plan.test_plan import DEEPSEEK_V3
 from tests.toolbox import tiny
+from tests.toolbox.published import DEEPSEEK_V3
 
 
 def prober(case: str, **changes: Any) -> Prober:

@@ -14,8 +14,8 @@ from kvfold.checkpoint.places import working_folder
 from kvfold.errors import RunError
 from kvfold.files import WriteError, of_full_disk, reserve
 from kvfold.healing import saves
-from tests.test_files import largest_file
 from tests.toolbox import tiny
+from tests.toolbox.in_the_way import largest_file
 from tests.toolbox.runs import CALIBRATION, digests
 
 MEGABYTES = 64

@@ -15,7 +15,7 @@ from kvfold.files import WriteError
 from kvfold.report.healing import plot_healing
 from kvfold.report.html import write_report
 from tests.conftest import Kvfold
-from tests.test_files import KINDS, in_the_way, largest_file
+from tests.toolbox.in_the_way import KINDS, in_the_way, largest_file
 
 EVIL = "</style><script>alert(1)</script><img src=x onerror=alert(1)>--><b>&\"'"
 

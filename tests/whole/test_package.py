@@ -47,12 +47,6 @@ def test_bad_arguments_are_told_before_torch_is_imported(
     assert "torch" not in modules_after(code)
 
 
-def test_rooms_import_one_way() -> None:
-    from importlinter.cli import lint_imports
-
-    assert lint_imports(config_filename=str(Path(__file__).parents[2] / "pyproject.toml")) == 0
-
-
 def test_the_oldest_versions_are_tested_ones() -> None:
     """``.ci/versions oldest`` runs with exactly the lower bounds that pyproject.toml states."""
     root = Path(__file__).parents[2]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kvfold
 from kvfold import arguments
 from kvfold.arch.families import family_of
 from kvfold.arch.target import Grouped, Target
@@ -33,6 +32,7 @@ from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
 from kvfold.numbers import CALIBRATION, SEED, SHARD_BYTES, WINDOW
 from kvfold.quality.text import builtin_calibration_text, read_texts
+from kvfold.version import __version__
 
 FIT_NAMES = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
@@ -69,7 +69,7 @@ class Request:
         """What another run must ask for to go on with this one."""
         source, target, rest = self.source, self.target, dict(vars(self))
         del rest["source"], rest["target"]
-        return {"source": source, **target.as_dict(), **rest, "kvfold": kvfold.__version__}
+        return {"source": source, **target.as_dict(), **rest, "kvfold": __version__}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-import kvfold
 from kvfold.arguments import choice, flag, location, several, source
 from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.inputs import Files, files_of
@@ -37,6 +36,7 @@ from kvfold.numbers import (
     WEIGHT,
     WINDOW,
 )
+from kvfold.version import __version__
 
 DEFAULT_CONTEXT = 512
 STAGES = ("local", "kl")
@@ -115,7 +115,7 @@ class HealRequest:
 
     def as_dict(self) -> dict[str, Any]:
         texts = [vars(text) for text in self.texts]
-        return {**vars(self), "texts": texts, "kvfold": kvfold.__version__}
+        return {**vars(self), "texts": texts, "kvfold": __version__}
 
 
 def make_heal_request(

@@ -1,11 +1,13 @@
 """What the attention layer refuses, in one line each, before anything is computed or cached."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from kvfold.cache.checks import (
     check_device,
@@ -17,11 +19,37 @@ from kvfold.cache.checks import (
 )
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
+from kvfold.geometry import AttentionGeometry
 from kvfold.kernels.dispatch import explain
 from kvfold.names import shown
+from kvfold.ops.options import Window
+from kvfold.ops.rope import Rotary
 
-if TYPE_CHECKING:
-    from kvfold.nn.attention import GroupedQueryAttention
+
+class Layer(Protocol):
+    """What is checked of an attention layer."""
+
+    geometry: AttentionGeometry
+    kv_hidden_size: int
+    rotary: Rotary | None
+    causal: bool
+    window: Window | None
+    sinks: int
+    softcap: float | None
+    scale: float | None
+    dropout: float
+    q_proj: nn.Linear
+
+    @property
+    def _slides(self) -> int | None: ...
+
+    @property
+    def _sight(self) -> dict[str, Any]: ...
+
+    @property
+    def _scoring(self) -> dict[str, Any]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class Hidden:
         return {"start": self.start, "lengths": self.lengths, "mask": self.mask}
 
 
-def check_options(layer: "GroupedQueryAttention", qk_norm: float | None) -> None:
+def check_options(layer: Layer, qk_norm: float | None) -> None:
     """Let nobody build a layer that cannot work."""
     check_sizes(kv_hidden_size=layer.kv_hidden_size)
     if layer.rotary is not None:
@@ -71,7 +99,7 @@ def check_weights(device: object, dtype: object) -> None:
         check_dtype(dtype)
 
 
-def check_call(layer: "GroupedQueryAttention", x: torch.Tensor, keys: int, hidden: Hidden) -> None:
+def check_call(layer: Layer, x: torch.Tensor, keys: int, hidden: Hidden) -> None:
     """Let ``attention`` check its options before anything is computed or cached."""
     mask, g = hidden.mask, layer.geometry
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
@@ -89,7 +117,7 @@ def check_call(layer: "GroupedQueryAttention", x: torch.Tensor, keys: int, hidde
 
 
 def check_inputs(
-    layer: "GroupedQueryAttention",
+    layer: Layer,
     x: torch.Tensor,
     context: torch.Tensor | None,
     hidden: Hidden,
@@ -125,7 +153,7 @@ def check_inputs(
 
 
 def check_cache(
-    layer: "GroupedQueryAttention",
+    layer: Layer,
     cache: KVCache,
     x: torch.Tensor,
     context: torch.Tensor | None,

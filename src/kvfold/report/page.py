@@ -5,8 +5,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import kvfold
 from kvfold.names import printable
+from kvfold.version import __version__
 
 Rows = Sequence[Sequence[str]]
 
@@ -92,7 +92,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
-        f'<p class="soft">Made by kvfold {kvfold.__version__}.</p>\n</body>\n</html>\n'
+        f'<p class="soft">Made by kvfold {__version__}.</p>\n</body>\n</html>\n'
     )
 
 
