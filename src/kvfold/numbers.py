@@ -42,6 +42,14 @@ class Whole:
         """The range in a few characters, for ``--help``."""
         return f"{brief(self.least)}..{brief(self.most)}"
 
+    def written(self, value: int) -> str:
+        """The words that give a value, whatever units come to mean."""
+        return str(value)
+
+    def brief(self, value: int) -> str:
+        """A value as a person would type it."""
+        return brief(value)
+
     def read(self, text: str, name: str) -> int:
         """The number that a text says.
 
@@ -89,6 +97,10 @@ class Real:
         """The range in a few characters, for ``--help``."""
         return f"{'>' * self.above}{self.least:g}..{self.most:g}"
 
+    def written(self, value: float) -> str:
+        """The words that give a value."""
+        return repr(value)
+
     def read(self, text: str, name: str) -> float:
         """The number that a text says.
 
@@ -128,6 +140,14 @@ class Wholes:
     def span(self) -> str:
         """The range in a few characters, for ``--help``."""
         return f"{self.each.span},..."
+
+    def written(self, values: Iterable[int]) -> str:
+        """The words that give some values."""
+        return ",".join(map(self.each.written, values))
+
+    def brief(self, values: Iterable[int]) -> str:
+        """Some values as a person would type them."""
+        return ",".join(map(self.each.brief, values))
 
     def read(self, text: str, name: str) -> tuple[int, ...]:
         """The numbers between a text's commas.

@@ -98,13 +98,13 @@ def test_the_local_stage_alone_keeps_what_it_fitted(
 def test_stages_by_default_follow_the_folds_record(
     source: Path, folded: Path, text: Path, tmp_path: Path
 ) -> None:
-    from kvfold.healing.request import make_heal_request
+    from kvfold.healing.request import HealRequest
 
-    assert make_heal_request(folded, source, [text]).stages == ("local", "kl")
+    assert HealRequest.asked(folded=folded, teacher=source, texts=[text]).stages == ("local", "kl")
     fitted = tmp_path / "fitted"
     shutil.copytree(folded, fitted)
     (fitted / "kvfold.json").write_text('{"fit": "local"}')
-    assert make_heal_request(fitted, source, [text]).stages == ("kl",)
+    assert HealRequest.asked(folded=fitted, teacher=source, texts=[text]).stages == ("kl",)
 
 
 @pytest.mark.parametrize(

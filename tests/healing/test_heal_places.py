@@ -14,7 +14,7 @@ from kvfold.checkpoint.source import Checkpoint, TensorDict, open_checkpoint
 from kvfold.errors import RunError
 from kvfold.healing.models import load_student, without_lora
 from kvfold.healing.placing import check_places, healed_tensors, take_trained
-from kvfold.healing.request import HealRequest, make_heal_request
+from kvfold.healing.request import HealRequest
 from kvfold.healing.saves import trained_tensors
 from tests.toolbox import tiny
 
@@ -44,7 +44,9 @@ def bare(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def request_of(folder: Path, **options: Any) -> HealRequest:
-    return make_heal_request(folder, folder, ["text"], stages=["kl"], **options)
+    return HealRequest.asked(
+        folded=folder, teacher=folder, texts=["text"], stages=["kl"], **options
+    )
 
 
 def trained_student(request: HealRequest) -> dict[str, torch.Tensor]:

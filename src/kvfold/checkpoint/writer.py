@@ -11,12 +11,13 @@ from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
 from kvfold.errors import CheckpointError
 from kvfold.files import copy_file, write_json
+from kvfold.record import RECORD
 
 if TYPE_CHECKING:
     import torch
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers and the hub use
-_NOT_CARRIED = {"config.json", INDEX, "README.md", "kvfold.json", ".gitattributes"}
+_NOT_CARRIED = {"config.json", INDEX, "README.md", RECORD, ".gitattributes"}
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py",
 }  # fmt: skip
@@ -144,7 +145,7 @@ def files_read(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
     """Every file of a checkpoint that has a part in what is made of it, by name."""
     store = checkpoint.store
     shards = store.files if isinstance(store, TensorFiles) else []
-    named = [folder / "config.json", folder / INDEX, folder / "kvfold.json", *shards]
+    named = [folder / "config.json", folder / INDEX, folder / RECORD, *shards]
     own = {path.name: path for path in named if path.is_file()}
     return own | carried_files(folder)
 

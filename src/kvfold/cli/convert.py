@@ -10,6 +10,7 @@ from kvfold import numbers
 from kvfold.cli.options import Location, NewFolder, Number, Source
 from kvfold.cli.output import emit, say
 from kvfold.cli.signals import resumable
+from kvfold.record import RECORD
 
 if TYPE_CHECKING:
     from kvfold.fold.request import Request
@@ -115,17 +116,17 @@ def convert_and_heal(
     from kvfold.cli.progress import progress_bar
     from kvfold.errors import InputError
     from kvfold.fold.convert import run_request
-    from kvfold.healing.request import make_heal_request
+    from kvfold.healing.request import HealRequest
 
     if not request.calibration:
         raise InputError("--heal needs text to train on", "give it with --calibration")
     folded = out.with_name(out.name + ".folded")
-    healing = make_heal_request(
-        folded,
-        request.source,
-        request.calibration,
+    healing = HealRequest.asked(
+        folded=folded,
+        teacher=request.source,
+        texts=request.calibration,
         tokens=tokens,
-        stages=["kl"] if request.fit == "local" else None,
+        stages=("kl",) if request.fit == "local" else None,
         context=request.context,
         seed=request.seed,
     )
@@ -135,7 +136,7 @@ def convert_and_heal(
             _check_same_fold(request, folded)
         else:
             again = resume and is_begun(folded)
-            if folded.exists() and not (folded / "kvfold.json").is_file():
+            if folded.exists() and not (folded / RECORD).is_file():
                 raise InputError(f"{folded} is in the way", "move it away, or choose another OUT")
             with resumable(lambda: working_folder(folded)), progress_bar() as progress:
                 run_request(request, folded, resume=again, force=force, progress=progress)
@@ -150,7 +151,7 @@ def _check_same_fold(request: "Request", folded: Path) -> None:
     from kvfold.fold.convert import made_now
     from kvfold.fold.record import read_record
 
-    record = read_record(folded) if (folded / "kvfold.json").is_file() else {}
+    record = read_record(folded) if (folded / RECORD).is_file() else {}
     if not made_now(record, request):
         raise InputError(
             f"{folded} was made by another command ({record.get('command', 'unknown')}), or from "

@@ -7,6 +7,7 @@ import click
 
 from kvfold import arguments
 from kvfold.numbers import Real, Whole, Wholes
+from kvfold.requests import Listed
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
@@ -29,6 +30,22 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """The range; click shows it after the option's name."""
         return self.kind.span
+
+
+class Comma(click.ParamType):  # type: ignore[type-arg]
+    """Words with commas between."""
+
+    name = "text"
+
+    def __init__(self, kind: Listed) -> None:
+        self.kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """The words; a default may be some already."""
+        name = _name(param)
+        return self.kind.read(value, name) if isinstance(value, str) else tuple(value)
 
 
 class Location(click.ParamType):  # type: ignore[type-arg]

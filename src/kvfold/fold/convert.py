@@ -46,12 +46,10 @@ from kvfold.files import write_json, write_text
 from kvfold.fold.methods import AUTO
 from kvfold.fold.record import (
     BUILTIN_WARNING,
-    RECORD,
     geometry_record,
     model_card,
     read_folding,
     summary,
-    versions,
 )
 from kvfold.fold.request import (
     DEFAULT_CALIBRATION_TOKENS,
@@ -66,6 +64,7 @@ from kvfold.fold.request import (
 from kvfold.geometry import AttentionGeometry
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import token_windows
+from kvfold.record import RECORD, versions
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,6 @@
 """What a conversion leaves behind besides weights: ``kvfold.json`` and a model card. No torch."""
 
-import platform
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,19 +9,11 @@ from kvfold.arch.target import Target
 from kvfold.checkpoint.records import FOLDING, RECORDS
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.geometry import AttentionGeometry
+from kvfold.record import RECORD
 
-RECORD = "kvfold.json"
 BUILTIN_WARNING = (
     "calibrated on the small built-in text only; calibrate on text like your own for better quality"
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that touches the numbers."""
-    packages = ("kvfold", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in packages
-    }
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -105,7 +95,7 @@ def model_card(checkpoint: Checkpoint, record: dict[str, Any]) -> str:
         "",
         "It loads as any other checkpoint: "
         '`AutoModelForCausalLM.from_pretrained("path/to/this/folder")`.',
-        "Everything about its making is in `kvfold.json`.",
+        f"Everything about its making is in `{RECORD}`.",
     ]
     if checkpoint.family.qk_norm:
         lines += ["", "This architecture normalises its keys (QK-norm), which limits what folding "

@@ -6,9 +6,10 @@ from typing import Any
 
 from kvfold.checkpoint.records import HEALING, QUALITIES
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.fold.record import RECORD, read_record, summary, versions
+from kvfold.fold.record import read_record, summary
 from kvfold.healing.request import HealRequest
 from kvfold.quality.scores import Quality
+from kvfold.record import RECORD, command_line, versions
 
 METRICS = "healing.jsonl"
 
@@ -58,21 +59,6 @@ def _folded_record(folder: Path, folded: Checkpoint) -> dict[str, Any]:
     if (folder / RECORD).exists():
         return read_record(folder)
     return {"format": 1, "source": {"name": folded.label, "family": folded.family.name}}
-
-
-def command_line(request: HealRequest) -> str:
-    """The command that repeats a request (to a folder called OUT)."""
-    parts = [f"kvfold heal {request.folded} OUT --teacher {request.teacher}"]
-    for text in request.texts:
-        weight = "" if text.weight == 1.0 else f"={text.weight:g}"
-        parts.append(f"--text {text.name}{weight}")
-    parts.append(f"--stages {','.join(request.stages)}")
-    options = (
-        "tokens", "batch_tokens", "context", "local_tokens", "held_out_tokens", "train", "lr",
-        "lr_rest", "warm_up", "temperature", "cross_entropy", "hidden", "lora_rank", "seed",
-    )  # fmt: skip
-    parts += [f"--{name.replace('_', '-')} {getattr(request, name)}" for name in options]
-    return " ".join(parts)
 
 
 def model_card(record: dict[str, Any], request: HealRequest) -> str:

@@ -1,12 +1,10 @@
 """What healing is asked to do, and everything that can be checked before it starts. No torch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from inspect import Parameter, signature
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.arguments import choice, flag, location, several, source
+from kvfold.arguments import source
 from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.inputs import Files, files_of
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
@@ -19,8 +17,8 @@ from kvfold.checkpoint.writer import (
     total_bytes,
 )
 from kvfold.errors import InputError
-from kvfold.fold.record import RECORD, read_record
-from kvfold.healing.sources import TextSource, check_source, parse_source
+from kvfold.fold.record import read_record
+from kvfold.healing.sources import TextSource, check_source, parse_source, text_words
 from kvfold.numbers import (
     CALIBRATION,
     CLIP,
@@ -36,6 +34,20 @@ from kvfold.numbers import (
     WEIGHT,
     WINDOW,
 )
+from kvfold.record import RECORD
+from kvfold.requests import (
+    Choice,
+    Flag,
+    Listed,
+    Model,
+    Place,
+    Request,
+    Several,
+    Switch,
+    Text,
+    option,
+    options_of,
+)
 from kvfold.version import __version__
 
 DEFAULT_CONTEXT = 512
@@ -48,49 +60,124 @@ CHANGEABLE = ("lr", "lr_rest", "clip", "keep", "save_tokens", "eval_tokens", "de
 _STATE_BYTES_PER_WEIGHT = 12  # a float32 weight and Adam's two moments
 
 
+def _text_source(value: object, name: str) -> TextSource:
+    return value if isinstance(value, TextSource) else parse_source(source(value, name))
+
+
 @dataclass(frozen=True)
-class HealRequest:
+class HealRequest(Request):
     """What was asked for, with every default filled in; equal requests give equal output.
 
     Attributes:
+        texts: ``NAME``, ``NAME=WEIGHT`` or :class:`TextSource`.
+        stages: by default ``kl``, with ``local`` before it where ``convert`` has not done it.
         tokens: training tokens of the ``kl`` stage; batch_tokens: per optimizer step, over all
-            processes; context: tokens per sequence; micro_batch: sequences per forward pass and
-            process.
+            processes; context: tokens per sequence, 512 by default, or the model's number of
+            positions if that is less; micro_batch: sequences per forward pass and process.
         train: ``attention`` (q, k, v, o) or ``all``. lr: peak learning rate of attention;
             lr_rest: of everything else.
         temperature: of the divergence; cross_entropy: the share of the loss that is plain
             next-token cross-entropy; hidden: the weight of matching hidden states.
         lora_rank: 0 trains the weights themselves.
+        eval_texts: texts that are not trained on; Python's documentation by default.
+        save_tokens, eval_tokens: a tenth of ``tokens`` by default.
+
+    Raises:
+        InputError: naming the option and what it expects.
     """
 
-    folded: str
-    teacher: str
-    texts: tuple[TextSource, ...]
-    stages: tuple[str, ...]
-    tokens: int
-    batch_tokens: int
-    context: int
-    micro_batch: int
-    local_tokens: int
-    held_out_tokens: int
-    eval_texts: tuple[str, ...] | None
-    train: str
-    lr: float
-    lr_rest: float
-    warm_up: float
-    clip: float
-    temperature: float
-    cross_entropy: float
-    hidden: float
-    lora_rank: int
-    gradient_checkpointing: bool
-    dtype: str | None
-    parallel: str | None
-    device: str | None
-    save_tokens: int
-    eval_tokens: int
-    keep: int
-    seed: int
+    command = "heal"
+    makes_folder = True
+
+    folded: str = option("FOLDED", Model())
+    teacher: str = option(
+        "--teacher", Model(), metavar="SOURCE", help="What FOLDED was folded from."
+    )
+    texts: tuple[TextSource, ...] = option(
+        "--text",
+        Several(Text(_text_source, text_words)),
+        metavar="NAME[=WEIGHT]",
+        help="Text to train on: a plain text, .jsonl or .parquet file, or a dataset's name; "
+        "repeatable, sequences are drawn by weight.",
+    )
+    tokens: int = option("--tokens", TOKENS, 10_000_000, "Of stage kl.")
+    stages: tuple[str, ...] = option(
+        "--stages",
+        Listed(Choice(STAGES)),
+        None,
+        "[default: kl; local,kl if FOLDED had no local fit]",
+        metavar="local,kl",
+    )
+    context: int = option("--context", WINDOW, None, "Tokens per sequence.  [default: 512]")
+    batch_tokens: int = option("--batch-tokens", TOKENS, 4096, "Per update.")
+    micro_batch: int = option(
+        "--micro-batch", MICRO_BATCH, None, "Sequences at once and process.  [default: 1]"
+    )
+    train: str = option("--train", Choice(TRAINED), "attention")
+    lr: float = option("--lr", RATE, 5e-5, "Peak rate of attention.")
+    lr_rest: float = option("--lr-rest", RATE, 1e-5, "Of all else, with --train all.")
+    warm_up: float = option("--warm-up", FRACTION, 0.05, "Fraction of the steps.")
+    clip: float = option("--clip", CLIP, 1.0, "Gradient norm; 0 for none.")
+    temperature: float = option("--temperature", TEMPERATURE, 1.0, "Of the divergence.")
+    cross_entropy: float = option(
+        "--cross-entropy", FRACTION, 0.0, "Its share of the loss, 0 to 1."
+    )
+    hidden: float = option("--hidden", WEIGHT, 0.0, "Weight of the hidden states.")
+    lora_rank: int = option("--lora-rank", LORA_RANK, 0, "Train LoRA, merged at the end.")
+    gradient_checkpointing: bool = option(
+        "--gradient-checkpointing", Flag(), False, "Less memory, a third slower."
+    )
+    dtype: str | None = option(
+        "--dtype",
+        Choice(DTYPES),
+        None,
+        "To compute in; weights are float32.  [default: bfloat16 on a GPU]",
+    )
+    parallel: str | None = option(
+        "--parallel",
+        Choice(PARALLEL),
+        None,
+        "Under torchrun.  [default: fsdp on GPUs, ddp on CPUs]",
+    )
+    device: str | None = option(
+        "--device",
+        Text(lambda value, name: str(value)),
+        None,
+        "torch device.  [default: a GPU if there is one]",
+    )
+    local_tokens: int = option("--local-tokens", CALIBRATION, 50_000, "Of stage local.")
+    held_out_tokens: int = option(
+        "--held-out-tokens", HELD_OUT, 16_384, "Kept from training, to evaluate on."
+    )
+    eval_texts: tuple[str, ...] | None = option(
+        "--eval-text",
+        Several(Place()),
+        None,
+        "Another kind of text, to evaluate on.  [default: Python's documentation]",
+        metavar="FILE",
+        off=Switch("--no-eval-text", (), "--eval-text", "Evaluate on no text of another kind."),
+    )
+    eval_tokens: int = option(
+        "--eval-tokens", TOKENS, None, "Evaluate every N.  [default: a tenth]"
+    )
+    save_tokens: int = option(
+        "--save-tokens", TOKENS, None, "Checkpoint every N.  [default: a tenth]"
+    )
+    keep: int = option("--keep", KEEP, 2, "Checkpoints kept meanwhile.")
+    seed: int = option("--seed", SEED, 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found: dict[str, object] = {
+            "stages": _default_stages(self.folded),
+            "context": _default_context(self.folded),
+            "micro_batch": 1,
+            "save_tokens": (tenth := max(1, self.tokens // 10)),
+            "eval_tokens": tenth,
+        }
+        self.fill(**{name: made for name, made in found.items() if getattr(self, name) is None})
+        _check_together(self)
+        self.fill(batch_tokens=max(self.batch_tokens, self.context))
 
     @property
     def sequences(self) -> int:
@@ -118,102 +205,8 @@ class HealRequest:
         return {**vars(self), "texts": texts, "kvfold": __version__}
 
 
-def make_heal_request(
-    folded: str | Path,
-    teacher: str | Path,
-    texts: Sequence[str | Path],
-    *,
-    stages: Sequence[str] | None = None,
-    tokens: int = 10_000_000,
-    batch_tokens: int = 4096,
-    context: int | None = None,
-    micro_batch: int | None = None,
-    local_tokens: int = 50_000,
-    held_out_tokens: int = 16_384,
-    eval_texts: Sequence[str | Path] | None = None,
-    train: str = "attention",
-    lr: float = 5e-5,
-    lr_rest: float = 1e-5,
-    warm_up: float = 0.05,
-    clip: float = 1.0,
-    temperature: float = 1.0,
-    cross_entropy: float = 0.0,
-    hidden: float = 0.0,
-    lora_rank: int = 0,
-    gradient_checkpointing: bool = False,
-    dtype: str | None = None,
-    parallel: str | None = None,
-    device: str | None = None,
-    save_tokens: int | None = None,
-    eval_tokens: int | None = None,
-    keep: int = 2,
-    seed: int = 0,
-) -> HealRequest:
-    """Fill in defaults and refuse what contradicts itself.
-
-    Args:
-        context: 512 by default, or the model's number of positions if that is less.
-        stages: by default ``kl``, with ``local`` before it where ``convert`` has not done it.
-        save_tokens, eval_tokens: a tenth of ``tokens`` by default.
-
-    Raises:
-        InputError: naming the option and what it expects.
-    """
-    folded = source(folded, "FOLDED")
-    tokens = TOKENS.check(tokens, "--tokens")
-    tenth = max(1, tokens // 10)
-    request = HealRequest(
-        folded=folded,
-        teacher=source(teacher, "--teacher"),
-        texts=several(texts, "--text", _text_source),
-        stages=_default_stages(folded) if stages is None else several(stages, "--stages", _stage),
-        tokens=tokens,
-        batch_tokens=TOKENS.check(batch_tokens, "--batch-tokens"),
-        context=_default_context(folded) if context is None else WINDOW.check(context, "--context"),
-        micro_batch=MICRO_BATCH.check(1 if micro_batch is None else micro_batch, "--micro-batch"),
-        local_tokens=CALIBRATION.check(local_tokens, "--local-tokens"),
-        held_out_tokens=HELD_OUT.check(held_out_tokens, "--held-out-tokens"),
-        eval_texts=None if eval_texts is None else several(eval_texts, "--eval-text", _path),
-        train=choice(train, "--train", TRAINED),
-        lr=RATE.check(lr, "--lr"),
-        lr_rest=RATE.check(lr_rest, "--lr-rest"),
-        warm_up=FRACTION.check(warm_up, "--warm-up"),
-        clip=CLIP.check(clip, "--clip"),
-        temperature=TEMPERATURE.check(temperature, "--temperature"),
-        cross_entropy=FRACTION.check(cross_entropy, "--cross-entropy"),
-        hidden=WEIGHT.check(hidden, "--hidden"),
-        lora_rank=LORA_RANK.check(lora_rank, "--lora-rank"),
-        gradient_checkpointing=flag(gradient_checkpointing, "--gradient-checkpointing"),
-        dtype=None if dtype is None else choice(dtype, "--dtype", DTYPES),
-        parallel=None if parallel is None else choice(parallel, "--parallel", PARALLEL),
-        device=None if device is None else str(device),
-        save_tokens=tenth if save_tokens is None else TOKENS.check(save_tokens, "--save-tokens"),
-        eval_tokens=tenth if eval_tokens is None else TOKENS.check(eval_tokens, "--eval-tokens"),
-        keep=KEEP.check(keep, "--keep"),
-        seed=SEED.check(seed, "--seed"),
-    )
-    _check_together(request)
-    return replace(request, batch_tokens=max(request.batch_tokens, request.context))
-
-
 # What `heal` takes beyond its own arguments.
-OPTIONS = tuple(
-    name
-    for name, parameter in signature(make_heal_request).parameters.items()
-    if parameter.kind is Parameter.KEYWORD_ONLY
-)
-
-
-def _text_source(value: object, name: str) -> TextSource:
-    return parse_source(source(value, name))
-
-
-def _stage(value: object, name: str) -> str:
-    return choice(value, name, STAGES)
-
-
-def _path(value: object, name: str) -> str:
-    return str(location(value, name))
+OPTIONS = tuple(name for name, option in options_of(HealRequest).items() if not option.is_required)
 
 
 def _default_stages(folded: str | Path) -> tuple[str, ...]:

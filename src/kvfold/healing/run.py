@@ -18,7 +18,6 @@ from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
 from kvfold.checkpoint.writer import carry_files, plan_shards, stored_specs, write_shards
 from kvfold.errors import RunError
 from kvfold.files import copy_file, write_json, write_text
-from kvfold.fold.record import RECORD
 from kvfold.healing import saves
 from kvfold.healing.local import heal_layers
 from kvfold.healing.loop import Distillation
@@ -39,7 +38,6 @@ from kvfold.healing.request import (
     HealRequest,
     check_heal,
     files_to_read,
-    make_heal_request,
 )
 from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
@@ -47,6 +45,7 @@ from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import python_topics, read_texts, token_windows
+from kvfold.record import RECORD
 
 _WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way
 HELD_OUT = "held-out"
@@ -74,7 +73,7 @@ def heal(
         texts: sources of training text, ``NAME`` or ``NAME=WEIGHT``; see ``healing.sources``.
         resume: go on with an interrupted run of the same request.
         watch: called with every step's metrics.
-        options: see :func:`kvfold.healing.request.make_heal_request`.
+        options: see :class:`kvfold.healing.request.HealRequest`.
 
     Returns:
         the record, as written to ``out/kvfold.json``.
@@ -86,7 +85,7 @@ def heal(
     >>> heal("folded", "healed", "source", ["text.txt"], tokens=1_000_000)  # doctest: +SKIP
     """
     check_options(options, OPTIONS)
-    request = make_heal_request(folded, teacher, texts, **options)
+    request = HealRequest.asked(folded=folded, teacher=teacher, texts=texts, **options)
     place = new_folder(out, "OUT")
     resume, force = flag(resume, "resume"), flag(force, "force")
     callback(progress, "progress")

@@ -52,6 +52,12 @@ def parse_source(words: str) -> TextSource:
     return TextSource(name, SHARE.read(last, f"the weight of --text {name}:"))
 
 
+def text_words(source: TextSource) -> str:
+    """The words that name a source; the inverse of :func:`parse_source`."""
+    plain = source.weight == 1.0 and "=" not in source.name
+    return source.name if plain else f"{source.name}={source.weight!r}"
+
+
 class Corpus(Protocol):
     """Documents in an order that is the same each time."""
 

@@ -14,6 +14,7 @@ from kvfold.documents import open_regular
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_text
 from kvfold.healing.watch import read_metrics
+from kvfold.record import RECORD
 from kvfold.report.figures import (
     captured_energy,
     decode_times,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kvfold.bench.records import Row
     from kvfold.bench.timing import Spread
 
-RECORD, METRICS, DEMO, _PLOT = "kvfold.json", "healing.jsonl", "demo.json", "demo.svg"
+METRICS, DEMO, _PLOT = "healing.jsonl", "demo.json", "demo.svg"
 _LARGEST_PLOT = 1 << 23  # bytes; the demo's own has 60,000
 
 

@@ -1,0 +1,135 @@
+"""A request and the command that repeats it are the same, whatever was asked."""
+
+import shlex
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from kvfold.cli.parse import read_request
+from kvfold.errors import InputError
+from kvfold.healing.request import HealRequest
+from kvfold.numbers import Real, Whole, Wholes
+from kvfold.record import command_line
+from kvfold.requests import (
+    Choice,
+    Flag,
+    Kind,
+    Listed,
+    Model,
+    Option,
+    Place,
+    Request,
+    Several,
+    options_of,
+)
+from tests.toolbox.commands import command_of
+
+REQUESTS: list[type[Request]] = [HealRequest]
+OPTIONS = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
+# No surrogates, which a terminal does not send; no NUL, which no path holds.
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+PATHS = st.one_of(WORDS, st.sampled_from(["-x", "--", "--debug=1", "a b", "it's", "$HOME", "a=2"]))
+TEXTS = PATHS | st.builds("{}={!r}".format, PATHS, st.floats(1e-3, 1e3))  # NAME, NAME=WEIGHT
+
+
+def values(kind: Kind, name: str = "") -> st.SearchStrategy[Any]:
+    """Values of a kind, of every size."""
+    match kind:
+        case Whole():
+            return st.integers(kind.least, kind.most)
+        case Real():
+            return st.floats(kind.least, kind.most, exclude_min=kind.above)
+        case Wholes():
+            return st.lists(values(kind.each), min_size=1, max_size=4)
+        case Choice():
+            return st.sampled_from(list(kind.known))
+        case Flag():
+            return st.booleans()
+        case Place() | Model():
+            return PATHS
+        case Several():
+            return st.lists(TEXTS if name == "texts" else values(kind.each), min_size=1, max_size=3)
+        case Listed():
+            return st.lists(values(kind.each), min_size=not kind.none, max_size=3)
+        case _:
+            return WORDS
+
+
+def value_of(name: str, option: Option) -> st.SearchStrategy[Any]:
+    """Values of an option; nothing for its default, as people leave it out."""
+    found = values(option.kind, name)
+    if option.off is not None:
+        found |= st.just(option.off.value)
+    return found if option.is_required else st.just(option.default) | found
+
+
+@st.composite
+def requests(draw: Any, kind: type[Request]) -> Request:
+    given = {name: draw(value_of(name, option)) for name, option in options_of(kind).items()}
+    try:
+        return kind.asked(**given)
+    except InputError:  # what contradicts itself, or a path that cannot be
+        reject()
+
+
+def parsed(kind: type[Request], line: str) -> Request:
+    """What the command line's own parser makes of a command."""
+    words = shlex.split(line)[1:]
+    names = tuple(kind.command.split())
+    assert tuple(words[: len(names)]) == names
+    context = command_of(names).make_context(names[-1], words[len(names) :])
+    own = {name: value for name, value in context.params.items() if _is_of(kind, name)}
+    return read_request(kind, own)
+
+
+def _is_of(kind: type[Request], name: str) -> bool:
+    return name.removesuffix("_off") in options_of(kind)
+
+
+@pytest.mark.parametrize("kind", REQUESTS, ids=lambda kind: kind.command)
+@pytest.mark.parametrize("brief", [False, True])
+@given(data=st.data())
+@settings(max_examples=60)
+def test_the_command_of_a_request_makes_it_again(
+    kind: type[Request], brief: bool, data: Any
+) -> None:
+    request = data.draw(requests(kind))
+    assert parsed(kind, command_line(request, brief=brief)) == request
+
+
+@pytest.mark.parametrize(("kind", "name"), OPTIONS, ids=lambda each: str(each))
+@given(data=st.data())
+@settings(max_examples=10)
+def test_no_option_is_dropped(kind: type[Request], name: str, data: Any) -> None:
+    """Two requests that differ in one of them have commands that differ."""
+    first, value = data.draw(requests(kind)), data.draw(value_of(name, options_of(kind)[name]))
+    try:
+        second = kind.asked(**{**vars(first), name: value})
+    except InputError:
+        reject()
+    lines = command_line(first), command_line(second)
+    assert (lines[0] == lines[1]) == (first == second)
+
+
+@pytest.mark.parametrize("kind", REQUESTS, ids=lambda kind: kind.command)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_defaults_are_the_requests_own(kind: type[Request], data: Any) -> None:
+    """A command with nothing but what it needs asks what a call with nothing more asks."""
+    needed = {name: each for name, each in options_of(kind).items() if each.is_required}
+    given = {name: data.draw(values(each.kind, name)) for name, each in needed.items()}
+    try:
+        request = kind.asked(**given)
+    except InputError:
+        reject()
+    assert parsed(kind, command_line(request, brief=True)) == request
+
+
+def test_every_field_of_a_request_is_an_option() -> None:
+    for kind in REQUESTS:
+        for each in fields(kind):
+            assert "option" in each.metadata, (kind, each.name)
+            assert each.default is options_of(kind)[each.name].default or each.default is MISSING
