@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.kernels.checks import check_options
 from kvfold.kernels.rows import attend_rows
 from kvfold.kernels.torch.flex import flex
+from kvfold.ops.options import Options, Scoring, Visibility, check_options
 from tests.toolbox.attention_cases import (
     DTYPES,
     HALF,
@@ -260,7 +260,8 @@ def test_the_operator_is_well_behaved(dtype: torch.dtype) -> None:
     q, k, v = qkv(2, (4, 2), 2, 20, (16, 24), dtype)
     lengths = torch.tensor([20, 11])
     for padding in (None, lengths):
-        given = (q, k, v, None, padding, None, None, None, None, 0, 0, 0.25, None)
+        asked = Options(Visibility(0, 0, lengths=padding), Scoring(0.25))
+        given = q, k, v, *asked.flat()
         torch.library.opcheck(attend_rows, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -312,6 +313,6 @@ def test_flex_attention_is_told_the_same(heads: tuple[int, int], options: dict[s
     if "alibi_slopes" in options:
         options = {"alibi_slopes": torch.arange(1, heads[0] + 1, dtype=torch.float32) / 10}
     truth, true_lse = naive(q, k, v, **options)
-    out, lse = flex(q, k, v, check_options((2, heads[0], 20, 20), **options))
+    out, lse = flex(q, k, v, check_options((2, heads[0], 20, 20), options))
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=5e-6)
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=1e-5)

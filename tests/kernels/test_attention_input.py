@@ -23,7 +23,7 @@ def test_explain() -> None:
     with torch.no_grad():
         assert kvfold.explain(q, k, v).name == "kernel"
     with pytest.raises(InputError, match="windw"):
-        kvfold.explain(q, k, v, windw=3)
+        kvfold.explain(q, k, v, windw=3)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="window=0"):
         kvfold.explain(q, k, v, window=0)
 

@@ -10,7 +10,7 @@ import torch
 import kvfold
 from kvfold.cache.kv import KVCache
 from kvfold.kernels.torch.flex import flex
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, Scoring
 from tests.toolbox.attention_cases import (
     DTYPES,
     HALF,
@@ -253,7 +253,9 @@ def test_alibi_of_both_sides_is_symmetric(tokens: int) -> None:
     back: Any = kvfold.attention(q.flip(2), k.flip(2), v.flip(2), causal=False, alibi_slopes=slopes)
     torch.testing.assert_close(back.flip(2), out, rtol=0, atol=1e-12)
     truth, _ = naive(q, k, v, causal=False, alibi_slopes=slopes)
-    found, _ = flex(q.float(), k.float(), v.float(), Options(alibi_slopes=slopes.float()))
+    found, _ = flex(
+        q.float(), k.float(), v.float(), Options(scoring=Scoring(alibi_slopes=slopes.float()))
+    )
     assert distance(found, truth) < 1e-5
 
 

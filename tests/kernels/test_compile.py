@@ -13,9 +13,9 @@ from transformers import StaticCache
 
 import kvfold
 import kvfold.transformers as drop_in
-from kvfold.kernels.checks import check_options
 from kvfold.kernels.dispatch import explain
 from kvfold.kernels.rows import attend_rows
+from kvfold.ops.options import Options, Scoring, Visibility, check_options
 from tests.toolbox.attention_cases import (
     needs_kernels,
     noise,
@@ -243,11 +243,9 @@ def test_the_operator_is_well_behaved(name: str) -> None:
     q, k, v = inputs(3, 65)
     asked = {**options_of(3, 65)[name]}
     asked.pop("return_lse", None)
-    o = check_options((5, 4, 3, 65), **asked)
-    given = (q, k, v, o.start, o.lengths, o.mask, o.alibi_slopes, o.sink_logits)
-    scalars = o.left, o.right, o.sinks, o.scale, o.softcap
+    o = check_options((5, 4, 3, 65), asked)
     tests = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
-    torch.library.opcheck(attend_rows, (*given, *scalars), test_utils=tests)
+    torch.library.opcheck(attend_rows, (q, k, v, *o.flat()), test_utils=tests)
 
 
 def test_the_fixed_caches_operators_are_well_behaved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,8 +264,8 @@ def test_the_fixed_caches_operators_are_well_behaved(monkeypatch: pytest.MonkeyP
     torch.library.opcheck(gpu_append, written, test_utils=tests)
     q, sinks = noise(3, 4, 5, 16).to(device), noise(4).to(device)
     stored = keys.data, keys.scales, values.data, values.scales
-    options = sinks, 8, 0, 1, 0.3, 2.0, None
-    read = (q, *stored, *where, None, None, "int8", "int8", 16, *options)
+    options = Options(Visibility(8, 0, 1), Scoring(0.3, 2.0, sink_logits=sinks))
+    read = (q, *stored, *where, "int8", "int8", 16, None, *options.flat())
     torch.library.opcheck(gpu_attend, read, test_utils=tests)
 
 

@@ -13,7 +13,7 @@ from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.call import KernelCall
 from kvfold.ops.formats import FORMATS, encode
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, Visibility
 from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import (
     DTYPES,
@@ -210,7 +210,7 @@ def test_chunks_and_threads_change_nothing(isa: str, dtype: str, chunk: int) -> 
     lengths = [1500]
 
     def attend(chunk: int) -> torch.Tensor:
-        call = KernelCall(q, 2, lengths, Options(right=0), 1500)
+        call = KernelCall(q, 2, lengths, Options(Visibility(right=0)), 1500)
         call._call.chunk = chunk
         return call.run(kernels(), cache._storage.parts([0], lengths, call), 64, False)[0]
 

@@ -13,7 +13,7 @@ from kvfold.errors import InputError
 from kvfold.kernels.cpu.call import KernelCall, readable
 from kvfold.kernels.cpu.library import Part, rows_side
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
-from kvfold.ops.options import Options
+from kvfold.ops.options import FIELDS, Options, unflattened
 from tests.toolbox.attention_cases import contents, filled, kernels, needs_kernels, noise, stores
 
 SIZES = st.lists(st.integers(0, 3), min_size=1, max_size=4)
@@ -100,8 +100,10 @@ def test_calls_refuse_what_does_not_belong_together() -> None:
         "sink_logits": torch.zeros(4, device="meta"),
     }
     for name, wrong in wrongs.items():
+        values = dict(zip(FIELDS, Options().flat(), strict=True)) | {name: wrong}
+        options = unflattened(list(values.values()))
         with pytest.raises(InputError, match=name):
-            KernelCall(q, 2, [9, 9], Options()._replace(**{name: wrong}), 9)
+            KernelCall(q, 2, [9, 9], options, 9)
 
 
 @needs_kernels

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold.kernels.checks import check_options
 from kvfold.ops.formats import FORMATS, decode, encode
+from kvfold.ops.options import check_options
 from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import naive, noise
 from tests.toolbox.triton_cases import DEVICE, check
@@ -71,7 +71,7 @@ def case(
         n: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for n, o in options.items()
     }
     splits = here.pop("splits", None)
-    asked = check_options((batch, heads[0], tokens, keys), **here)
+    asked = check_options((batch, heads[0], tokens, keys), here)
     out, lse = attend(q.to(DEVICE), [part], ends.to(DEVICE), asked, splits)
     options.pop("splits", None)
     truth, true_lse = naive(q, k_back, v_back, lengths=ends, **options)

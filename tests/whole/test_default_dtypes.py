@@ -15,7 +15,7 @@ from kvfold.cache.kv import KVCache
 from kvfold.kernels.torch.flex import flex
 from kvfold.nn import GroupedQueryAttention
 from kvfold.ops.formats import FORMATS
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, Scoring, Visibility
 from kvfold.ops.rope import Rotary, following
 from tests.toolbox import tiny
 from tests.toolbox.attention_cases import (
@@ -135,7 +135,7 @@ def test_flex_and_rotary(otherwise: Any) -> None:
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.1], dtype=torch.float32)
 
     def call() -> list[torch.Tensor]:
-        found = flex(q, k, v, Options(8, 0, 1, softcap=2.0, alibi_slopes=slopes))
+        found = flex(q, k, v, Options(Visibility(8, 0, 1), Scoring(None, 2.0, slopes)))
         cpu = torch.device("cpu")
         positions = following(20, [0, 3], cpu)
         cos, sin = Rotary(8).cos_sin(positions)

@@ -1,6 +1,6 @@
 """A cache of fixed capacity whose lengths live on the GPU: for CUDA graphs."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -19,11 +19,13 @@ from kvfold.cache.half import normal_tensors
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM
-from kvfold.kernels.checks import check_options
 from kvfold.kernels.cpu.limits import MAX_TOKENS
+from kvfold.ops.options import Accepted, FixedOptions, check_options, declared
 from kvfold.ops.rope import Rotary
+from kvfold.ops.signatures import with_options
 
 Dtype = str | torch.dtype
+_OPTIONS = Accepted("attend", declared(FixedOptions))
 
 
 class FixedKVCache:
@@ -159,24 +161,18 @@ class FixedKVCache:
             self._rotary, self._cos_sin = rotary, rotary.cos_sin(everywhere)
         return self._cos_sin
 
+    @with_options
     def attend(
-        self,
-        q: torch.Tensor,
-        *,
-        causal: bool = True,
-        start: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sink_logits: torch.Tensor | None = None,
-        return_lse: bool = False,
+        self, q: torch.Tensor, *, return_lse: bool = False, **options: Unpack[FixedOptions]
     ) -> Any:
         """Attention of the last T tokens over everything in the cache, themselves included.
 
         Args:
             q: ``[B, Hq, T, D]``, T at most 16.
-            start: int32 ``[B]`` on the device. causal, mask, scale, softcap, sink_logits: see
-                ``kvfold.attention``.
+            options: of attention; see the signature.
+            return_lse: see ``kvfold.attention``.
+
+        S is ``max_length``; tensors are on the device.
 
         Returns:
             ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
@@ -188,20 +184,19 @@ class FixedKVCache:
 
         check_rows("q", q, self.batch, None, self.head_dim, self.device)
         check_heads(q, self.num_kv_heads)
-        check_switches(causal=causal, return_lse=return_lse)
+        check_switches(return_lse=return_lse)
         if q.shape[2] > MAX_TOKENS:
             raise InputError(f"q has {q.shape[2]} tokens: expected at most {MAX_TOKENS}")
         shape = self.batch, q.shape[1], q.shape[2], self.max_length
-        o = check_options(
-            shape, causal=causal, window=self.window, sinks=self.sinks, start=start, mask=mask,
-            scale=scale, softcap=softcap, sink_logits=sink_logits,
-        )  # fmt: skip
-        refuse_gradients(q, mask, sink_logits)
+        _OPTIONS.refuse_others(options)
+        own = {"window": self.window, "sinks": self.sinks}
+        checked = check_options(shape, {**options, **own})
+        refuse_gradients(q, *checked.tensors().values())
         keys, values = self._sides
         found = gpu_attend(
             q.detach(), keys.data, keys.scales, values.data, values.scales, self._table,
-            self.lengths, start, mask, keys.fmt.name, values.fmt.name, self.v_head_dim,
-            sink_logits, o.left, o.right, o.sinks, scale, softcap, self.splits,
+            self.lengths, keys.fmt.name, values.fmt.name, self.v_head_dim, self.splits,
+            *checked.flat(),
         )  # fmt: skip
         return found if return_lse else found[0]
 

@@ -1,5 +1,7 @@
 """The KV cache: contiguous, paged or sliding, in any format."""
 
+from typing import Unpack
+
 import torch
 
 from kvfold.cache.checks import (
@@ -20,7 +22,6 @@ from kvfold.cache.half import CPU
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
-from kvfold.kernels.checks import check_options
 from kvfold.kernels.cpu.call import KernelCall, readable
 from kvfold.kernels.cpu.library import library
 from kvfold.kernels.cpu.limits import MAX_TOKENS
@@ -28,13 +29,15 @@ from kvfold.kernels.dispatch import attention_of
 from kvfold.kernels.outside import python_state
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
-from kvfold.ops.options import Window
+from kvfold.ops.options import Accepted, CacheOptions, check_options, declared
+from kvfold.ops.signatures import with_options
 
 _EXACT_FIRST = 16  # attention sinks live there, and quantize badly
 _EXACT_RECENT = 64  # most of the attention's weight lies on what came last
 _START_CAPACITY = 256
 
 Dtype = str | torch.dtype
+_OPTIONS = Accepted("attend", declared(CacheOptions))
 
 
 class KVCache:
@@ -239,31 +242,24 @@ class KVCache:
         self._storage.shrink()
 
     @python_state
+    @with_options
     def attend(
         self,
         q: torch.Tensor,
         *,
-        causal: bool = True,
-        window: Window | None = None,
-        sinks: int | None = None,
-        start: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        alibi_slopes: torch.Tensor | None = None,
-        sink_logits: torch.Tensor | None = None,
         return_lse: bool = False,
         sequences: list[int] | None = None,
+        **options: Unpack[CacheOptions],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of the last T tokens over everything in the cache, themselves included.
 
         Args:
             q: ``[B, Hq, T, D]``; the last query stands at the last token appended.
-            start: int ``[B]``, first position that may be seen (left padding).
-            mask: boolean or additive, broadcastable to ``[B, Hq, T, longest length]``.
+            options: of attention; see the signature.
+            return_lse: see ``kvfold.attention``.
             sequences: which ones, B indices; all of them by default.
-            causal, window, sinks, scale, softcap, alibi_slopes, sink_logits, return_lse: see
-                ``kvfold.attention``; a sliding cache has its own window and sinks.
+
+        S is the longest length. A sliding cache has its own window and sinks.
 
         Returns:
             ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]`` float32.
@@ -276,32 +272,36 @@ class KVCache:
         rows = check_sequences(sequences, self.batch)
         check_rows("q", q, len(rows), None, self.head_dim, self.device)
         check_heads(q, self.num_kv_heads)
-        check_switches(causal=causal, return_lse=return_lse)
-        if self.kind == "sliding":
-            window, sinks = self.window, self.sinks
+        check_switches(return_lse=return_lse)
+        asked = self._asked(options)
         lengths = [self.lengths[b] for b in rows]
         shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
-        options = check_options(
-            shape, causal=causal, window=window, sinks=0 if sinks is None else sinks, start=start,
-            mask=mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-            sink_logits=sink_logits,
-        )  # fmt: skip
-        self._check_start(start)
+        checked = check_options(shape, asked, _OPTIONS)
+        self._check_start(checked.visibility.start)
         self._check_window(rows, q.shape[2])
-        differentiable = need_gradients(q, mask, alibi_slopes, sink_logits)
+        differentiable = torch.is_grad_enabled() and need_gradients(q, *checked.tensors().values())
         if not differentiable and suits_gpu_kernel(self._storage, q):
             there = torch.tensor(lengths, dtype=torch.int32, device=CPU)
-            found = attend_on_gpu(self._storage, q, rows, there, options)
+            found = attend_on_gpu(self._storage, q, rows, there, checked)
             return found if return_lse else found[0]
         lib = library() if self._storage.main.backend == "cpu" else None
         if lib is not None and q.shape[2] <= MAX_TOKENS and not differentiable:
-            call = KernelCall(q, self.num_kv_heads, lengths, options, shape[3])
+            call = KernelCall(q, self.num_kv_heads, lengths, checked, shape[3])
             parts = self._storage.parts(rows, lengths, call)
             out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
             return out if lse is None else (out, lse)
         k, v = self.tensors(q.dtype, rows)
         ends = torch.tensor(lengths, dtype=torch.int32, device=self.device)
-        return attention_of(q, k, v, options._replace(lengths=ends), return_lse)
+        padded = checked.visibility._replace(lengths=ends)
+        return attention_of(q, k, v, checked._replace(visibility=padded), return_lse)
+
+    def _asked(self, options: CacheOptions) -> CacheOptions:
+        """The options with the cache's own window and sinks; ``sinks=None`` is no sinks."""
+        if self.kind == "sliding" and self.window is not None:
+            return {**options, "window": self.window, "sinks": self.sinks}
+        if options.get("sinks", 0) is None:
+            return {**options, "sinks": 0}
+        return options
 
     def _check_window(self, rows: list[int], queries: int) -> None:
         if self.window is None:

@@ -1,22 +1,24 @@
 """``attention``: check the arguments, choose how to compute it, and be able to say why."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.backend import GPU_MAX_DIM, backend_of
-from kvfold.kernels.checks import check_flags, check_options, check_tensors, is_number
 from kvfold.kernels.cpu.library import library, why_missing
 from kvfold.kernels.cpu.limits import MAX_DIM, MAX_TOKENS
 from kvfold.kernels.rows import attend_rows
 from kvfold.kernels.torch.flex import flex
 from kvfold.kernels.torch.sink import LEAST_SCALE, with_sink
-from kvfold.ops.mask import alibi, split_hidden, used_keys, visible, without_unseen
-from kvfold.ops.options import Options, Window, constant, decided
+from kvfold.ops.kinds import check_flag, check_tensor, is_number
+from kvfold.ops.mask import seen_and_bias, used_keys, without_unseen
+from kvfold.ops.options import ATTENTION, AttentionOptions, Options, check_options
 from kvfold.ops.reference import attend
+from kvfold.ops.signatures import with_options
+from kvfold.ops.tracing import constant, decided
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Queries this many times fewer than keys are a decoding step: bound by memory, not arithmetic.
@@ -52,23 +54,15 @@ class _Call(NamedTuple):
     return_lse: bool
 
 
+@with_options
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = True,
-    window: Window | None = None,
-    sinks: int = 0,
-    start: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sink_logits: torch.Tensor | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Grouped-query attention (arXiv 2305.13245) that never repeats or expands K and V.
 
@@ -76,26 +70,8 @@ def attention(
         q: ``[B, Hq, T, D]``; k: ``[B, Hkv, S, D]``; v: ``[B, Hkv, S, Dv]``; one dtype of float32,
             float16, bfloat16 or float64, one device. Hkv divides Hq: query head h reads KV head
             h // (Hq / Hkv).
-        causal: the last query stands at the last key (bottom-right alignment), and sees no later
-            ones.
-        window: how far a query sees: the last ``window`` keys up to its own position or, as a
-            pair ``(left, right)``, so many keys before and after it (-1 or None: no limit). With
-            ``causal`` none after it: ``window=w`` is ``(w - 1, 0)``.
-        sinks: first keys that a window does not hide on the left.
-        start, lengths: int ``[B]``; sequence b's keys are ``start[b] <= j < lengths[b]``, the
-            others are padding (on the left, on the right). The last query stands at position
-            ``lengths[b] - 1``. For a right-padded prefill leave ``lengths`` out: causal queries
-            never see padding after them.
-        mask: boolean (True: may be seen) or additive (-inf: hidden), broadcastable to
-            ``[B, Hq, T, S]``; ``[S]`` is one for all queries. Keys and values that the options hide
-            from every query may hold anything, NaN too.
-        scale: of the scores, ``D ** -0.5`` by default.
-        softcap: scores become ``softcap * tanh(score / softcap)``, before masks and bias.
-        alibi_slopes: ``[Hq]``; a score loses ``slope`` times the distance ``|position - j|``, of
-            later keys too where they are seen (arXiv 2108.12409).
+        options: of attention; see the signature.
         dropout: probability of dropping a weight, for training.
-        sink_logits: ``[Hq]``, a logit per head that joins the softmax's denominator as a key
-            whose value is zero would; it is not scaled, capped or hidden (gpt-oss).
         return_lse: also return the scores' log-sum-exp, sink logits included, for ``merge``; of
             parts that are to be merged only one may be given the sink logits.
 
@@ -110,12 +86,7 @@ def attention(
     >>> attention(q, k, v).shape
     torch.Size([1, 8, 5, 16])
     """
-    call = _checked(
-        q, k, v, dropout, return_lse, causal=causal, window=window, sinks=sinks, start=start,
-        lengths=lengths, mask=mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        sink_logits=sink_logits,
-    )  # fmt: skip
-    return _run(call)
+    return _run(_checked(q, k, v, dropout, return_lse, options))
 
 
 def attention_of(
@@ -136,9 +107,7 @@ def _run(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     return _matmul(call)
 
 
-_OPTIONS = frozenset(signature(attention).parameters)
-
-
+@with_options
 def explain(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -146,7 +115,7 @@ def explain(
     *,
     dropout: float = 0.0,
     return_lse: bool = False,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Path:
     """Say how ``attention`` would compute this call, and why; takes the same arguments.
 
@@ -154,10 +123,10 @@ def explain(
     >>> print(explain(x, x, x))
     sdpa: gradients are needed, and PyTorch's kernels have them
     """
-    unknown = set(options) - _OPTIONS
+    unknown = set(options) - set(ATTENTION.options)
     if unknown:
         raise InputError(f"attention has no option {sorted(unknown)[0]!r}")
-    return _choose(_checked(q, k, v, dropout, return_lse, **options))
+    return _choose(_checked(q, k, v, dropout, return_lse, options))
 
 
 def _checked(
@@ -166,14 +135,14 @@ def _checked(
     v: torch.Tensor,
     dropout: float,
     return_lse: bool,
-    **options: Any,
+    given: Mapping[str, Any],
 ) -> _Call:
     if not torch.compiler.is_compiling():
-        check_tensors(q=q, k=k, v=v)
-        check_flags(return_lse=return_lse)
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x is None:
                 raise InputError(f"{name}=None: expected a tensor", _SHAPES)
+            check_tensor(name, x)
+        check_flag("return_lse", return_lse)
         if not is_number(dropout):
             raise InputError(f"dropout={dropout!r:.60}: expected a number, 0 <= dropout < 1")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
@@ -195,10 +164,9 @@ def _checked(
     if q.shape[3] < 1 or v.shape[3] < 1:
         raise InputError(f"heads of no dimensions: {shapes}", _SHAPES)
     shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    checked = check_options(shape, **options)
-    for name in ("start", "lengths", "mask", "alibi_slopes", "sink_logits"):
-        x = getattr(checked, name)
-        if x is not None and x.device != q.device:
+    checked = check_options(shape, given)
+    for name, x in checked.tensors().items():
+        if x.device != q.device:
             raise InputError(f"{name} is on {x.device}, q, k and v on {q.device}")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
@@ -230,27 +198,28 @@ def _suits_flex(call: _Call) -> bool:
     """Many queries on a GPU, and scores that PyTorch's fused kernels cannot have."""
     if not call.q.is_cuda:
         return False
-    o = call.options
-    sided = o.left is not None or o.right not in (None, 0)
-    bent = sided or any(x is not None for x in (o.softcap, o.alibi_slopes, o.sink_logits))
+    sight, scoring = call.options
+    sided = sight.left is not None or sight.right not in (None, 0)
+    bent = sided or any(x is not None for x in scoring._replace(scale=None))
     sizes = call.q.shape[0], call.q.shape[2], call.k.shape[2]
-    free = o.mask is None and not call.dropout and 0 not in sizes
+    free = sight.mask is None and not call.dropout and 0 not in sizes
     return bent and free and call.q.dtype is not torch.float64
 
 
 def _needs_wide_bias(call: _Call) -> bool:
     """Whether a bias has digits that q's dtype lacks; on CPUs PyTorch's kernels keep them."""
-    q, mask = call.q, call.options.mask
+    q, mask = call.q, call.options.visibility.mask
     wide = mask is not None and mask.is_floating_point() and mask.dtype != q.dtype
     halves = q.dtype in (torch.float16, torch.bfloat16)
-    return halves and (wide or call.options.alibi_slopes is not None)
+    return halves and (wide or call.options.scoring.alibi_slopes is not None)
 
 
 def _choose(call: _Call) -> Path:
-    q, k, o = call.q, call.k, call.options
-    tensors = (q, k, call.v, o.mask, o.alibi_slopes, o.sink_logits)
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    plain = o.softcap is None and not call.return_lse
+    q, k, scoring = call.q, call.k, call.options.scoring
+    gradients = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (q, k, call.v, *call.options.tensors().values())
+    )
+    plain = scoring.softcap is None and not call.return_lse
     if not gradients and not call.dropout and _backend(q.device) == "triton":
         path = _on_gpu(call)
         if path is not None:
@@ -272,7 +241,8 @@ def _choose(call: _Call) -> Path:
         return Path("matmul", "PyTorch's kernels have no softcap and return no log-sum-exp")
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         return Path("matmul", "there is nothing to compute")
-    if o.sink_logits is not None and abs(1 if o.scale is None else o.scale) < LEAST_SCALE:
+    scale = 1 if scoring.scale is None else scoring.scale
+    if scoring.sink_logits is not None and abs(scale) < LEAST_SCALE:
         return Path("matmul", "scores are scaled so small that sink logits would overflow")
     if call.dropout and q.shape[1] != k.shape[1]:
         return Path("matmul", "with dropout, PyTorch's kernels would repeat keys and values")
@@ -281,36 +251,9 @@ def _choose(call: _Call) -> Path:
     return Path("sdpa", "many queries: bound by arithmetic, where PyTorch's kernels are best")
 
 
-def _seen(call: _Call) -> torch.Tensor | None:
-    """What the options leave visible, without the mask; None for everything."""
-    o = call.options
-    if o.left is None and o.right is None and o.start is None and o.lengths is None:
-        return None
-    return visible(call.q.shape[2], call.k.shape[2], o, call.q.device)
-
-
-def _bias(call: _Call) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Visibility (boolean) and additive bias, from all options.
-
-    The bias is float32 at least, as the kernels have it: in bfloat16 a score is off by 2^-9 of it.
-    """
-    seen, bias, o = _seen(call), None, call.options
-    if o.mask is not None:
-        if o.mask.dtype == torch.bool:
-            seen = o.mask if seen is None else seen & o.mask
-        else:
-            bias = o.mask.to(torch.promote_types(call.q.dtype, torch.float32))
-    if o.alibi_slopes is not None:
-        distance = alibi(o.alibi_slopes, call.q.shape[2], call.k.shape[2], o.lengths)
-        bias = distance.to(torch.promote_types(call.q.dtype, torch.float32)) + (
-            0.0 if bias is None else bias
-        )
-    return split_hidden(seen, bias)
-
-
 def _seen_rows(call: _Call, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, with zeros where the options hide them from every query."""
-    o = call.options
+    o = call.options.visibility
     all_used = o.left is None and o.start is None and o.lengths is None and o.mask is None
     if seen is None or all_used:
         return call.k, call.v
@@ -318,30 +261,21 @@ def _seen_rows(call: _Call, seen: torch.Tensor | None) -> tuple[torch.Tensor, to
 
 
 def _matmul(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    seen, bias = _bias(call)
+    seen, bias = seen_and_bias(call.q, call.k.shape[2], call.options)
     k, v = _seen_rows(call, seen)
-    found = attend(
-        call.q,
-        k,
-        v,
-        seen=seen,
-        bias=bias,
-        scale=call.options.scale,
-        softcap=call.options.softcap,
-        sink_logits=call.options.sink_logits,
-        dropout=call.dropout,
-    )
+    scoring, dropout = call.options.scoring, call.dropout
+    found = attend(call.q, k, v, scoring=scoring, seen=seen, bias=bias, dropout=dropout)
     return (found.out, found.lse) if call.return_lse else found.out
 
 
 def _sdpa(call: _Call) -> torch.Tensor:
     """PyTorch's kernels; a query that sees nothing gets zeros here too."""
-    q, o = call.q, call.options
-    square = o.causal and q.shape[2] == call.k.shape[2] and o.left is None
-    padded = o.start is not None or o.lengths is not None
-    plain = not padded and o.mask is None and o.alibi_slopes is None
+    q, keys, sight, scoring = call.q, call.k.shape[2], *call.options
+    square = sight.causal and q.shape[2] == keys and sight.left is None
+    padded = sight.start is not None or sight.lengths is not None
+    plain = not padded and sight.mask is None and scoring.alibi_slopes is None
     is_causal = decided(square and plain)
-    seen, bias = (None, None) if is_causal else _bias(call)
+    seen, bias = (None, None) if is_causal else seen_and_bias(q, keys, call.options)
     k, v = _seen_rows(call, seen)
     mask, nothing = bias, None
     if seen is not None:
@@ -350,10 +284,10 @@ def _sdpa(call: _Call) -> torch.Tensor:
         nothing = ~seen.any(-1, keepdim=True)
         shown = seen | nothing
         mask = shown if bias is None else bias.masked_fill(~shown, -torch.inf)
-    scale = constant(q.shape[3] ** -0.5) if o.scale is None else o.scale
+    scale = constant(q.shape[3] ** -0.5) if scoring.scale is None else scoring.scale
     v_head_dim = v.shape[3]
-    if o.sink_logits is not None:
-        q, k, v, mask = with_sink(q, k, v, mask, is_causal, scale, o.sink_logits)
+    if scoring.sink_logits is not None:
+        q, k, v, mask = with_sink(q, k, v, mask, is_causal, scale, scoring.sink_logits)
     elif q.shape[1] != k.shape[1] and v_head_dim != q.shape[3]:
         # Of uneven heads PyTorch's only kernel repeats keys and values; zeros change nothing.
         width = max(v_head_dim, q.shape[3])
@@ -369,24 +303,20 @@ def _sdpa(call: _Call) -> torch.Tensor:
         enable_gqa=decided(q.shape[1] != k.shape[1]),
     )
     out = out[..., :v_head_dim]
-    if is_causal and o.sink_logits is not None:
+    if is_causal and scoring.sink_logits is not None:
         out = out[:, :, 1:]
     return out if nothing is None else out.masked_fill(nothing, 0.0)
 
 
 def _flex(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    o, (k, v) = call.options, (call.k, call.v)
+    o, (k, v) = call.options.visibility, (call.k, call.v)
     if o.left is not None or o.start is not None or o.lengths is not None:
         used = used_keys(call.q.shape[2], k.shape[2], o, k.device)
         k, v = without_unseen(k, used), without_unseen(v, used)
-    found = flex(call.q, k, v, o)
+    found = flex(call.q, k, v, call.options)
     return found if call.return_lse else found[0]
 
 
 def _kernel(call: _Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    o = call.options
-    out, lse = attend_rows(
-        call.q, call.k, call.v, o.start, o.lengths, o.mask, o.alibi_slopes, o.sink_logits,
-        o.left, o.right, o.sinks, o.scale, o.softcap,
-    )  # fmt: skip
+    out, lse = attend_rows(call.q, call.k, call.v, *call.options.flat())
     return (out, lse) if call.return_lse else out

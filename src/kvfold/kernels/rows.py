@@ -1,35 +1,33 @@
 """The kernels over plain tensors, as a PyTorch operator that ``torch.compile`` understands."""
 
+from typing import Any
+
 import torch
 
 from kvfold.kernels.backend import backend_of
-from kvfold.kernels.checks import check_range
 from kvfold.kernels.cpu.call import KernelCall, readable
 from kvfold.kernels.cpu.library import Part, library, rows_side
 from kvfold.ops.formats import format_of
-from kvfold.ops.options import Options
+from kvfold.ops.kinds import check_range
+from kvfold.ops.options import SCHEMA, Options, unflattened
 
 
-@torch.library.custom_op("kvfold::attend_rows", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    "kvfold::attend_rows",
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
+)
 def attend_rows(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    start: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sink_logits: torch.Tensor | None,
-    left: int | None,
-    right: int | None,
-    sinks: int,
-    scale: float | None,
-    softcap: float | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *flat: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kvfold.attention`` for few queries; output and log-sum-exp (float32)."""
-    options = Options(
-        left, right, sinks, start, lengths, mask, scale, softcap, alibi_slopes, sink_logits
-    )
+    """``kvfold.attention`` for few queries; output and log-sum-exp (float32).
+
+    Args:
+        flat: ``Options.flat``.
+    """
+    options = unflattened(flat)
+    start, lengths = options.visibility.start, options.visibility.lengths
     if backend_of(q.device) == "triton":
         return _on_gpu(q, k, v, options)
     lib = library()
@@ -58,7 +56,8 @@ def _on_gpu(
 
     batch, keys = k.shape[0], k.shape[2]
     whole = torch.full((batch,), keys, dtype=torch.int32, device=q.device)
-    end = whole if options.lengths is None else options.lengths.to(torch.int32).contiguous()
+    lengths = options.visibility.lengths
+    end = whole if lengths is None else lengths.to(torch.int32).contiguous()
     none = q.new_empty(1, 1, 1, 0, dtype=torch.bfloat16)  # plain numbers have no scales
     sides = [Rows(format_of(x.dtype), readable(x), none, x.shape[3]) for x in (k, v)]
     table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
@@ -68,7 +67,7 @@ def _on_gpu(
 
 @attend_rows.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object, **options: object
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *flat: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -1,15 +1,17 @@
 """``attention_varlen``: sequences of different lengths behind one another, without padding."""
 
 from itertools import accumulate, groupby, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.dispatch import attention
 from kvfold.kernels.outside import outside_graphs
-from kvfold.ops.options import Window
+from kvfold.ops.options import Accepted, VarlenOptions, declared
+from kvfold.ops.signatures import with_options
 
+_OPTIONS = Accepted("attention_varlen", declared(VarlenOptions))
 _SHAPES = "expected q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv]"
 
 
@@ -25,6 +27,7 @@ class _Run(NamedTuple):
     "kvfold.attention_varlen reads cu_seqlens, which a graph does not know: leave out"
     " fullgraph=True, or pad and use kvfold.attention with start or lengths"
 )
+@with_options
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -35,14 +38,9 @@ def attention_varlen(
     max_seqlen_k: int | None = None,
     *,
     causal: bool,
-    window: Window | None = None,
-    sinks: int = 0,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sink_logits: torch.Tensor | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
+    **options: Unpack[VarlenOptions],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Grouped-query attention of sequences of any lengths: FlashAttention's ``varlen``, ragged
     prefill. Each sequence's queries see its own keys only, and nothing is padded: sequences of
@@ -59,8 +57,8 @@ def attention_varlen(
         causal: the last query of a sequence stands at its last key (bottom-right alignment) and
             sees no later ones. There is no default: FlashAttention's is False, ``attention``'s
             True.
-        window, sinks, scale, softcap, alibi_slopes, sink_logits, dropout, return_lse: see
-            ``attention``; positions are counted in each sequence.
+        options: of attention; see the signature.
+        dropout, return_lse: see ``attention``; positions are counted in each sequence.
 
     Returns:
         ``[Tq, Hq, Dv]`` in q's dtype; with ``return_lse`` also ``[Tq, Hq]`` (FlashAttention has
@@ -74,11 +72,8 @@ def attention_varlen(
     >>> attention_varlen(q, k, v, begins_q, begins_k, causal=True).shape
     torch.Size([7, 8, 16])
     """
+    _OPTIONS.refuse_others(options)
     _check(q, k, v)
-    options: dict[str, Any] = {
-        "causal": causal, "window": window, "sinks": sinks, "scale": scale, "softcap": softcap,
-        "alibi_slopes": alibi_slopes, "sink_logits": sink_logits, "dropout": dropout,
-    }  # fmt: skip
     queries = _lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
     keys = _lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     if len(queries) != len(keys):
@@ -88,7 +83,7 @@ def attention_varlen(
     of_k = [(run.sequences, run.keys) for run in runs]
     outs, lses = [], []
     for given in zip(_cut(q, of_q), _cut(k, of_k), _cut(v, of_k), strict=True):
-        found = attention(*given, **options, return_lse=return_lse)
+        found = attention(*given, causal=causal, dropout=dropout, return_lse=return_lse, **options)
         out, lse = found if isinstance(found, tuple) else (found, None)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         if lse is not None:

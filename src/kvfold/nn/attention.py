@@ -21,7 +21,7 @@ from kvfold.nn.checks import (
     check_weights,
 )
 from kvfold.ops.mask import visible
-from kvfold.ops.options import Options, Window, reach
+from kvfold.ops.options import Scoring, Visibility, Window, reach
 from kvfold.ops.reference import attend
 from kvfold.ops.rope import Rotary, following
 
@@ -285,12 +285,13 @@ class GroupedQueryAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention weights ``[B, Hq, T, S]``, in float32 or better."""
         left, right = reach(self.causal, self.window)
-        options = Options(left, right, self.sinks, hidden.start, hidden.lengths)
-        bias, seen = hidden.mask, visible(q.shape[2], k.shape[2], options, q.device)
+        sight = Visibility(left, right, self.sinks, hidden.start, hidden.lengths)
+        bias, seen = hidden.mask, visible(q.shape[2], k.shape[2], sight, q.device)
         if bias is not None and bias.dtype == torch.bool:
             seen, bias = seen & bias, None
         q, k, v = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))
-        found = attend(q, k, v, seen=seen, bias=bias, **self._scoring, need_weights=True)
+        scoring = Scoring(self.scale, self.softcap)
+        found = attend(q, k, v, scoring=scoring, seen=seen, bias=bias, need_weights=True)
         return cast(torch.Tensor, found.weights)
 
     def extra_repr(self) -> str:

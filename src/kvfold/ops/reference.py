@@ -6,6 +6,9 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.ops.mask import split_hidden
+from kvfold.ops.options import Scoring
+
+PLAIN = Scoring()
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,9 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
+    scoring: Scoring = PLAIN,
     seen: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
 ) -> Attended:
@@ -37,12 +38,12 @@ def attend(
         q: ``[B, Hq, T, D]``; k: ``[B, Hkv, S, D]``; v: ``[B, Hkv, S, Dv]``.
         seen: boolean, broadcastable to ``[B, Hq, T, S]``. A query that sees nothing gets zeros
             and a log-sum-exp of -inf.
-        bias: added to the scores, broadcastable likewise.
-        sink_logits: ``[Hq]``, of a further key that every query sees, whose value is zero.
+        bias: added to the scores, broadcastable likewise; of ALiBi's slopes too, which are not
+            read here (see ``ops.mask.seen_and_bias``).
         dropout: probability of dropping a weight.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
     if q.dtype in (torch.float16, torch.bfloat16):
         # Scores of halves overflow, or are too coarse for a softmax.
@@ -50,6 +51,7 @@ def attend(
     # [B, Hkv, R T, D] @ [B, Hkv, D, S]: one product per KV head, whatever R
     scores = ((grouped * scale).flatten(2, 3) @ k.mT).unflatten(2, grouped.shape[2:4])
     scores = scores.flatten(1, 2)
+    softcap, sink_logits = scoring.softcap, scoring.sink_logits
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     seen, bias = split_hidden(seen, bias)

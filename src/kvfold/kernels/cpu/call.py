@@ -7,7 +7,7 @@ import torch
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.library import Attend, Library, Part, Tensor
 from kvfold.kernels.cpu.pointer import Buffer, Int32s, has_contiguous_rows
-from kvfold.ops.options import Options, limit
+from kvfold.ops.options import Options, Scoring, Visibility, limit
 
 _QUERIES, _OUT, _LSE = Buffer("q"), Buffer("out"), Buffer("lse", torch.float32)
 _START, _MASK = Buffer("start", torch.int32), Buffer("mask", torch.float32)
@@ -22,7 +22,7 @@ class KernelCall:
     Args:
         lengths: of each sequence; its last query stands at position ``lengths[b] - 1``.
         options: their own ``lengths`` are not read.
-        keys: the most positions of a sequence, for which ``options.mask`` has entries.
+        keys: the most positions of a sequence, for which the mask has entries.
 
     Raises:
         InputError: for tensors that the kernels cannot read as they are meant.
@@ -47,27 +47,28 @@ class KernelCall:
         if len(lengths) != call.batch:
             raise InputError(f"{len(lengths)} lengths for {call.batch} sequences of queries")
         call.length = self.lengths.address
-        call.scale = call.head_dim**-0.5 if options.scale is None else options.scale
-        call.softcap = options.softcap or 0.0
-        call.left, call.right = limit(options.left), limit(options.right)
-        call.sinks = options.sinks
-        self._hide(options, keys)
+        sight, scoring = options
+        call.scale = call.head_dim**-0.5 if scoring.scale is None else scoring.scale
+        call.softcap = scoring.softcap or 0.0
+        call.left, call.right = limit(sight.left), limit(sight.right)
+        call.sinks = sight.sinks
+        self._hide(sight, scoring, keys)
 
     def kept(self, x: Kept) -> Kept:
         """Keep what C reads alive until the call has run."""
         self._kept.append(x)
         return x
 
-    def _hide(self, options: Options, keys: int) -> None:
+    def _hide(self, sight: Visibility, scoring: Scoring, keys: int) -> None:
         """Set the tensors that hide or bias scores."""
-        call, start, mask, slopes = self._call, options.start, options.mask, options.alibi_slopes
+        call, start, mask, slopes = self._call, sight.start, sight.mask, scoring.alibi_slopes
         if start is not None:
             first = self.kept(start.to(torch.int32).contiguous())
             call.start = _START.address(first, (call.batch,))
         if slopes is not None:
             call.slopes = self._per_head(slopes, _SLOPES)
-        if options.sink_logits is not None:
-            call.sink_logits = self._per_head(options.sink_logits, _SINKS)
+        if scoring.sink_logits is not None:
+            call.sink_logits = self._per_head(scoring.sink_logits, _SINKS)
         if mask is not None:
             shape = (call.batch, call.num_heads, call.tokens, keys)
             full = _additive(mask)

@@ -25,10 +25,11 @@ def flex(
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    start, lengths, slopes = options.start, options.lengths, options.alibi_slopes
+    sight, scoring = options
+    start, lengths, slopes = sight.start, sight.lengths, scoring.alibi_slopes
     if slopes is not None:
         slopes = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
-    left, right, softcap = options.left, options.right, options.softcap
+    left, right, softcap = sight.left, sight.right, scoring.softcap
     batch, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     first = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
     end = torch.full_like(first, keys) if lengths is None else lengths
@@ -39,7 +40,7 @@ def flex(
         if right is not None:
             seen = seen & (j <= position + right)
         if left is not None:
-            seen = seen & ((j >= position - left) | (j < first[b] + options.sinks))
+            seen = seen & ((j >= position - left) | (j < first[b] + sight.sinks))
         return seen
 
     def bent(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -54,13 +55,13 @@ def flex(
     attend: Any = _compiled() if q.is_cuda else flex_attention
     bends = softcap is not None or slopes is not None
     out, lse = attend(
-        q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=options.scale,
+        q, k, v, score_mod=bent if bends else None, block_mask=blocks, scale=scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
     )  # fmt: skip
     out = torch.where(lse.isneginf()[..., None], 0.0, out)
-    if options.sink_logits is None:
+    if scoring.sink_logits is None:
         return out, lse
-    with_sink = torch.logaddexp(lse, options.sink_logits.to(lse.dtype)[:, None])
+    with_sink = torch.logaddexp(lse, scoring.sink_logits.to(lse.dtype)[:, None])
     return out * torch.exp(lse - with_sink)[..., None].to(out.dtype), with_sink
 
 

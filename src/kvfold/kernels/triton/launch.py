@@ -18,7 +18,7 @@ from kvfold.kernels.triton.decode import (
 )
 from kvfold.kernels.triton.splits import Gpu, choose_splits
 from kvfold.ops.format import Format
-from kvfold.ops.options import Options, limit
+from kvfold.ops.options import FIELDS, Options, limit, unflattened
 from kvfold.ops.rotation import rotate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -127,9 +127,10 @@ def attend(
         slot += count
     merge_kernel[(scratch.shape[0],)](
         scratch, scratch.stride(1), part_lse, slots,
-        lse if options.sink_logits is None else options.sink_logits, heads, tokens,
+        lse if options.scoring.sink_logits is None else options.scoring.sink_logits, heads, tokens,
         out, lse, v_head_dim,
-        SLOTS=_power(slots), DV=_power(v_head_dim), HAS_SINKS=options.sink_logits is not None,
+        SLOTS=_power(slots), DV=_power(v_head_dim),
+        HAS_SINKS=options.scoring.sink_logits is not None,
     )  # fmt: skip
     return out, lse
 
@@ -201,31 +202,32 @@ def _launch(
     _, heads, tokens, head_dim = q.shape
     kv_heads = k.data.shape[1]
     none = lengths  # a pointer that is never followed
-    mask, kind = _mask(options.mask, q.shape)
-    scale = options.scale if options.scale is not None else k.dim**-0.5
+    sight, scoring = options
+    mask, kind = _mask(sight.mask, q.shape)
+    scale = scoring.scale if scoring.scale is not None else k.dim**-0.5
     attend_kernel[grid](
         q, *q.stride()[:3],
         k.data, *k.strides(), k.scales, k.scales.stride(0), k.scales.stride(1),
         v.data, *v.strides(), v.scales, v.scales.stride(0), v.scales.stride(1),
         part.table, part.table.stride(0), part.page_size,
         none if part.begin is None else part.begin, part.end, lengths,
-        none if options.start is None else options.start,
-        none if options.alibi_slopes is None else options.alibi_slopes,
+        none if sight.start is None else sight.start,
+        none if scoring.alibi_slopes is None else scoring.alibi_slopes,
         none if mask is None else mask, *(mask.stride()[:3] if mask is not None else (0, 0, 0)),
         int(mask is not None and mask.shape[-1] > 1),
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
-        scale, options.softcap or 1.0, limit(options.left), limit(options.right), options.sinks,
+        scale, scoring.softcap or 1.0, limit(sight.left), limit(sight.right), sight.sinks,
         head_dim=head_dim, v_head_dim=v.dim, k_groups=k.groups, v_groups=v.groups,
         SPLITS=grid[0], M=tile, N=_tile_keys(k, v),
         D=_padded(k), DV=_padded(v), K_GROUPS=_power(k.groups), V_GROUPS=_power(v.groups),
         K_FORMAT=k.kind, V_FORMAT=v.kind, DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        ONE_PAGE=part.table.shape[1] == 1, HAS_LEFT=options.left is not None,
-        HAS_RIGHT=options.right is not None, SOFTCAP=options.softcap is not None,
-        HAS_BEGIN=part.begin is not None, HAS_START=options.start is not None,
-        HAS_SLOPES=options.alibi_slopes is not None, MASK_KIND=kind,
+        ONE_PAGE=part.table.shape[1] == 1, HAS_LEFT=sight.left is not None,
+        HAS_RIGHT=sight.right is not None, SOFTCAP=scoring.softcap is not None,
+        HAS_BEGIN=part.begin is not None, HAS_START=sight.start is not None,
+        HAS_SLOPES=scoring.alibi_slopes is not None, MASK_KIND=kind,
         num_warps=4, num_stages=3,
     )  # fmt: skip
 
@@ -233,14 +235,11 @@ def _launch(
 def _ready(options: Options, device: torch.device) -> Options:
     """With tensors of the dtypes that the kernels read, where they run."""
 
-    def ready(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if x is None else x.detach().to(device, dtype).contiguous()
-
-    return options._replace(
-        start=ready(options.start, torch.int32),
-        alibi_slopes=ready(options.alibi_slopes, torch.float32),
-        sink_logits=ready(options.sink_logits, torch.float32),
-    )
+    values = [
+        x if x is None or kind.dtype is None else x.detach().to(device, kind.dtype).contiguous()
+        for x, kind in zip(options.flat(), FIELDS.values(), strict=True)
+    ]
+    return unflattened(values)
 
 
 def _mask(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor | None, int]:

@@ -6,7 +6,7 @@ import torch
 
 from kvfold.kernels.triton.launch import Angles, GpuPart, Rows, append, attend
 from kvfold.ops.formats import FORMATS
-from kvfold.ops.options import Options
+from kvfold.ops.options import SCHEMA, unflattened
 
 _DEVICES = ("cuda", "cpu")  # a CPU for Triton's interpreter
 
@@ -32,7 +32,14 @@ def gpu_append(
     append(x, rows, table, data.shape[2], first, rotated=rotated, rotary=angles)
 
 
-@torch.library.custom_op("kvfold::gpu_attend", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op(
+    "kvfold::gpu_attend",
+    mutates_args=(),
+    device_types=_DEVICES,
+    schema="(Tensor q, Tensor k_data, Tensor k_scales, Tensor v_data, Tensor v_scales,"
+    " Tensor table, Tensor ends, str k_format, str v_format, SymInt v_head_dim, SymInt? splits,"
+    f" {SCHEMA}) -> (Tensor, Tensor)",
+)
 def gpu_attend(
     q: torch.Tensor,
     k_data: torch.Tensor,
@@ -40,35 +47,40 @@ def gpu_attend(
     v_data: torch.Tensor,
     v_scales: torch.Tensor,
     table: torch.Tensor,
-    lengths: torch.Tensor,
-    start: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    ends: torch.Tensor,
     k_format: str,
     v_format: str,
     v_head_dim: int,
-    sink_logits: torch.Tensor | None,
-    left: int | None,
-    right: int | None,
-    sinks: int,
-    scale: float | None,
-    softcap: float | None,
     splits: int | None,
+    *flat: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``launch.attend`` over one part; output and log-sum-exp (float32)."""
+    """``launch.attend`` over one part; output and log-sum-exp (float32).
+
+    Args:
+        flat: ``Options.flat``.
+    """
     page_size = k_data.shape[2]
     part = GpuPart(
         Rows(FORMATS[k_format], k_data, k_scales, q.shape[3]),
         Rows(FORMATS[v_format], v_data, v_scales, v_head_dim),
-        table, page_size, None, lengths, table.shape[1] * page_size,
+        table, page_size, None, ends, table.shape[1] * page_size,
     )  # fmt: skip
-    options = Options(
-        left, right, sinks, start, None, mask, scale, softcap, sink_logits=sink_logits
-    )
-    return attend(q, [part], lengths, options, splits)
+    return attend(q, [part], ends, unflattened(flat), splits)
 
 
 @gpu_attend.register_fake
-def _(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    v_head_dim = others[10]  # a symbol, perhaps
+def _(
+    q: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scales: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scales: torch.Tensor,
+    table: torch.Tensor,
+    ends: torch.Tensor,
+    k_format: str,
+    v_format: str,
+    v_head_dim: int,
+    *others: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:3], v_head_dim)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
