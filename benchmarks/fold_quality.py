@@ -7,7 +7,8 @@
 Each row is made by `kvfold convert` on at most 50,000 tokens of the handbook's other chapters
 and scored by `kvfold eval` on held-out chapters and on Python's documentation, in windows of 512
 tokens. Appends to ``fold_quality.jsonl`` beside this file, one JSON line per row with the
-machine and date, and prints the table. Rows that are in WORK already are not converted again.
+machine and date, and prints the table of all that were measured. Rows that are in WORK already are
+not converted again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from kvfold import convert, evaluate
 from kvfold.checkpoint.gguf import transcode
 from kvfold.files import append_text
 from kvfold.fold.request import DATA_FREE
+from tables import folding
 
 # Method, fit. The GQA paper's methods look at no data until they are refitted.
 ROWS = (
@@ -87,7 +89,6 @@ def main() -> None:
     texts = [arguments.texts / "handbook.txt", arguments.texts / "documentation.txt"]
     scores = evaluate(models, texts, max_tokens=arguments.tokens)
     half = len(models)
-    lines = []
     for row, record, *pair in zip(rows, records, scores[1:half], scores[half + 1 :], strict=True):
         line = {
             "benchmark": "fold_quality", "method": row[0], "fit": row[1], **machine(),
@@ -98,39 +99,7 @@ def main() -> None:
             "source_perplexity": [scores[0].perplexity, scores[half].perplexity],
         }  # fmt: skip
         append_text(RESULTS, json.dumps(line) + "\n")
-        lines.append(line)
-    print_scores(lines)
-    print_captured(lines)
-
-
-def print_scores(lines: list[dict[str, Any]]) -> None:
-    """The Markdown table of nats lost."""
-    handbook, documentation = lines[0]["source_perplexity"]
-    print(
-        f"Source perplexity: handbook {handbook:.2f}, documentation {documentation:.2f}\n\n"
-        "| method | fit | handbook | documentation | KL | top-1 | seconds |\n"
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    )
-    for line in lines:
-        print_row(line)
-
-
-def print_captured(lines: list[dict[str, Any]]) -> None:
-    """The Markdown table of captured energy, V and K, layer by layer."""
-    closed = [line for line in lines if line["fit"] == "none"]
-    print("\n| layer | " + " | ".join(f"{line['method']} V, K" for line in closed) + " |")
-    print("| --- |" + " ---: |" * len(closed))
-    for layer, pairs in enumerate(zip(*(line["captured"] for line in closed), strict=True)):
-        cells = [f"{value:.2f}, {key:.2f}" for value, key in pairs]
-        print(f"| {layer} | {' | '.join(cells)} |")
-
-
-def print_row(line: dict[str, Any]) -> None:
-    """One line of the Markdown table."""
-    cells = [f"{s['nats_lost']:.2f} ± {s['nats_lost_error']:.2f}" for s in line["scores"]]
-    print(
-        f"| {line['method']} | {line['fit']} | {' | '.join(cells)} | {line['run']['seconds']:.0f} |"
-    )
+    print(folding())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts the benchmarks' page, which lies beside its scripts, on the site."""
+"""Puts the benchmarks' pages, which lie beside their scripts, on the site."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """mkdocs calls this with the site's files."""
-    for path in (BENCHMARKS / "README.md", *sorted(BENCHMARKS.glob("*.png"))):
-        name = "index.md" if path.suffix == ".md" else path.name
+    for path in sorted([*BENCHMARKS.glob("*.md"), *BENCHMARKS.glob("*.png")]):
+        name = "index.md" if path.name == "README.md" else path.name
         files.append(File.generated(config, f"benchmarks/{name}", abs_src_path=str(path)))
     return files

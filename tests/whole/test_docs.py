@@ -15,7 +15,11 @@ import kvfold
 from kvfold.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(kvfold.__path__, "kvfold.")
