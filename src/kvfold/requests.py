@@ -27,12 +27,37 @@ class Kind(Protocol):
 class Text:
     """Words, checked by a function."""
 
-    test: Callable[[object, str], Any] = arguments.text
-    written: Callable[[Any], str] = str
+    test: Callable[[object, str], str] = arguments.text
+
+    def check(self, value: object, name: str) -> str:
+        """What the function says they are."""
+        return self.test(value, name)
+
+    def written(self, value: str) -> str:
+        """The words."""
+        return value
+
+
+@dataclass(frozen=True)
+class Made:
+    """Something made of a value of another kind.
+
+    Attributes:
+        type: of what is made; one that is made already is let be. parts: the value it was made of.
+    """
+
+    of: Kind
+    type: type
+    make: Callable[[Any], Any]
+    parts: Callable[[Any], Any]
 
     def check(self, value: object, name: str) -> Any:
-        """What the function makes of them."""
-        return self.test(value, name)
+        """What is made of the value."""
+        return value if isinstance(value, self.type) else self.make(self.of.check(value, name))
+
+    def written(self, value: Any) -> str:
+        """The words that give the value it was made of."""
+        return self.of.written(self.parts(value))
 
 
 @dataclass(frozen=True)

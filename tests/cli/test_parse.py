@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvfold.cli.parse import read_request
 from kvfold.errors import InputError
+from kvfold.fold.request import ConvertRequest
 from kvfold.healing.request import HealRequest
 from kvfold.numbers import Real, Whole, Wholes
 from kvfold.record import command_line
@@ -18,6 +19,7 @@ from kvfold.requests import (
     Flag,
     Kind,
     Listed,
+    Made,
     Model,
     Option,
     Place,
@@ -27,7 +29,7 @@ from kvfold.requests import (
 )
 from tests.toolbox.commands import command_of
 
-REQUESTS: list[type[Request]] = [HealRequest]
+REQUESTS: list[type[Request]] = [ConvertRequest, HealRequest]
 OPTIONS = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
 # No surrogates, which a terminal does not send; no NUL, which no path holds.
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -44,6 +46,10 @@ def values(kind: Kind, name: str = "") -> st.SearchStrategy[Any]:
             return st.floats(kind.least, kind.most, exclude_min=kind.above)
         case Wholes():
             return st.lists(values(kind.each), min_size=1, max_size=4)
+        case Made() if name == "texts":
+            return TEXTS
+        case Made():
+            return values(kind.of)
         case Choice():
             return st.sampled_from(list(kind.known))
         case Flag():
@@ -51,7 +57,7 @@ def values(kind: Kind, name: str = "") -> st.SearchStrategy[Any]:
         case Place() | Model():
             return PATHS
         case Several():
-            return st.lists(TEXTS if name == "texts" else values(kind.each), min_size=1, max_size=3)
+            return st.lists(values(kind.each, name), min_size=1, max_size=3)
         case Listed():
             return st.lists(values(kind.each), min_size=not kind.none, max_size=3)
         case _:

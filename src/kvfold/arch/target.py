@@ -20,14 +20,11 @@ class Target(Protocol):
     """What is the same of every kind of target.
 
     Attributes:
-        label: what it is called in sentences. option: how the command line asks for it.
+        label: what it is called in sentences.
     """
 
     @property
     def label(self) -> str: ...
-
-    @property
-    def option(self) -> str: ...
 
     def as_dict(self) -> dict[str, Any]:
         """Its entries in a request."""
@@ -73,10 +70,6 @@ class Grouped:
     @property
     def label(self) -> str:
         return f"{self.num_kv_heads} KV heads"
-
-    @property
-    def option(self) -> str:
-        return f"--kv-heads {self.num_kv_heads}"
 
     def as_dict(self) -> dict[str, Any]:
         return {"num_kv_heads": self.num_kv_heads}

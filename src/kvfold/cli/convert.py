@@ -2,45 +2,22 @@
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Location, NewFolder, Number, Source
+from kvfold.cli.options import NewFolder, Number
 from kvfold.cli.output import emit, say
+from kvfold.cli.parse import asks
 from kvfold.cli.signals import resumable
+from kvfold.fold.request import ConvertRequest
 from kvfold.record import RECORD
-
-if TYPE_CHECKING:
-    from kvfold.fold.request import Request
 
 
 @click.command("convert")
-@click.argument("source", metavar="SRC", type=Source())
+@asks(ConvertRequest)
 @click.argument("out", metavar="OUT", type=NewFolder())
-@click.option("--kv-heads", required=True, type=Number(numbers.KV_HEADS), metavar="N",
-              help="KV heads to fold to (a divisor).")  # fmt: skip
-@click.option("--method", default="auto", show_default=True, help="See `kvfold methods`.")
-@click.option(
-    "--fit",
-    type=click.Choice(["none", "refit", "local"]),
-    help="After folding: solve each layer's output and MLP projections again (refit), or train "
-    "its q, k, v, o before that (local).  [default: local; none for mean, first, random]",
-)
-@click.option(
-    "--calibration",
-    type=Location(),
-    multiple=True,
-    metavar="TEXT",
-    help="UTF-8 text file like what the model will read; may be repeated.  "
-    "[default: a small built-in text]",
-)
-@click.option("--no-calibration", is_flag=True, help="Look at the weights only.")
-@click.option("--calibration-tokens", type=Number(numbers.CALIBRATION), default=50_000,
-              show_default=True, help="Use at most.")  # fmt: skip
-@click.option("--context", type=Number(numbers.WINDOW), default=512, show_default=True,
-              help="Tokens per window.")  # fmt: skip
 @click.option(
     "--heal",
     "heal_tokens",
@@ -48,23 +25,14 @@ if TYPE_CHECKING:
     help="Then heal for N tokens on the calibration text; see `kvfold heal`. The folded model "
     "stays beside OUT, as OUT.folded.",
 )
-@click.option("--seed", type=Number(numbers.SEED), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Check everything, show sizes, write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
-    source: str,
+    request: ConvertRequest,
     out: Path,
-    kv_heads: int,
-    method: str,
-    fit: str | None,
-    calibration: tuple[Path, ...],
-    no_calibration: bool,
-    calibration_tokens: int,
-    context: int,
     heal_tokens: int | None,
-    seed: int,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -77,19 +45,8 @@ def command(
     from kvfold.checkpoint.places import working_folder
     from kvfold.cli.progress import progress_bar
     from kvfold.fold.convert import run_request
-    from kvfold.fold.request import make_request, preview
+    from kvfold.fold.request import preview
 
-    request = make_request(
-        source,
-        kv_heads,
-        method=method,
-        fit=fit,
-        calibration=calibration,
-        calibrate=not no_calibration,
-        calibration_tokens=calibration_tokens,
-        context=context,
-        seed=seed,
-    )
     if heal_tokens is not None and not dry_run:
         convert_and_heal(request, out, heal_tokens, resume, force, as_json)
         return
@@ -103,11 +60,13 @@ def command(
     for warning in record.get("warnings", []):
         say(f"warning: {warning}", err=True)
     if not as_json:
-        say(f"next: kvfold eval {quote(source)} {quote(str(out))} --text YOUR.txt", err=True)
+        say(
+            f"next: kvfold eval {quote(request.source)} {quote(str(out))} --text YOUR.txt", err=True
+        )
 
 
 def convert_and_heal(
-    request: "Request", out: Path, tokens: int, resume: bool, force: bool, as_json: bool
+    request: ConvertRequest, out: Path, tokens: int, resume: bool, force: bool, as_json: bool
 ) -> None:
     """Fold to OUT.folded (unless that is there from an interrupted run), heal it to OUT."""
     from kvfold.checkpoint.places import check_out, working_folder
@@ -145,7 +104,7 @@ def convert_and_heal(
             heal_and_show(healing, out, resume=again, force=force, as_json=as_json, work=work)
 
 
-def _check_same_fold(request: "Request", folded: Path) -> None:
+def _check_same_fold(request: ConvertRequest, folded: Path) -> None:
     """Refuse to heal what another request has folded, or another source."""
     from kvfold.errors import InputError
     from kvfold.fold.convert import made_now

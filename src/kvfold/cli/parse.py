@@ -8,7 +8,7 @@ import click
 
 from kvfold.cli.options import Comma, Location, Number, Source
 from kvfold.numbers import Real, Whole, Wholes
-from kvfold.requests import Choice, Flag, Kind, Listed, Model, Option, Place, Request, Several
+from kvfold.requests import Choice, Flag, Kind, Listed, Made, Model, Option, Place, Request, Several
 from kvfold.requests import options_of as declared_by
 
 R = TypeVar("R", bound=Request)
@@ -106,6 +106,8 @@ def _words(option: Option) -> str:
 def _type_of(kind: Kind) -> Any:
     if isinstance(kind, Several):
         return _type_of(kind.each)
+    if isinstance(kind, Made):
+        return _type_of(kind.of)
     if isinstance(kind, Whole | Real | Wholes):
         return Number(kind)
     if isinstance(kind, Choice):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.families import family_of
-from kvfold.arguments import callback, flag, new_folder
+from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import describe, is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
@@ -32,7 +32,6 @@ from kvfold.checkpoint.tensors import (
 )
 from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
 from kvfold.checkpoint.writer import (
-    MAX_SHARD_BYTES,
     Shard,
     carry_files,
     files_read,
@@ -43,7 +42,6 @@ from kvfold.checkpoint.writer import (
 )
 from kvfold.errors import InputError
 from kvfold.files import write_json, write_text
-from kvfold.fold.methods import AUTO
 from kvfold.fold.record import (
     BUILTIN_WARNING,
     geometry_record,
@@ -52,19 +50,16 @@ from kvfold.fold.record import (
     summary,
 )
 from kvfold.fold.request import (
-    DEFAULT_CALIBRATION_TOKENS,
-    DEFAULT_CONTEXT,
     LEAST_TOKENS,
-    Request,
+    NO_CALIBRATION,
+    ConvertRequest,
     calibration_text,
-    command_line,
-    make_request,
     preview,
 )
 from kvfold.geometry import AttentionGeometry
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import token_windows
-from kvfold.record import RECORD, versions
+from kvfold.record import RECORD, command_line, versions
 
 if TYPE_CHECKING:
     import torch
@@ -77,14 +72,14 @@ def convert(
     out: str | Path,
     num_kv_heads: int,
     *,
-    method: str = AUTO,
+    method: str = ConvertRequest.method,
     fit: str | None = None,
     calibration: Sequence[str | Path] | None = None,
     calibrate: bool = True,
-    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
-    context: int = DEFAULT_CONTEXT,
-    seed: int = 0,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    calibration_tokens: int = ConvertRequest.calibration_tokens,
+    context: int = ConvertRequest.context,
+    seed: int = ConvertRequest.seed,
+    max_shard_bytes: int = ConvertRequest.max_shard_bytes,
     resume: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
@@ -110,11 +105,18 @@ def convert(
 
     >>> record = convert("source", "folded", 4)  # doctest: +SKIP
     """
-    request = make_request(
-        source, num_kv_heads, method=method, fit=fit, calibration=calibration,
-        calibrate=calibrate, calibration_tokens=calibration_tokens, context=context, seed=seed,
+    texts = () if calibration is None else several(calibration, "--calibration", location)
+    request = ConvertRequest.asked(
+        source=source,
+        target=num_kv_heads,
+        method=method,
+        fit=fit,
+        calibration=NO_CALIBRATION.choose(texts, not flag(calibrate, "calibrate")),
+        calibration_tokens=calibration_tokens,
+        context=context,
+        seed=seed,
         max_shard_bytes=max_shard_bytes,
-    )  # fmt: skip
+    )
     place = new_folder(out, "OUT")
     resume, force = flag(resume, "resume"), flag(force, "force")
     callback(progress, "progress")
@@ -122,7 +124,7 @@ def convert(
 
 
 def run_request(
-    request: Request,
+    request: ConvertRequest,
     out: Path,
     *,
     resume: bool = False,
@@ -153,7 +155,7 @@ def run_request(
     return record
 
 
-def _early_windows(request: Request, text: str | None) -> "torch.Tensor | None":
+def _early_windows(request: ConvertRequest, text: str | None) -> "torch.Tensor | None":
     """:func:`_windows` from the source as it is; of a GGUF file its metadata says enough."""
     if not is_gguf(request.source):
         folder = resolve(request.source)
@@ -170,7 +172,7 @@ def _early_windows(request: Request, text: str | None) -> "torch.Tensor | None":
         return _windows(config, geometry, Path(apart), request, text)
 
 
-def _files(request: Request) -> Files:
+def _files(request: ConvertRequest) -> Files:
     """Everything that a conversion reads, by what it is to the command."""
     if is_gguf(request.source):
         source = files_of(Path(request.source).expanduser())
@@ -182,7 +184,7 @@ def _files(request: Request) -> Files:
     return {_SOURCE: source, **texts}
 
 
-def made_now(record: Mapping[str, Any], request: Request) -> bool:
+def made_now(record: Mapping[str, Any], request: ConvertRequest) -> bool:
     """Whether a record is that of a request, on the weights and the text that are there now."""
     prints = take_prints(_files(request))[_SOURCE]
     source, calibration = record.get("source"), record.get("calibration")
@@ -207,7 +209,7 @@ def _sha256(text: str) -> str:
 
 
 def _run(
-    request: Request,
+    request: ConvertRequest,
     text: str | None,
     windows: "torch.Tensor | None",
     work: Workspace,
@@ -233,7 +235,7 @@ def _run(
     return record
 
 
-def _local_source(request: Request, partial: Path) -> Path:
+def _local_source(request: ConvertRequest, partial: Path) -> Path:
     """The source's folder; a GGUF file is dequantized into the working folder once."""
     if not is_gguf(request.source):
         return resolve(request.source)
@@ -267,7 +269,7 @@ def _windows(
     config: Mapping[str, Any],
     geometry: AttentionGeometry,
     folder: Path,
-    request: Request,
+    request: ConvertRequest,
     text: str | None,
 ) -> "torch.Tensor | None":
     """The calibration text as tokens; None if none is needed."""
@@ -292,7 +294,7 @@ def _windows(
 
 def _fold_layers(
     checkpoint: Checkpoint,
-    request: Request,
+    request: ConvertRequest,
     windows: "torch.Tensor | None",
     partial: Path,
     progress: Progress,
@@ -316,7 +318,7 @@ def _fold_layers(
 
 def _write(
     checkpoint: Checkpoint,
-    request: Request,
+    request: ConvertRequest,
     shards: list[Shard],
     partial: Path,
     progress: Progress,
@@ -340,7 +342,7 @@ def _write(
 
 def _record(
     checkpoint: Checkpoint,
-    request: Request,
+    request: ConvertRequest,
     text: str | None,
     windows: "torch.Tensor | None",
     layers: list[dict[str, Any]],

@@ -3,15 +3,13 @@
 No torch: bad input is told in a fraction of a second.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold import arguments
 from kvfold.arch.families import family_of
 from kvfold.arch.target import Grouped, Target
-from kvfold.arguments import choice, flag, location, several
+from kvfold.arguments import choice, text
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
 from kvfold.checkpoint.pretrained import check_complete
@@ -30,31 +28,83 @@ from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
-from kvfold.numbers import CALIBRATION, SEED, SHARD_BYTES, WINDOW
+from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW
 from kvfold.quality.text import builtin_calibration_text, read_texts
+from kvfold.requests import Choice, Made, Model, Place, Request, Several, Switch, Text, option
 from kvfold.version import __version__
 
 FIT_NAMES = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
-DEFAULT_CONTEXT = 512
-DEFAULT_CALIBRATION_TOKENS = 50_000
 LEAST_TOKENS = 1024
 _GGUF_BYTES_PER_WEIGHT = 4
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, with every default filled in; two equal requests give equal output."""
+def _method(value: object, name: str) -> str:
+    found = text(value, name)
+    check_method(found)
+    return found
 
-    source: str
-    target: Target
-    method: str
-    fit: str
-    calibration: tuple[str, ...] | None
-    calibration_tokens: int
-    context: int
-    seed: int
-    max_shard_bytes: int
+
+NO_CALIBRATION = Switch("--no-calibration", None, "calibration text", "Look at the weights only.")
+
+
+@dataclass(frozen=True)
+class ConvertRequest(Request):
+    """What was asked for, with every default filled in; two equal requests give equal output.
+
+    Attributes:
+        fit: by default ``local`` where there is text to fit on, and ``none`` for the GQA paper's
+            data-free methods.
+        calibration: text files, none at all for the built-in text; None to use no text.
+        calibration_tokens: use at most so many, in windows of ``context``.
+
+    Raises:
+        InputError: naming the option and what it expects.
+    """
+
+    command = "convert"
+    makes_folder = True
+
+    source: str = option("SRC", Model())
+    target: Target = option(
+        "--kv-heads",
+        Made(KV_HEADS, Grouped, Grouped, lambda target: target.num_kv_heads),
+        metavar="N",
+        help="KV heads to fold to (a divisor).",
+    )
+    method: str = option("--method", Text(_method), AUTO, "See `kvfold methods`.")
+    fit: str = option(
+        "--fit",
+        Choice(FIT_NAMES),
+        None,
+        "After folding: solve each layer's output and MLP projections again (refit), or train "
+        "its q, k, v, o before that (local).  [default: local; none for mean, first, random]",
+    )
+    calibration: tuple[str, ...] | None = option(
+        "--calibration",
+        Several(Place()),
+        (),
+        "UTF-8 text file like what the model will read; may be repeated.  "
+        "[default: a small built-in text]",
+        metavar="TEXT",
+        off=NO_CALIBRATION,
+    )
+    calibration_tokens: int = option("--calibration-tokens", CALIBRATION, 50_000, "Use at most.")
+    context: int = option("--context", WINDOW, 512, "Tokens per window.")
+    seed: int = option("--seed", SEED, 0)
+    max_shard_bytes: int = option(
+        "--max-shard-bytes", SHARD_BYTES, MAX_SHARD_BYTES, "Size of each file of weights, at most."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        data_free = self.method in DATA_FREE
+        if data_free and not self.calibration and self.fit in (None, "none"):
+            self.fill(calibration=None)
+        if not self.fit:
+            self.fill(fit="none" if data_free or not self.calibrates else "local")
+        if self.fit != "none" and not self.calibrates:
+            raise InputError(f"--fit {self.fit} needs calibration text", "drop --no-calibration")
 
     @property
     def calibrates(self) -> bool:
@@ -76,7 +126,7 @@ class Request:
 class Preview:
     """What a conversion would do: the answer to ``--dry-run``."""
 
-    request: Request
+    request: ConvertRequest
     source: AttentionGeometry
     output_bytes: int
     disk_bytes: int
@@ -92,44 +142,6 @@ class Preview:
         }
 
 
-def make_request(
-    source: str | Path,
-    num_kv_heads: int,
-    *,
-    method: str = AUTO,
-    fit: str | None = None,
-    calibration: Sequence[str | Path] | None = None,
-    calibrate: bool = True,
-    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
-    context: int = DEFAULT_CONTEXT,
-    seed: int = 0,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Request:
-    """Fill in defaults and refuse what contradicts itself (no torch)."""
-    check_method(method)
-    if fit is not None:
-        check_fit(fit)
-    texts = () if calibration is None else several(calibration, "--calibration", location)
-    if texts and not flag(calibrate, "calibrate"):
-        raise InputError("calibration text and --no-calibration exclude each other", "drop one")
-    data_free = method in DATA_FREE and not texts and fit in (None, "none")
-    wants_data = flag(calibrate, "calibrate") and not data_free
-    chosen = fit or ("local" if wants_data and method not in DATA_FREE else "none")
-    if chosen != "none" and not wants_data:
-        raise InputError(f"--fit {chosen} needs calibration text", "drop --no-calibration")
-    return Request(
-        source=arguments.source(source, "SRC"),
-        target=Grouped.asked(num_kv_heads),
-        method=method,
-        fit=chosen,
-        calibration=tuple(str(path) for path in texts) if wants_data else None,
-        calibration_tokens=CALIBRATION.check(calibration_tokens, "--calibration-tokens"),
-        context=WINDOW.check(context, "--context"),
-        seed=SEED.check(seed, "--seed"),
-        max_shard_bytes=SHARD_BYTES.check(max_shard_bytes, "max_shard_bytes"),
-    )
-
-
 def check_fit(fit: str) -> None:
     """Refuse an unknown fit.
 
@@ -139,7 +151,9 @@ def check_fit(fit: str) -> None:
     choice(fit, "--fit", FIT_NAMES)
 
 
-def preview(request: Request, out: Path, *, force: bool = False, resume: bool = False) -> Preview:
+def preview(
+    request: ConvertRequest, out: Path, *, force: bool = False, resume: bool = False
+) -> Preview:
     """Check everything that config, headers and file system can tell, before heavy work.
 
     Args:
@@ -180,7 +194,7 @@ def preview(request: Request, out: Path, *, force: bool = False, resume: bool = 
     return Preview(request, geometry, output, needed, free)
 
 
-def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: Request) -> int:
+def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: ConvertRequest) -> int:
     """Size of the tensors kept apart until the output is written: attention, fitted MLPs."""
     names = set(folded_shapes(checkpoint, request.target))
     if request.fit != "none":
@@ -190,23 +204,10 @@ def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: Request
     return sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
 
 
-def calibration_text(request: Request) -> str | None:
+def calibration_text(request: ConvertRequest) -> str | None:
     """The text a request calibrates on; None if it uses none."""
     if request.calibration is None:
         return None
     if not request.calibration:
         return builtin_calibration_text()
     return read_texts(request.calibration, LEAST_TOKENS)
-
-
-def command_line(request: Request) -> str:
-    """The command that repeats a request (to a folder called OUT)."""
-    parts = ["kvfold convert", request.source, "OUT", request.target.option]
-    parts += [f"--method {request.method}", f"--fit {request.fit}", f"--seed {request.seed}"]
-    if request.calibration is None:
-        parts.append("--no-calibration")
-    else:
-        parts += [f"--calibration {path}" for path in request.calibration]
-        parts += [f"--calibration-tokens {request.calibration_tokens}"]
-        parts += [f"--context {request.context}"]
-    return " ".join(parts)

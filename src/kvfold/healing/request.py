@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.arguments import source
 from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.inputs import Files, files_of
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
@@ -39,6 +38,7 @@ from kvfold.requests import (
     Choice,
     Flag,
     Listed,
+    Made,
     Model,
     Place,
     Request,
@@ -58,10 +58,6 @@ PARALLEL = ("ddp", "fsdp")
 # What a resumed run may change: everything that does not change which batch comes next.
 CHANGEABLE = ("lr", "lr_rest", "clip", "keep", "save_tokens", "eval_tokens", "device", "parallel")
 _STATE_BYTES_PER_WEIGHT = 12  # a float32 weight and Adam's two moments
-
-
-def _text_source(value: object, name: str) -> TextSource:
-    return value if isinstance(value, TextSource) else parse_source(source(value, name))
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class HealRequest(Request):
     )
     texts: tuple[TextSource, ...] = option(
         "--text",
-        Several(Text(_text_source, text_words)),
+        Several(Made(Model(), TextSource, parse_source, text_words)),
         metavar="NAME[=WEIGHT]",
         help="Text to train on: a plain text, .jsonl or .parquet file, or a dataset's name; "
         "repeatable, sequences are drawn by weight.",
