@@ -221,7 +221,7 @@ def test_resume_goes_on_instead_of_starting_over(
 
     with pytest.raises(Stop):
         convert(llama_folder, tmp_path / "out", 2, calibrate=False, progress=stop)
-    monkeypatch.setattr("kvfold.fold.pipeline.fold_layer", None)  # calling it would fail
+    monkeypatch.setattr("kvfold.fold.loop.fold_layer", None)  # calling it would fail
     convert(llama_folder, tmp_path / "out", 2, calibrate=False, resume=True)
 
 
@@ -281,7 +281,7 @@ def test_a_large_run_spills_its_hidden_states(
     """Files or memory, the numbers are the same."""
     arguments: dict[str, Any] = {"fit": "refit", "calibration": [text_file], **CALIBRATION}
     convert(llama_folder, tmp_path / "memory", 2, **arguments)
-    monkeypatch.setattr("kvfold.fold.stream.SPILL_BYTES", 1)
+    monkeypatch.setattr("kvfold.fold.hidden.SPILL_BYTES", 1)
     seen: list[Path] = []
 
     def look(label: str, done: int, total: int) -> None:

@@ -12,11 +12,12 @@ from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.energy import fold_energy
 from kvfold.fold.grouping import _exact, _greedy, consecutive_groups, find_groups, pair_losses
 from kvfold.fold.heads import HeadGroup, LayerHeads
-from kvfold.fold.layer import fold_layer, load_heads
+from kvfold.fold.layer import FoldPlan, fold_layer
 from kvfold.fold.methods import Method, all_methods, check_method, method_names, methods_for
 from kvfold.fold.model import fold_model
 from kvfold.fold.pairs import Pairs
 from kvfold.fold.statistics import LayerStatistics
+from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.subspace import matrix_roots, shared_subspace
 from tests.toolbox import tiny
 
@@ -200,9 +201,11 @@ def test_consecutive_groups() -> None:
 
 def test_regrouping_never_captures_less_than_neighbours() -> None:
     checkpoint = tiny.checkpoint_of(tiny.make("llama", num_key_value_heads=6))
-    heads = load_heads(checkpoint, 0)
+    heads = StoredLayer(checkpoint, 0).heads()
     stats = statistics(heads.k.shape[-1])
-    _, found = fold_layer(checkpoint, 0, Grouped(3), "pca", stats)
+    plan = FoldPlan(Grouped(3), "pca", "none", seed=0)
+    found = fold_layer(StoredLayer(checkpoint, 0), plan, stats).report
+    assert found is not None
     neighbours = [
         fold_energy(g, all_methods()["pca"].fold(g, torch.Generator()))
         for g in (heads.group(members, stats) for members in [[0, 1], [2, 3], [4, 5]])

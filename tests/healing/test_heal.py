@@ -77,7 +77,7 @@ def test_the_local_stage_fits_layers_and_is_taken_up(
 
     with pytest.raises(Stopped):
         heal(folded, tmp_path / "out", source, [text], watch=stop, **options)
-    monkeypatch.setattr("kvfold.healing.local.CalibratedFolder", None)  # calling it would fail
+    monkeypatch.setattr("kvfold.fold.loop.SourcePass", None)  # calling it would fail
     record = heal(folded, tmp_path / "out", source, [text], resume=True, **options)
     stages = record["heal"]["local"]["summary"]
     assert stages["fit_attention"]["error_after"] < stages["fit_attention"]["error_before"]

@@ -10,7 +10,7 @@ from kvfold.arch.families import FAMILIES
 from kvfold.arch.family import Family
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold.heads import LayerHeads, SharedHead
-from kvfold.fold.layer import load_heads
+from kvfold.fold.stored_layer import StoredLayer
 
 VOCABULARY = 96
 COMMON: dict[str, Any] = {
@@ -140,7 +140,7 @@ def with_kv_heads(model: Any, heads: list[LayerHeads]) -> Any:
 
 def all_heads(model: Any) -> list[LayerHeads]:
     checkpoint = checkpoint_of(model)
-    return [load_heads(checkpoint, i) for i in range(checkpoint.geometry.num_layers)]
+    return [StoredLayer(checkpoint, i).heads() for i in range(checkpoint.geometry.num_layers)]
 
 
 def repeated(heads: LayerHeads) -> LayerHeads:

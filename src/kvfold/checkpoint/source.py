@@ -16,7 +16,7 @@ from kvfold.arch.config import CONFIG
 from kvfold.arch.families import family_of
 from kvfold.arch.family import Family
 from kvfold.arch.parameters import StoredNames
-from kvfold.arch.projections import AttentionWeights, Shapes
+from kvfold.arch.projections import AttentionWeights, Load, Shapes
 from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.tensors import (
     FLOATING,
@@ -144,10 +144,14 @@ class Checkpoint:
             self.attention_prefix(layer), self.geometry, self.names
         )
 
-    def attention(self, layer: int) -> AttentionWeights:
-        """One layer's projections, in the checkpoint's dtype."""
+    def attention(self, layer: int, load: Load | None = None) -> AttentionWeights:
+        """One layer's projections, in the checkpoint's dtype.
+
+        Args:
+            load: reads a tensor, where some have been read already.
+        """
         return self.family.projections.read(
-            self.attention_prefix(layer), self.geometry, self.tensor, self.names
+            self.attention_prefix(layer), self.geometry, load or self.tensor, self.names
         )
 
     def layer_names(self, layer: int) -> list[str]:

@@ -300,19 +300,17 @@ def _fold_layers(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Fold all layers, keeping each on disk; return their reports."""
-    from kvfold.fold.kept import keep_layer, stored_layers
-    from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
+    from kvfold.fold.layer import FoldPlan
+    from kvfold.fold.layer_store import LayerStore
+    from kvfold.fold.loop import fold_all
+    from kvfold.fold.passes import Calibration
 
     plan = FoldPlan(request.target, request.method, request.fit, request.seed)
-    kept = partial / "layers"
-    kept.mkdir(exist_ok=True)
-    reports = []
-    stored = stored_layers(kept)
-    for layer in fold_all(checkpoint, plan, windows, partial / "hidden", stored, progress):
-        if stored(layer.index) is None:
-            keep_layer(kept, layer)
-        reports.append(layer_report(layer))
-    shutil.rmtree(partial / "hidden", ignore_errors=True)
+    hidden = partial / "hidden"
+    calibration = None if windows is None else Calibration(windows, hidden)
+    layers = fold_all(checkpoint, plan, calibration, LayerStore(partial / "layers"), progress)
+    reports = [layer.as_dict() for layer in layers]
+    shutil.rmtree(hidden, ignore_errors=True)
     return reports
 
 

@@ -117,15 +117,15 @@ def _attended_scores(
     rows, new = k_old.transpose(0, 1), k_new[0][:, None]  # [F, g, X], [F, 1, X]
     gram = through(rows, moment) @ rows.mH
     floor = 1e-12 * gram.diagonal(dim1=1, dim2=2).real.sum(-1) + _TINY
-    gram = gram + floor[:, None, None] * torch.eye(len(k_old), dtype=gram.dtype)
+    eye = torch.eye(len(k_old), dtype=gram.dtype, device=gram.device)
+    gram = gram + floor[:, None, None] * eye
     b = torch.linalg.solve(gram.mT, (through(new, moment) @ rows.mH).mT)[..., 0]  # [F, g]
     rest = energy(new - b[:, None] @ rows, moment) / energy(new, moment).clamp_min(_TINY)
     asked = (through(q_old, moment) * q_old.conj()).real.sum((1, 3))
     agreed = (through(q_new, moment) * q_old.conj()).sum((1, 3))  # [g, F]
     m = agreed.conj() / asked.clamp_min(_TINY)
     moments = key_moments.transpose(0, 1)  # [F, h, g, g]
-    own = torch.eye(len(k_old), dtype=b.dtype)
-    errors = own - m.T[..., None] * b[:, None]  # [F, h, g]
+    errors = eye - m.T[..., None] * b[:, None]  # [F, h, g]
     error = torch.einsum("fha,fhab,fhb->fh", errors, moments, errors.conj()).real
     used = torch.einsum("fa,fhab,fb->fh", b, moments, b.conj()).real * m.T.abs().square()
     outside = used * (rest / (1 - rest).clamp_min(1e-6))[:, None]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from kvfold.errors import UnsupportedError
-from kvfold.fold.stream import LiveLayer, batches
+from kvfold.fold.hidden import HiddenStates
+from kvfold.fold.stream import LiveLayer
 from kvfold.progress import Progress
 
 RIDGE = 0.1  # towards the closed form; less fits the calibration text better and others worse
@@ -23,7 +24,7 @@ class FitTask:
     Attributes:
         live: the folded layer with its weights. output_name, mlp_output_name: the linear
             layers below it that write to the residual stream.
-        source_inputs, source_attention, source_outputs, folded_inputs: ``[N, T, C]`` float32.
+        source_inputs, source_attention, source_outputs, folded_inputs: ``[N, T, C]``.
         residual_scale: the factor on a block's output when it joins the residual stream.
         drift: whether the attention's output adds to the residual stream linearly, so that it
             can make good what the stream has lost.
@@ -33,21 +34,21 @@ class FitTask:
     live: LiveLayer
     output_name: str
     mlp_output_name: str | None
-    source_inputs: torch.Tensor
-    source_attention: torch.Tensor
-    source_outputs: torch.Tensor
-    folded_inputs: torch.Tensor
+    source_inputs: HiddenStates
+    source_attention: HiddenStates
+    source_outputs: HiddenStates
+    folded_inputs: HiddenStates
     residual_scale: float
     drift: bool
     seed: int
     changed: set[str] = field(default_factory=set)
 
-    def attention_target(self, rows: slice) -> torch.Tensor:
+    def attention_target(self, windows: slice) -> torch.Tensor:
         """The source's attention output, plus what the residual stream lacks by now."""
-        target = self.source_attention[rows]
+        target = self.source_attention[windows]
         if not self.drift:
             return target
-        lack = self.source_inputs[rows] - self.folded_inputs[rows]
+        lack = self.source_inputs[windows] - self.folded_inputs[windows]
         return target + lack / self.residual_scale
 
     def linear(self, name: str) -> nn.Linear:
@@ -64,11 +65,12 @@ class FitTask:
         the source layer adds, on windows spread over the text. (A mean would show a few tokens
         of giant norm only.)"""
         ratios = []
-        stride = -(-len(self.folded_inputs) // _ERROR_WINDOWS)
-        for rows in torch.arange(0, len(self.folded_inputs), stride).split(4):
-            wanted = self.source_outputs[rows]
-            error = (self.live(self.folded_inputs[rows]) - wanted).square().sum(-1)
-            added = (wanted - self.source_inputs[rows]).square().sum(-1)
+        stride = -(-self.folded_inputs.windows // _ERROR_WINDOWS)
+        chosen = torch.arange(0, self.folded_inputs.windows, stride, device="cpu")
+        for windows in chosen.split(4):
+            wanted = self.source_outputs[windows]
+            error = (self.live(self.folded_inputs[windows]) - wanted).square().sum(-1)
+            added = (wanted - self.source_inputs[windows]).square().sum(-1)
             ratios.append((error / added.clamp_min(1e-30)).flatten())
         return float(torch.cat(ratios).median())
 
@@ -86,8 +88,8 @@ def refit_output(task: FitTask, progress: Progress) -> None:
     linear = task.linear(task.output_name)
 
     def pairs() -> Samples:
-        for rows in batches(task.folded_inputs):
-            yield _input_of(linear, task, rows), task.attention_target(rows)
+        for batch in task.folded_inputs.batches():
+            yield _input_of(linear, task, batch), task.attention_target(batch)
 
     _solve(task, task.output_name, pairs())
 
@@ -104,12 +106,12 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
 
     def pairs() -> Samples:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for rows in batches(task.folded_inputs):
+        for batch in task.folded_inputs.batches():
             handle = linear.register_forward_hook(
                 lambda module, args, output: seen.append((args[0], output))
             )
             try:
-                lack = task.source_outputs[rows] - task.live(task.folded_inputs[rows])
+                lack = task.source_outputs[batch] - task.live(task.folded_inputs[batch])
             finally:
                 handle.remove()
             inputs, output = seen.pop()
@@ -123,8 +125,8 @@ def _solve(task: FitTask, name: str, pairs: Samples) -> None:
     """Set the linear layer ``name`` to the ridge solution over (input, wanted output) pairs."""
     linear = task.linear(name)
     size = linear.in_features
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(size, linear.out_features, dtype=torch.float64)
+    gram = linear.weight.new_zeros(size, size, dtype=torch.float64)
+    cross = linear.weight.new_zeros(size, linear.out_features, dtype=torch.float64)
     for inputs, wanted in pairs:
         x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
         if linear.bias is not None:
@@ -142,12 +144,12 @@ def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torc
         gram: ``[n, n]``, sum h h^T. cross: ``[n, m]``, sum h y^T. start: ``[m, n]``.
     """
     weight = RIDGE * gram.diagonal().mean()
-    system = gram + weight * torch.eye(len(gram), dtype=gram.dtype)
+    system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution: torch.Tensor = torch.linalg.solve(system, cross + weight * start.T.double())
     return solution.T
 
 
-def _input_of(linear: nn.Linear, task: FitTask, rows: slice) -> torch.Tensor:
+def _input_of(linear: nn.Linear, task: FitTask, windows: slice) -> torch.Tensor:
     """Run the folded layer up to ``linear`` and no further; return its input."""
 
     def capture(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -158,7 +160,7 @@ def _input_of(linear: nn.Linear, task: FitTask, rows: slice) -> torch.Tensor:
     handle = linear.register_forward_pre_hook(capture)
     try:
         with suppress(_CapturedError):
-            task.live(task.folded_inputs[rows])
+            task.live(task.folded_inputs[windows])
     finally:
         handle.remove()
     return seen.pop()
@@ -184,9 +186,9 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine)
     weights = _token_weights(task.source_outputs)
-    for rows in _draws(len(task.folded_inputs), task):
-        error = task.live(task.folded_inputs[rows]) - task.source_outputs[rows]
-        loss = (error.square().mean(-1) * weights[rows]).mean()
+    for windows in _draws(task.folded_inputs, task.seed):
+        error = task.live(task.folded_inputs[windows]) - task.source_outputs[windows]
+        loss = (error.square().mean(-1) * weights[windows]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,22 +208,23 @@ def _cosine(step: int) -> float:
     return min(1.0, done / _WARM_UP) * 0.5 * (1 + cos(pi * min(1.0, done)))
 
 
-def _token_weights(target: torch.Tensor) -> torch.Tensor:
+def _token_weights(target: HiddenStates) -> torch.Tensor:
     """``[N, T]``, 1 for usual tokens; scaled by their mean energy so that losses compare."""
-    energy = target.square().mean(-1)
+    energy = torch.cat([target[batch].square().mean(-1) for batch in target.batches()])
     usual = energy.median().clamp_min(1e-30)
     return (energy / usual).clamp_min(1).rsqrt() / usual
 
 
-def _draws(count: int, task: FitTask) -> Iterator[torch.Tensor]:
-    """Windows for each step: epochs of a seeded shuffle."""
-    generator = torch.Generator().manual_seed(task.seed)
-    size = min(count, max(1, STEP_TOKENS // task.folded_inputs.shape[1]))
+def _draws(states: HiddenStates, seed: int) -> Iterator[torch.Tensor]:
+    """Windows for each step: epochs of a seeded shuffle, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    count = states.windows
+    size = min(count, max(1, STEP_TOKENS // states.tokens))
     left: list[int] = []
     for _ in range(STEPS):
         if len(left) < size:
-            left += torch.randperm(count, generator=generator).tolist()
-        yield torch.tensor(left[:size], dtype=torch.int64)
+            left += torch.randperm(count, generator=generator, device="cpu").tolist()
+        yield torch.tensor(left[:size], dtype=torch.int64, device="cpu")
         left = left[size:]
 
 

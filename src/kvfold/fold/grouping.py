@@ -149,8 +149,8 @@ def key_pair_energy(layer: LayerHeads, statistics: LayerStatistics) -> PairEnerg
         keys = keys / energy(keys, moment).sqrt().clamp_min(_TINY)[:, None, None]
     pairs, rest = layer.pairs.split(keys)
     q_pairs, q_rest = layer.pairs.split(layer.q)
-    none = torch.zeros(len(keys), dtype=torch.float64)
-    result = PairEnergy(torch.zeros(len(keys), len(keys), dtype=torch.float64), none)
+    count = len(keys)
+    result = PairEnergy(keys.new_zeros(count, count), keys.new_zeros(count))
     if pairs.shape[-2]:
         asked = (through(q_pairs, moment) * q_pairs.conj()).real.sum((1, 3))
         result += _frequency_energy(pairs, asked, moment)
@@ -170,7 +170,7 @@ def _subspace_energy(
     count, size, _ = weighted.shape
     flat = weighted.flatten(0, 1)
     gram = (through(flat, moment) @ flat.T).unflatten(0, (count, size)).unflatten(2, (count, size))
-    lost = torch.zeros(count, count, dtype=torch.float64)
+    lost = stacks.new_zeros(count, count)
     for a, b in combinations(range(count), 2):
         pair = gram[[a, b]][:, :, [a, b]].flatten(0, 1).flatten(1, 2)
         lost[a, b] = lost[b, a] = torch.linalg.eigvalsh(pair)[:size].clamp_min(0).sum()

@@ -138,7 +138,7 @@ class LayerHeads:
 
 
 def _with_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    column = torch.zeros(weight.shape[:-1], dtype=torch.float64) if bias is None else bias
+    column = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
     return torch.cat([weight.double(), column.double()[..., None]], dim=-1)
 
 

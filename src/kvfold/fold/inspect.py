@@ -87,10 +87,10 @@ def head_similarity(checkpoint: Checkpoint, layer: int) -> Similarity:
     import torch
 
     from kvfold.fold.grouping import key_pair_energy, value_pair_energy
-    from kvfold.fold.layer import load_heads
     from kvfold.fold.statistics import LayerStatistics
+    from kvfold.fold.stored_layer import StoredLayer
 
-    heads = load_heads(checkpoint, layer)
+    heads = StoredLayer(checkpoint, layer).heads()
     pairs = list(combinations(range(heads.num_kv_heads), 2))
     if not pairs:
         return Similarity(layer, 1.0, 1.0, 1.0)

@@ -29,7 +29,7 @@ def normalised_keys(group: HeadGroup, norm: NormWeights) -> tuple[torch.Tensor, 
 def _turns(pairs: torch.Tensor, moment: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
     """Unit phases ``[g, F]`` that bring keys ``[g, F, X]`` together; signs where not free."""
     reference = pairs[0]
-    turns = torch.ones(pairs.shape[:2], dtype=pairs.dtype)
+    turns = torch.ones(pairs.shape[:2], dtype=pairs.dtype, device=pairs.device)
     for _ in range(_ROUNDS):
         agreement = (through(pairs, moment) * reference.conj()).sum(-1)  # E[z_h conj(z)]
         phase = torch.where(agreement.abs() > 0, agreement / agreement.abs(), 1)

@@ -1,18 +1,34 @@
 """Folding one layer: its heads, the methods that can make the target, the best of them."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
+
+import torch
 
 from kvfold.arch.projections import AttentionWeights
 from kvfold.arch.target import Grouped, Target
-from kvfold.checkpoint.source import Checkpoint
+from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.fold.energy import Energy
 from kvfold.fold.grouped import GroupedFold
-from kvfold.fold.heads import LayerHeads, norm_weights
+from kvfold.fold.heads import LayerHeads
 from kvfold.fold.methods import Method, methods_for
-from kvfold.fold.pairs import Pairs
 from kvfold.fold.statistics import LayerStatistics
+from kvfold.fold.stored_layer import StoredLayer, Tensors
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What to fold to, and how.
+
+    Attributes:
+        fit: ``none``, ``refit`` or ``local``; more than ``none`` needs calibration windows.
+    """
+
+    target: Target
+    method: str
+    fit: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,40 @@ class LayerReport:
         return asdict(self)
 
 
+@dataclass
+class FoldedLayer:
+    """The tensors of one layer that differ from the source's, under the folded model's names.
+
+    Attributes:
+        report: what folding did; None for a layer that was folded in another run.
+        stages: what each stage of fitting gained.
+        drift: how far the hidden states after it are from the source's, |x - x_source| /
+            |x_source|, median over tokens; None where the folded model was not run.
+    """
+
+    index: int
+    tensors: Tensors
+    report: LayerReport | None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    drift: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was done to it, for the record."""
+        report = {"layer": self.index} if self.report is None else self.report.as_dict()
+        return {**report, "stages": self.stages, "drift": self.drift}
+
+    def completed(self, base: StoredLayer) -> Tensors:
+        """All tensors, named below the layer; what did not change is taken from ``base``."""
+        checkpoint, rewrite = base.checkpoint, base.checkpoint.family.rewrite
+        replaced = checkpoint.attention_shapes(self.index)
+        tensors = dict(self.tensors)
+        for name in checkpoint.layer_names(self.index):
+            if name not in replaced and name not in tensors:
+                tensor = base.tensor(name)
+                tensors[name] = rewrite(name, tensor) if rewrite else tensor
+        return {name.removeprefix(base.prefix): tensor for name, tensor in tensors.items()}
+
+
 class LayerFold(Protocol):
     """Folds one layer to a target by any method that can make it."""
 
@@ -49,33 +99,38 @@ LAYER_FOLDS: dict[type, Callable[[LayerHeads, Any, LayerStatistics], LayerFold]]
 }
 
 
-def layer_pairs(checkpoint: Checkpoint, index: int) -> Pairs:
-    """Which dimensions of this layer's heads rotate together."""
-    rotary = checkpoint.family.rotary
-    dim = rotary.dim(checkpoint.config, checkpoint.geometry.head_dim, index)
-    return Pairs(dim, rotary.interleaved)
-
-
-def load_heads(checkpoint: Checkpoint, index: int) -> LayerHeads:
-    """One layer's heads in float64."""
-    prefix = checkpoint.attention_prefix(index)
-    norm = norm_weights(checkpoint.family.qk_norm, prefix, checkpoint.tensor)
-    return LayerHeads.of(checkpoint.attention(index), layer_pairs(checkpoint, index), norm)
-
-
 def fold_layer(
-    checkpoint: Checkpoint,
-    index: int,
-    target: Target,
-    method: str,
-    statistics: LayerStatistics,
-    seed: int = 0,
-) -> tuple[AttentionWeights, LayerReport]:
-    """Fold one layer's attention by a method, or by ``auto``'s best; float64 weights."""
-    fold = LAYER_FOLDS[type(target)](load_heads(checkpoint, index), target, statistics)
-    candidates = ((each, *fold.by(each, seed + index)) for each in methods_for(method, target))
+    source: StoredLayer, plan: FoldPlan, statistics: LayerStatistics | None = None
+) -> FoldedLayer:
+    """Fold one layer's attention by the plan's method, or by ``auto``'s best.
+
+    Args:
+        statistics: None folds by the weights alone.
+    """
+    heads = source.heads()
+    if statistics is None:
+        hidden_size = source.checkpoint.geometry.hidden_size
+        statistics = LayerStatistics.without_data(hidden_size, heads.k.device)
+    fold = LAYER_FOLDS[type(plan.target)](heads, plan.target, statistics)
+    methods = methods_for(plan.method, plan.target)
+    candidates = ((method, *fold.by(method, plan.seed + source.index)) for method in methods)
     best, weights, energy = max(candidates, key=lambda candidate: candidate[2].captured)
     report = LayerReport(
-        index, best.name, fold.groups(best), energy.captured_value, energy.captured_key
+        source.index, best.name, fold.groups(best), energy.captured_value, energy.captured_key
     )
-    return weights, report
+    return FoldedLayer(source.index, _stored(source, plan.target, weights), report)
+
+
+def _stored(source: StoredLayer, target: Target, weights: AttentionWeights) -> Tensors:
+    """Folded projections as the folded checkpoint stores them, in the source's dtype."""
+    checkpoint = source.checkpoint
+    projections = target.projections(checkpoint.family)
+    tensors = projections.write(checkpoint.attention_prefix(source.index), weights)
+    some_name = next(iter(checkpoint.attention_shapes(source.index)))
+    dtype = torch_dtype(checkpoint.store.dtype(some_name))
+    return {name: as_stored(tensor, dtype) for name, tensor in tensors.items()}
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is kept of a tensor that was computed, on whatever device."""
+    return tensor.detach().to("cpu", dtype).contiguous()

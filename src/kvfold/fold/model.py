@@ -9,8 +9,10 @@ from kvfold.arch.target import Grouped
 from kvfold.arguments import callback
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
+from kvfold.fold.layer import FoldPlan
+from kvfold.fold.loop import fold_all
 from kvfold.fold.methods import AUTO, check_method, methods_for
-from kvfold.fold.pipeline import FoldPlan, fold_all, layer_report
+from kvfold.fold.passes import Calibration
 from kvfold.fold.request import check_fit
 from kvfold.numbers import SEED
 from kvfold.progress import Progress, no_progress
@@ -72,9 +74,10 @@ def fold_model(
         if family.rewrite:
             state = {name: family.rewrite(name, tensor) for name, tensor in state.items()}
         plan = FoldPlan(target, method, fit, seed)
-        for layer in fold_all(checkpoint, plan, windows, progress=progress):
+        calibration = None if windows is None else Calibration(windows)
+        for layer in fold_all(checkpoint, plan, calibration, progress=progress):
             state.update(layer.tensors)
-            record.append(layer_report(layer))
+            record.append(layer.as_dict())
     return FoldedModel(_build(folded, state, model), record)
 
 

@@ -28,22 +28,25 @@ class LayerStatistics:
     key_moments: torch.Tensor | None = None
 
     @classmethod
-    def without_data(cls, hidden_size: int) -> "LayerStatistics":
+    def without_data(
+        cls, hidden_size: int, device: torch.device | None = None
+    ) -> "LayerStatistics":
         """Independent inputs of unit size: what is assumed without calibration."""
-        identity = torch.ones(hidden_size + 1, dtype=torch.float64)
+        identity = torch.ones(hidden_size + 1, dtype=torch.float64, device=device)
         return cls(identity, identity)
 
 
 class StatisticsCollector:
     """Listens to a source layer and sums its statistics up."""
 
-    def __init__(self, hidden_size: int, pairs: Pairs) -> None:
+    _inputs: torch.Tensor  # of the batch that is heard
+
+    def __init__(self, hidden_size: int, pairs: Pairs, device: torch.device) -> None:
         size = hidden_size + 1
-        self._moment = torch.zeros(size, size, dtype=torch.float64)
-        self._value_moment = torch.zeros(size, size, dtype=torch.float64)
+        self._moment = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._value_moment = torch.zeros_like(self._moment)
         self._key_moments: torch.Tensor | None = None
         self._pairs = pairs
-        self._inputs = torch.empty(0, dtype=torch.float32)
         self._tokens = 0
 
     def attention_input(self, inputs: torch.Tensor) -> None:
@@ -80,7 +83,9 @@ def _averaged_inputs(probabilities: torch.Tensor, inputs: torch.Tensor) -> torch
     All heads would cost Hq times as much and hardly change a second moment.
     """
     batch, heads, tokens, _ = probabilities.shape
-    turn = (torch.arange(tokens)[None] + torch.arange(batch)[:, None]) % heads
+    device = probabilities.device
+    token, window = torch.arange(tokens, device=device), torch.arange(batch, device=device)
+    turn = (token[None] + window[:, None]) % heads
     index = turn[:, None, :, None].expand(-1, 1, -1, tokens)
     return probabilities.gather(1, index)[:, 0] @ inputs
 
@@ -97,7 +102,8 @@ def _key_moments(call: AttentionCall, probabilities: torch.Tensor, pairs: Pairs)
     group_size = queries.shape[1] // kv_heads
     energies = (queries.real.square() + queries.imag.square()).mT  # [B, Hq, T, F]
     flat = torch.view_as_real(keys).double().permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
-    result = torch.zeros(kv_heads, frequencies, kv_heads, kv_heads, dtype=torch.complex128)
+    shape = kv_heads, frequencies, kv_heads, kv_heads
+    result = torch.zeros(shape, dtype=torch.complex128, device=keys.device)
     k = keys.permute(2, 1, 0, 3).flatten(2).to(torch.complex128)  # [F, Hkv, B T]
     for head in range(queries.shape[1]):
         p, energy = probabilities[:, head].double(), energies[:, head].double()

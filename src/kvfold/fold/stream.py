@@ -10,7 +10,6 @@ calls its layers in order can be streamed, with no code of its own here.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import CheckpointError
-from kvfold.files import reserve
-
-BATCH_TOKENS = 4096  # tokens run through a layer at once
-SPILL_BYTES = 2**30  # hidden states larger than this live in a file
+from kvfold.fold.hidden import HiddenStates
 
 
 @dataclass
@@ -126,12 +121,15 @@ class LayerStream:
         config: the model's ``config.json``.
         layer_path: the family's path of a layer, with ``{layer}``.
         attention: path of the attention module below a layer.
+        device: what layers run on.
     """
 
-    def __init__(self, config: Mapping[str, Any], layer_path: str, attention: str) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], layer_path: str, attention: str, device: torch.device
+    ) -> None:
         arguments = {key: value for key, value in config.items() if key != "dtype"}
         hf_config = AutoConfig.for_model(**arguments)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), device:  # tables of the model lie there
             self.model = AutoModelForCausalLM.from_config(
                 hf_config,
                 dtype=torch.float32,
@@ -143,33 +141,44 @@ class LayerStream:
         self._list_name = rest.partition(".")[0]
         self._base = getattr(self.model, self._base_name)
         self._layers: nn.ModuleList = getattr(self._base, self._list_name)
-        self._attention = attention
+        self._attention, self._device = attention, device
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def start(
-        self, windows: torch.Tensor, load: Callable[[str], torch.Tensor], out: torch.Tensor
+        self, windows: torch.Tensor, load: Callable[[str], torch.Tensor], out: HiddenStates
     ) -> None:
         """Write the first layer's input for token ids ``[N, T]`` to ``out`` ``[N, T, C]``."""
         recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
         setattr(self._base, self._list_name, recorders)
         names = [name for name, _ in self._base.named_parameters()]
-        state = {name: load(f"{self._base_name}.{name}").float() for name in names}
+        state = {
+            name: load(f"{self._base_name}.{name}").to(self._device, torch.float32)
+            for name in names
+        }
         self._base.load_state_dict(state, strict=False, assign=True)
         with torch.no_grad():
-            for index, window in enumerate(windows):
-                norm_skipped = _without_final_norm(self._base, window[None])
-                out[index] = norm_skipped[0]
+            for index in range(len(windows)):
+                window = slice(index, index + 1)
+                out[window] = _first_input(self._base, windows[window].to(self._device))
         self._arguments = [recorder.arguments for recorder in recorders]  # type: ignore[misc]
         self._base.to("meta")
         setattr(self._base, self._list_name, self._layers)
 
     @contextmanager
-    def layer(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Iterator["LiveLayer"]:
-        """Give one layer its weights (names below the layer) for as long as the block runs."""
+    def layer(
+        self, index: int, tensors: Mapping[str, torch.Tensor], *, copied: bool = False
+    ) -> Iterator["LiveLayer"]:
+        """Give one layer its weights (names below the layer) for as long as the block runs.
+
+        Args:
+            copied: the weights may be changed in place.
+        """
         module = self._layers[index]
-        module.load_state_dict(
-            {name: tensor.float() for name, tensor in tensors.items()}, strict=False, assign=True
-        )
+        weights = {
+            name: tensor.to(self._device, torch.float32, copy=copied)
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict(weights, strict=False, assign=True)
         missing = [name for name, p in module.named_parameters() if p.is_meta]
         if missing:
             raise CheckpointError(
@@ -182,7 +191,7 @@ class LayerStream:
             module.to("meta")
 
 
-def _without_final_norm(base: Any, ids: torch.Tensor) -> torch.Tensor:
+def _first_input(base: Any, ids: torch.Tensor) -> torch.Tensor:
     """The first layer's input: recorders return theirs, so the first one has seen it."""
     seen: list[torch.Tensor] = []
     first = next(m for m in base.modules() if isinstance(m, _Recorder))
@@ -243,30 +252,3 @@ class LiveLayer:
             self.attention.kvfold_listener = None  # type: ignore[assignment]
             for handle in handles:
                 handle.remove()
-
-
-def batches(windows: torch.Tensor) -> Iterator[slice]:
-    """Slices of ``[N, T, …]`` of about ``BATCH_TOKENS`` tokens."""
-    count, tokens = windows.shape[:2]
-    size = max(1, BATCH_TOKENS // tokens)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
-def hidden_states(windows: torch.Tensor, hidden_size: int, spill: Path | None) -> torch.Tensor:
-    """An empty float32 ``[N, T, C]``; kept in the file ``spill`` when it is large."""
-    shape = (*windows.shape, hidden_size)
-    elements = windows.numel() * hidden_size
-    if spill is None or elements * 4 <= SPILL_BYTES:
-        return torch.empty(shape, dtype=torch.float32)
-    spill.parent.mkdir(parents=True, exist_ok=True)
-    reserve(spill, elements * 4)
-    flat = torch.from_file(str(spill), shared=True, size=elements, dtype=torch.float32)
-    return flat.reshape(shape)
-
-
-def layer_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
-    """All tensors of a layer, named below it."""
-    prefix = checkpoint.layer_prefix(layer) + "."
-    names = checkpoint.layer_names(layer)
-    return {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from kvfold.arch.target import Grouped
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.errors import CheckpointError
-from kvfold.fold.kept import keep_layer, stored_layers
-from kvfold.fold.pipeline import CalibratedFolder, FoldedLayer, FoldPlan, layer_report
+from kvfold.fold.layer import FoldedLayer
+from kvfold.fold.layer_store import LayerStore
+from kvfold.fold.loop import Making, go_down
+from kvfold.fold.passes import Calibration
 from kvfold.progress import Progress
 
 
@@ -21,45 +21,32 @@ def heal_layers(
     teacher: Checkpoint,
     folded: Checkpoint,
     windows: torch.Tensor,
-    kept: Path,
+    folder: Path,
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Fit all layers of ``folded`` in order, on token windows ``[N, T]``.
 
     Args:
-        kept: folder for layers that are done; an interrupted run goes on from them.
+        folder: for layers that are done; an interrupted run goes on from them.
 
     Returns:
         the changed tensors, and what each stage gained in each layer.
     """
-    plan = FoldPlan(Grouped(folded.geometry.num_kv_heads), "given", "local", seed)
-    kept.mkdir(parents=True, exist_ok=True)
-    stored = stored_layers(kept, reported=False)  # they were folded elsewhere
-    layers = teacher.geometry.num_layers
+    making = Making(
+        label="healing layers",
+        source=teacher,
+        base=folded,
+        config=folded.config,
+        make=lambda layer, statistics: FoldedLayer(layer.index, layer.all(), None),
+        gathers=False,
+        fit="local",
+        seed=seed,
+    )
+    store = LayerStore(folder, reported=False)  # they were folded elsewhere
     tensors: dict[str, torch.Tensor] = {}
     reports = []
-    healer: CalibratedFolder | None = None
-    if any(stored(index) is None for index in range(layers)):
-        healer = CalibratedFolder(teacher, plan, windows, kept / "hidden")
-    for index in range(layers):
-        layer = stored(index)
-        if layer is not None:
-            if healer is not None:
-                healer.replay(layer)
-        elif healer is not None:
-            layer = healer.take(_as_folded(folded, index), progress)
-            keep_layer(kept, layer)
-        else:
-            raise CheckpointError(
-                f"layer {index} has vanished from {kept}", "--resume fits it again"
-            )
+    for layer in go_down(making, Calibration(windows, folder / "hidden"), store, progress):
         tensors |= layer.tensors
-        reports.append(layer_report(layer))
-        progress("healing layers", index + 1, layers)
+        reports.append(layer.as_dict())
     return tensors, reports
-
-
-def _as_folded(folded: Checkpoint, index: int) -> FoldedLayer:
-    tensors = {name: folded.tensor(name) for name in folded.layer_names(index)}
-    return FoldedLayer(index, tensors, None)

@@ -70,7 +70,7 @@ def _within_attention(
     """
     count = k.shape[1]
     by_frequency = moments.transpose(0, 1)  # [F, h, g, g], E[k_a conj(k_b)]
-    eye = torch.eye(count, dtype=k.dtype)
+    eye = torch.eye(count, dtype=k.dtype, device=k.device)
     own = by_frequency.diagonal(dim1=1, dim2=2).permute(0, 2, 1)  # [F, h, g]: row h of M_h
     floor = 1e-9 * by_frequency.diagonal(dim1=2, dim2=3).real.mean((1, 2)) + 1e-30
     for _ in range(_ROUNDS):

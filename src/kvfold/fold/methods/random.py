@@ -15,7 +15,8 @@ def random(group: HeadGroup, generator: torch.Generator) -> SharedHead:
 
 def _like(heads: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One head whose weights, and whose biases, have the variance of the given heads'."""
-    noise = torch.randn(heads.shape[1:], dtype=heads.dtype, generator=generator)
+    shape, on = heads.shape[1:], generator.device  # the same numbers whatever the heads lie on
+    noise = torch.randn(shape, dtype=heads.dtype, generator=generator, device=on).to(heads.device)
     noise[:, :-1] *= heads[..., :-1].square().mean().sqrt()
     noise[:, -1] *= heads[..., -1].square().mean().sqrt()
     return noise

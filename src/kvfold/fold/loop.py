@@ -1,0 +1,145 @@
+"""Going down the layers: make one, fit it, keep it, run it, next layer.
+
+The one loop that conversion and the local stage of healing share. They differ in what a layer is
+made from, and how (:class:`Making`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.errors import RunError
+from kvfold.fold.layer import FoldedLayer, FoldPlan, fold_layer
+from kvfold.fold.layer_store import LayerStore
+from kvfold.fold.passes import Calibration, FoldedPass, SourcePass, loader
+from kvfold.fold.statistics import LayerStatistics
+from kvfold.fold.stored_layer import StoredLayer
+from kvfold.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the layers of a folded model come about.
+
+    Attributes:
+        label: what progress calls it.
+        source: what they are to behave like. base: what they are made from.
+        config: the folded model's.
+        make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
+            ``gathers`` says that it looks at them, and there is text to gather them from.
+        fit: a name in ``fold.fit.FITS``.
+    """
+
+    label: str
+    source: Checkpoint
+    base: Checkpoint
+    config: Mapping[str, Any]
+    make: Callable[[StoredLayer, LayerStatistics | None], FoldedLayer]
+    gathers: bool
+    fit: str
+    seed: int
+
+
+def fold_all(
+    source: Checkpoint,
+    plan: FoldPlan,
+    calibration: Calibration | None = None,
+    store: LayerStore | None = None,
+    progress: Progress = no_progress,
+) -> Iterator[FoldedLayer]:
+    """Fold every layer in order; those that the store has are taken from there."""
+    making = Making(
+        label="folding layers",
+        source=source,
+        base=source,
+        config=plan.target.config(source.family, source.config),
+        make=lambda layer, statistics: fold_layer(layer, plan, statistics),
+        gathers=True,
+        fit=plan.fit,
+        seed=plan.seed,
+    )
+    return go_down(making, calibration, store, progress)
+
+
+def go_down(
+    making: Making,
+    calibration: Calibration | None,
+    store: LayerStore | None,
+    progress: Progress,
+) -> Iterator[FoldedLayer]:
+    """Yield every layer in order, made or taken from the store, which keeps those that are made.
+
+    Args:
+        calibration: None makes layers by their weights alone.
+    """
+    count = making.source.geometry.num_layers
+    missing = [index for index in range(count) if store is None or not store.has(index)]
+    both = _SideBySide(making, calibration) if calibration and missing else None
+    for index in range(count):
+        if store is not None and index not in missing:
+            folded = store.read(index)
+            if both is not None and index < missing[-1]:  # for the sake of a later layer
+                both.pass_over(folded)
+        else:
+            base = StoredLayer(making.base, index)
+            folded = both.make(base, progress) if both else making.make(base, None)
+            if store is not None:
+                store.keep(folded)
+        yield folded
+        progress(making.label, index + 1, count)
+
+
+class _SideBySide:
+    """The source and the folded model on their way down; the latter only if it is fitted."""
+
+    def __init__(self, making: Making, calibration: Calibration) -> None:
+        self._making = making
+        load = loader(making.source)
+        self._source = SourcePass(making.source, calibration, load)
+        self._folded: FoldedPass | None = None
+        if making.fit != "none":
+            if making.base is not making.source:
+                load = loader(making.base)
+            self._folded = FoldedPass(
+                making.base, making.config, self._source, calibration, load,
+                fit=making.fit, seed=making.seed,
+            )  # fmt: skip
+
+    def make(self, base: StoredLayer, progress: Progress) -> FoldedLayer:
+        try:
+            folded = self._making.make(base, self._run_source(base))
+            if self._folded is not None:
+                self._folded.fit(folded, base, progress)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise RunError(
+                f"layer {base.index} cannot be fitted: the calibration text says too little",
+                "give text of more different tokens, that the tokenizer knows",
+            ) from error
+        if self._folded is not None:
+            folded.drift = self._folded.run(folded, base)
+        self._source.advance()
+        return folded
+
+    def pass_over(self, folded: FoldedLayer) -> None:
+        """Run a layer that an earlier run has made."""
+        base = StoredLayer(self._making.base, folded.index)
+        self._source.run(self._source_layer(base))
+        if self._folded is not None:
+            self._folded.run(folded, base)
+        self._source.advance()
+
+    def _run_source(self, base: StoredLayer) -> LayerStatistics | None:
+        attention = self._folded.attention if self._folded else None
+        layer = self._source_layer(base)
+        if self._making.gathers:
+            return self._source.statistics(layer, attention)
+        self._source.run(layer, attention)
+        return None
+
+    def _source_layer(self, base: StoredLayer) -> StoredLayer:
+        """The source's layer beside one of ``base``: the same where they are one checkpoint."""
+        source = self._making.source
+        return base if source is base.checkpoint else StoredLayer(source, base.index)

@@ -1,0 +1,185 @@
+"""Running models over the calibration windows, one layer at a time.
+
+Two run side by side: the source, and the folded model as it comes into being. So every layer is
+fitted on the inputs it will really get, and what earlier layers lost can be made good by later
+ones.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.arch.families import family_of
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.fold.fit import FITS, FitTask
+from kvfold.fold.hidden import HiddenStates
+from kvfold.fold.layer import FoldedLayer, as_stored
+from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
+from kvfold.fold.stored_layer import StoredLayer, Tensors
+from kvfold.fold.stream import LayerStream, LiveLayer
+from kvfold.progress import Progress
+
+STATISTICS_TOKENS = 16_384  # second moments change little with more, and cost as much as the rest
+CPU = torch.device("cpu")
+
+Load = Callable[[str], torch.Tensor]  # by the name in transformers' module
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that models are run on, and where.
+
+    Attributes:
+        windows: token ids ``[N, T]``.
+        spill: folder for hidden states too large for memory; None keeps them there.
+        device: what layers run and are fitted on, in float32.
+    """
+
+    windows: torch.Tensor
+    spill: Path | None = None
+    device: torch.device = CPU
+
+    def states(self, name: str, hidden_size: int) -> HiddenStates:
+        count, tokens = self.windows.shape
+        file = self.spill / f"{name}.f32" if self.spill else None
+        return HiddenStates((count, tokens, hidden_size), self.device, file)
+
+
+def loader(checkpoint: Checkpoint) -> Load:
+    """Reads the tensors outside of the layers, each once however many passes start with it."""
+    read: Tensors = {}
+
+    def load(name: str) -> torch.Tensor:
+        if name not in read:
+            read[name] = checkpoint.tensor(checkpoint.stored_names.to_stored(name))
+        return read[name]
+
+    return load
+
+
+class SourcePass:
+    """The source, run layer by layer.
+
+    Attributes:
+        inputs, outputs: hidden states before and after the layer that was run last.
+    """
+
+    def __init__(self, source: Checkpoint, calibration: Calibration, load: Load) -> None:
+        self._size, self._device = source.geometry.hidden_size, calibration.device
+        family = source.family
+        self._stream = LayerStream(source.config, family.layer, family.attention, self._device)
+        self.inputs = calibration.states("source-in", self._size)
+        self.outputs = calibration.states("source-out", self._size)
+        self._stream.start(calibration.windows, load, self.inputs)
+
+    def statistics(self, layer: StoredLayer, attention: HiddenStates | None) -> LayerStatistics:
+        """Run the layer and say what its inputs look like."""
+        collector = StatisticsCollector(self._size, layer.pairs, self._device)
+        self.run(layer, attention, collector)
+        return collector.result()
+
+    @torch.no_grad()
+    def run(
+        self,
+        layer: StoredLayer,
+        attention: HiddenStates | None = None,
+        collector: StatisticsCollector | None = None,
+    ) -> None:
+        """Compute the layer's outputs.
+
+        Args:
+            attention: takes up what its attention puts out. collector: hears some of the batches.
+        """
+        stride = max(1, self.inputs.windows * self.inputs.tokens // STATISTICS_TOKENS)
+        with self._stream.layer(layer.index, layer.below()) as live:
+            for number, batch in enumerate(self.inputs.batches()):
+                heard = collector if number % stride == 0 else None  # spread over the text
+                with live.listening(
+                    call=heard.call if heard else None,
+                    attention_input=heard.attention_input if heard else None,
+                    attention_output=partial(attention.put, batch) if attention else None,
+                ):
+                    self.outputs[batch] = live(self.inputs[batch])
+
+    def advance(self) -> None:
+        """What came out of this layer goes into the next."""
+        self.inputs, self.outputs = self.outputs, self.inputs
+
+
+class FoldedPass:
+    """The folded model, run and fitted layer by layer beside its source.
+
+    Args:
+        base: has the names of its tensors, and those that folding leaves as they are.
+        config: the folded model's. fit: a name in ``fold.fit.FITS``.
+
+    Attributes:
+        attention: what the source's attention puts out, to be filled before a layer is fitted.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        config: Mapping[str, Any],
+        source: SourcePass,
+        calibration: Calibration,
+        load: Load,
+        *,
+        fit: str,
+        seed: int,
+    ) -> None:
+        self._config, self._family = config, family_of(config)
+        self._source, self._fit, self._seed = source, fit, seed
+        family = self._family
+        self._stream = LayerStream(config, family.layer, family.attention, calibration.device)
+        self._inputs = calibration.states("folded-in", base.geometry.hidden_size)
+        self.attention = calibration.states("attention", base.geometry.hidden_size)
+        self._stream.start(calibration.windows, load, self._inputs)
+
+    def fit(self, folded: FoldedLayer, base: StoredLayer, progress: Progress) -> None:
+        """Fit a folded layer to what the source's layer, run just now, puts out."""
+        tensors = folded.completed(base)
+        with self._stream.layer(folded.index, tensors, copied=True) as live:
+            task = self._task(live, folded.index)
+            error = task.error()
+            for stage in FITS[self._fit]:
+                stage(task, progress)
+                before, error = error, task.error()
+                gained = {"stage": stage.__name__, "error_before": before, "error_after": error}
+                folded.stages.append(gained)
+            dtype = next(iter(folded.tensors.values())).dtype
+            for name, parameter in live.module.named_parameters():
+                if name in task.changed:
+                    folded.tensors[base.prefix + name] = as_stored(parameter, dtype)
+
+    def _task(self, live: LiveLayer, index: int) -> FitTask:
+        family, source = self._family, self._source
+        scale_key = family.residual_scale
+        return FitTask(
+            live=live,
+            output_name=f"{family.attention}.{family.projections.o}",
+            mlp_output_name=None if family.post_norm else family.mlp_output,
+            source_inputs=source.inputs,
+            source_attention=self.attention,
+            source_outputs=source.outputs,
+            folded_inputs=self._inputs,
+            residual_scale=float(self._config.get(scale_key, 1.0)) if scale_key else 1.0,
+            drift=not family.post_norm,
+            seed=self._seed + index,
+        )
+
+    @torch.no_grad()
+    def run(self, folded: FoldedLayer, base: StoredLayer) -> float:
+        """Go on with the layer as it is stored; return its drift (see ``FoldedLayer``)."""
+        ratios = []
+        with self._stream.layer(folded.index, folded.completed(base)) as live:
+            for batch in self._inputs.batches():
+                found, wanted = live(self._inputs[batch]), self._source.outputs[batch]
+                self._inputs[batch] = found
+                distance = (found - wanted).norm(dim=-1)
+                ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
+        return float(torch.cat(ratios).median())
