@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from kvfold.bench.attention import run_attention
 from kvfold.bench.buffers import Rotation, Rows, copies, read
 from kvfold.bench.cases import (
+    DTYPES,
     AttentionCase,
     AttentionRequest,
     dtype_of,
-    parse_dtypes,
 )
 from kvfold.bench.compare import change, compare_files
 from kvfold.bench.gate import Truth
@@ -117,8 +117,8 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_lists() -> None:
     assert Wholes(CONTEXT).read("1k, 8k,1024", "--context") == (1024, 8192)
-    assert parse_dtypes("int8/int4,bf16") == ("int8/int4", "bf16")
-    assert parse_dtypes("none") == ()
+    assert DTYPES.read("int8/int4,bf16", "--dtype") == ("int8/int4", "bf16")
+    assert DTYPES.read("none", "--dtype") == ()
     assert dtype_of("int8/int4") == ("int8", "int4")
     for text in ("", " , "):
         with pytest.raises(InputError, match="empty"):

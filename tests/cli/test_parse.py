@@ -2,12 +2,15 @@
 
 import shlex
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
+from kvfold.bench.cases import AttentionRequest
+from kvfold.bench.model_cases import ModelRequest
 from kvfold.cli.parse import read_request
 from kvfold.errors import InputError
 from kvfold.fold.request import ConvertRequest
@@ -29,12 +32,34 @@ from kvfold.requests import (
 )
 from tests.toolbox.commands import command_of
 
-REQUESTS: list[type[Request]] = [ConvertRequest, HealRequest]
+REQUESTS: list[type[Request]] = [
+    AttentionRequest,
+    ConvertRequest,
+    HealRequest,
+]
 OPTIONS = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
 # No surrogates, which a terminal does not send; no NUL, which no path holds.
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 PATHS = st.one_of(WORDS, st.sampled_from(["-x", "--", "--debug=1", "a b", "it's", "$HOME", "a=2"]))
 TEXTS = PATHS | st.builds("{}={!r}".format, PATHS, st.floats(1e-3, 1e3))  # NAME, NAME=WEIGHT
+
+
+def some(*values: Any, least: int = 1) -> st.SearchStrategy[Any]:
+    return st.lists(st.sampled_from(values), min_size=least, max_size=3, unique=True)
+
+
+# What random values of a kind would seldom be: right, and right together.
+RIGHT: dict[str, st.SearchStrategy[Any]] = {
+    "method": st.sampled_from(["auto", "mean", "pca"]),
+    "num_heads": st.sampled_from([8, 16, 64]),
+    "kv_heads": some(1, 2, 8),
+    "head_dims": some(8, 128),
+    "contexts": some(16, 1000, 1024),
+    "batches": some(1, 2),
+    "dtypes": some("bf16", "int8", "int8/int4", least=0),
+    "against": some("sdpa", "matmul", least=0),
+    "working_set": st.integers(1, 1 << 16),
+}
 
 
 def values(kind: Kind, name: str = "") -> st.SearchStrategy[Any]:
@@ -66,15 +91,16 @@ def values(kind: Kind, name: str = "") -> st.SearchStrategy[Any]:
 
 def value_of(name: str, option: Option) -> st.SearchStrategy[Any]:
     """Values of an option; nothing for its default, as people leave it out."""
-    found = values(option.kind, name)
+    found = RIGHT[name] if name in RIGHT else values(option.kind, name)
     if option.off is not None:
         found |= st.just(option.off.value)
     return found if option.is_required else st.just(option.default) | found
 
 
 @st.composite
-def requests(draw: Any, kind: type[Request]) -> Request:
+def requests(draw: Any, /, kind: type[Request], **fixed: Any) -> Request:
     given = {name: draw(value_of(name, option)) for name, option in options_of(kind).items()}
+    given |= fixed
     try:
         return kind.asked(**given)
     except InputError:  # what contradicts itself, or a path that cannot be
@@ -98,7 +124,7 @@ def _is_of(kind: type[Request], name: str) -> bool:
 @pytest.mark.parametrize("kind", REQUESTS, ids=lambda kind: kind.command)
 @pytest.mark.parametrize("brief", [False, True])
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 def test_the_command_of_a_request_makes_it_again(
     kind: type[Request], brief: bool, data: Any
 ) -> None:
@@ -106,9 +132,21 @@ def test_the_command_of_a_request_makes_it_again(
     assert parsed(kind, command_line(request, brief=brief)) == request
 
 
+@given(data=st.data())
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_command_of_timing_models_makes_its_request_again(
+    llama_folder: Path, text_file: Path, data: Any
+) -> None:
+    """Apart, as it opens what it is to time."""
+    fixed = {"paths": [str(llama_folder)], "contexts": [16], "batches": [1], "working_set": 1 << 10}
+    text = data.draw(st.none() | st.just(str(text_file)))
+    request = data.draw(requests(ModelRequest, **fixed, text=text))
+    assert parsed(ModelRequest, command_line(request, brief=True)) == request
+
+
 @pytest.mark.parametrize(("kind", "name"), OPTIONS, ids=lambda each: str(each))
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.filter_too_much])
 def test_no_option_is_dropped(kind: type[Request], name: str, data: Any) -> None:
     """Two requests that differ in one of them have commands that differ."""
     first, value = data.draw(requests(kind)), data.draw(value_of(name, options_of(kind)[name]))
@@ -122,7 +160,7 @@ def test_no_option_is_dropped(kind: type[Request], name: str, data: Any) -> None
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=lambda kind: kind.command)
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.filter_too_much])
 def test_defaults_are_the_requests_own(kind: type[Request], data: Any) -> None:
     """A command with nothing but what it needs asks what a call with nothing more asks."""
     needed = {name: each for name, each in options_of(kind).items() if each.is_required}

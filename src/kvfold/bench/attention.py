@@ -15,6 +15,7 @@ from kvfold.bench.timing import DEFAULT_MIN_TIME, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import KVFoldError
 from kvfold.progress import Progress, no_progress
+from kvfold.record import command_line
 
 _READ = "read"
 _OWN = "kvfold "
@@ -63,7 +64,7 @@ def run_attention(
             progress("cases", index, len(cases))
             rows += _run_case(case, request, min_time)
         progress("cases", len(cases), len(cases))
-        return Results(command, machine(count), tuple(rows))
+        return Results(command_line(request, brief=True), machine(count), tuple(rows))
 
 
 def _run_case(case: AttentionCase, request: AttentionRequest, min_time: float) -> list[Row]:

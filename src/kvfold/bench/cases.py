@@ -1,21 +1,21 @@
 """What to measure, checked before PyTorch is imported."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from kvfold.arguments import choice, several, text
+from kvfold.arguments import choice, text
 from kvfold.bench.peers import PEERS
 from kvfold.bench.timing import DEFAULT_ROUNDS
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
 from kvfold.names import shown
-from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes, parts
+from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes
 from kvfold.ops.formats import FORMATS
+from kvfold.requests import Listed, Request, Text, option
 
-DEFAULT_WORKING_SET = 1 << 30  # bytes: several times any last-level cache
 MOST_CASES = 1000
 MOST_CACHES = 1 << 17  # that one competitor rotates over: each is an object too
 
@@ -37,100 +37,6 @@ class AttentionCase:
     def kv_bytes(self) -> int:
         """Bytes of K and V in 16 bit."""
         return 4 * self.batch * self.num_kv_heads * self.context * self.head_dim
-
-
-@dataclass(frozen=True)
-class AttentionRequest:
-    """What ``kvfold bench attention`` measures; every combination of the lists.
-
-    Attributes:
-        dtypes: of kvfold's caches; ``int8/int4`` for INT8 keys and INT4 values.
-        against: names of peers. working_set: bytes each competitor rotates over.
-        threads: PyTorch's, or None for as many as it uses now.
-
-    Raises:
-        InputError: for what cannot be measured.
-    """
-
-    num_heads: int = 32
-    kv_heads: Sequence[int] = (32, 8, 1)
-    head_dims: Sequence[int] = (128,)
-    contexts: Sequence[int] = (1024, 8192)
-    batches: Sequence[int] = (1,)
-    dtypes: Sequence[str] = ("bf16", "int8", "int4")
-    against: Sequence[str] = ("sdpa", "sdpa-grouped", "matmul")
-    rounds: int = DEFAULT_ROUNDS
-    threads: int | None = None
-    working_set: int = DEFAULT_WORKING_SET
-
-    def __post_init__(self) -> None:
-        HEADS.check(self.num_heads, "--heads")
-        Wholes(HEADS).check(self.kv_heads, "--kv-heads")
-        Wholes(CONTEXT).check(self.contexts, "--context")
-        Wholes(BATCH).check(self.batches, "--batch")
-        Wholes(HEAD_DIM).check(self.head_dims, "--head-dim")
-        for kv_heads in self.kv_heads:
-            if self.num_heads % kv_heads:
-                choices = ", ".join(map(str, divisors(self.num_heads)))
-                raise InputError(
-                    f"--kv-heads {kv_heads} does not divide --heads {self.num_heads}",
-                    f"choose from {choices}",
-                )
-        several(self.dtypes, "--dtype", check_dtype)
-        several(self.against, "--against", check_peer)
-        if not self.dtypes and not self.against:
-            raise InputError("nothing to measure", "name a --dtype or a peer (--against)")
-        check_run(self.rounds, self.threads, self.working_set)
-        lists = (self.kv_heads, self.contexts, self.batches, self.head_dims)
-        check_cases(prod(len(values) for values in lists))
-        self._check_memory()
-
-    def cases(self) -> Iterator[AttentionCase]:
-        """In the order of the tables: by batch and head size, then context, then KV heads."""
-        for batch in self.batches:
-            for head_dim in self.head_dims:
-                for context in self.contexts:
-                    for kv_heads in self.kv_heads:
-                        yield AttentionCase(self.num_heads, kv_heads, head_dim, context, batch)
-
-    def _check_memory(self) -> None:
-        """Every competitor keeps buffers of its own, so that none warms another's."""
-        smallest = min(case.kv_bytes for case in self.cases()) // 4  # in 4 bits
-        caches = self.working_set // max(1, smallest)
-        if caches > MOST_CACHES:
-            raise InputError(
-                f"--working-set {self.working_set} would be {caches:,} caches; expected at most "
-                f"{MOST_CACHES:,}",
-                "a longer --context, or a smaller --working-set",
-            )
-        largest = max(case.kv_bytes for case in self.cases())
-        # One set for PyTorch's peers and one per cache dtype, and float32 rows for the gate.
-        sets = max(self.working_set, largest) * (1 + len(self.dtypes)) + 2 * largest
-        check_memory(sets, "a smaller --working-set, --context or --batch needs less")
-
-
-def parse_dtypes(words: str) -> tuple[str, ...]:
-    """A comma list of cache dtypes; ``none`` for an empty one.
-
-    Raises:
-        InputError: for one that does not exist.
-    """
-    return _unless_none(words, "--dtype", check_dtype)
-
-
-def parse_peers(words: str) -> tuple[str, ...]:
-    """A comma list of peers; ``none`` for an empty one.
-
-    Raises:
-        InputError: for one that does not exist.
-    """
-    return _unless_none(words, "--against", check_peer)
-
-
-def _unless_none(words: str, name: str, check: Callable[[object, str], str]) -> tuple[str, ...]:
-    if words.strip() == "none":
-        return ()
-    return tuple(check(part, name) for part in parts(words, name))
 
 
 def check_peer(peer: object, name: str = "--against") -> str:
@@ -159,6 +65,109 @@ def check_dtype(dtype: object, name: str = "--dtype") -> str:
     return found
 
 
+DTYPES = Listed(Text(check_dtype), none=True)
+USUAL_DTYPES = ("bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class TimedRequest(Request):
+    """What every benchmark is told.
+
+    Attributes:
+        threads: PyTorch's, or None for as many as it uses now. working_set: bytes each competitor
+            rotates over, or to read when measuring bandwidth.
+    """
+
+    rounds: int = option(
+        "--rounds", ROUNDS, DEFAULT_ROUNDS, "Samples of each competitor.", shared=True
+    )
+    working_set: int = option(
+        "--working-set",
+        BYTES,
+        1 << 30,
+        "Bytes to rotate over, or to read when measuring bandwidth; several times the "
+        "last-level cache.",
+        shared=True,
+    )
+    threads: int | None = option(
+        "--threads", THREADS, None, "Of PyTorch.  [default: all cores]", shared=True
+    )
+
+
+@dataclass(frozen=True)
+class AttentionRequest(TimedRequest):
+    """What ``kvfold bench attention`` measures; every combination of the lists.
+
+    Attributes:
+        dtypes: of kvfold's caches; ``int8/int4`` for INT8 keys and INT4 values.
+        against: names of peers.
+
+    Raises:
+        InputError: for what cannot be measured.
+    """
+
+    command = "bench attention"
+
+    num_heads: int = option("--heads", HEADS, 32, "Query heads.")
+    kv_heads: Sequence[int] = option("--kv-heads", Wholes(HEADS), (32, 8, 1), "Comma list.")
+    head_dims: Sequence[int] = option("--head-dim", Wholes(HEAD_DIM), (128,), "Comma list.")
+    contexts: Sequence[int] = option(
+        "--context", Wholes(CONTEXT), (1024, 8192), "Tokens; comma list."
+    )
+    batches: Sequence[int] = option("--batch", Wholes(BATCH), (1,), "Sequences; comma list.")
+    dtypes: Sequence[str] = option(
+        "--dtype",
+        DTYPES,
+        USUAL_DTYPES,
+        f"Of kvfold's caches: {', '.join(FORMATS)}, or keys/values: int8/int4; or none.",
+    )
+    against: Sequence[str] = option(
+        "--against",
+        Listed(Text(check_peer), none=True),
+        ("sdpa", "sdpa-grouped", "matmul"),
+        "Peers, all in bf16: sdpa (enable_gqa), sdpa-grouped (heads that share K and V as "
+        "rows), repeat (K and V repeated, then sdpa), matmul, flex (compiles, slowly); or none.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kv_heads in self.kv_heads:
+            if self.num_heads % kv_heads:
+                choices = ", ".join(map(str, divisors(self.num_heads)))
+                raise InputError(
+                    f"--kv-heads {kv_heads} does not divide --heads {self.num_heads}",
+                    f"choose from {choices}",
+                )
+        if not self.dtypes and not self.against:
+            raise InputError("nothing to measure", "name a --dtype or a peer (--against)")
+        lists = (self.kv_heads, self.contexts, self.batches, self.head_dims)
+        check_cases(prod(len(values) for values in lists))
+        self._check_memory()
+
+    def cases(self) -> Iterator[AttentionCase]:
+        """In the order of the tables: by batch and head size, then context, then KV heads."""
+        for batch in self.batches:
+            for head_dim in self.head_dims:
+                for context in self.contexts:
+                    for kv_heads in self.kv_heads:
+                        yield AttentionCase(self.num_heads, kv_heads, head_dim, context, batch)
+
+    def _check_memory(self) -> None:
+        """Every competitor keeps buffers of its own, so that none warms another's."""
+        smallest = min(case.kv_bytes for case in self.cases()) // 4  # in 4 bits
+        caches = self.working_set // max(1, smallest)
+        if caches > MOST_CACHES:
+            raise InputError(
+                f"--working-set {self.working_set} would be {caches:,} caches; expected at most "
+                f"{MOST_CACHES:,}",
+                "a longer --context, or a smaller --working-set",
+            )
+        largest = max(case.kv_bytes for case in self.cases())
+        # One set for PyTorch's peers and one per cache dtype, and float32 rows for the gate.
+        sets = max(self.working_set, largest) * (1 + len(self.dtypes)) + 2 * largest
+        check_memory(sets, "a smaller --working-set, --context or --batch needs less")
+
+
 def dtype_of(dtype: str) -> str | tuple[str, str]:
     """As ``KVCache`` takes it.
 
@@ -167,14 +176,6 @@ def dtype_of(dtype: str) -> str | tuple[str, str]:
     """
     keys, _, values = dtype.partition("/")
     return (keys, values) if values else keys
-
-
-def check_run(rounds: int, threads: int | None, working_set: int) -> None:
-    """Check what every benchmark takes."""
-    ROUNDS.check(rounds, "--rounds")
-    BYTES.check(working_set, "--working-set")
-    if threads is not None:
-        THREADS.check(threads, "--threads")
 
 
 def check_cases(count: int) -> None:

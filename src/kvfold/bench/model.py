@@ -34,6 +34,7 @@ from kvfold.ops.formats import format_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model, local_folder
 from kvfold.quality.text import read_texts, token_windows
+from kvfold.record import command_line
 
 _READ = "read"
 
@@ -93,9 +94,7 @@ class Entry:
         return OK if self.verdict is None or self.verdict.passed else WRONG
 
 
-def run_model(
-    request: ModelRequest, *, command: str = "", progress: Progress = no_progress
-) -> Results:
+def run_model(request: ModelRequest, *, progress: Progress = no_progress) -> Results:
     """Measure every model with every implementation, side by side.
 
     >>> run_model(ModelRequest(["folder"], contexts=[512]))  # doctest: +SKIP
@@ -108,7 +107,7 @@ def run_model(
             progress("cases", index, len(cases))
             rows += _run_case(models, request, context, batch)
         progress("cases", len(cases), len(cases))
-        return Results(command, machine(count), tuple(rows))
+        return Results(command_line(request, brief=True), machine(count), tuple(rows))
 
 
 def _load(path: str, stack: ExitStack) -> Loaded:

@@ -5,56 +5,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.arguments import several, source
-from kvfold.bench.cases import (
-    DEFAULT_WORKING_SET,
-    check_cases,
-    check_dtype,
-    check_memory,
-    check_run,
-)
-from kvfold.bench.timing import DEFAULT_ROUNDS
+from kvfold.bench.cases import DTYPES, USUAL_DTYPES, TimedRequest, check_cases, check_memory
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.source import open_checkpoint, peek_config
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
+from kvfold.requests import Model, Place, Several, option
 
 GATE_STEPS = 4  # decode steps that are compared before anything is timed
 _LEARNED_POSITIONS = "n_positions"  # GPT-2's name for them: a model cannot go beyond
 
 
 @dataclass(frozen=True)
-class ModelRequest:
+class ModelRequest(TimedRequest):
     """Every combination of models, contexts and batches, each with every implementation.
 
     Attributes:
         paths: folders, hub names or GGUF files. dtypes: of kvfold's caches.
         tokens: decode steps per sample. text: file the prompt is taken from, or None for random
-            tokens. threads: PyTorch's, or None for as many as it uses now. working_set: bytes to
-            read when measuring bandwidth.
+            tokens.
 
     Raises:
         InputError: for what cannot be measured.
     """
 
-    paths: Sequence[str]
-    contexts: Sequence[int] = (512,)
-    batches: Sequence[int] = (1,)
-    dtypes: Sequence[str] = ("bf16", "int8", "int4")
-    tokens: int = 16
-    text: Path | None = None
-    rounds: int = DEFAULT_ROUNDS
-    threads: int | None = None
-    working_set: int = DEFAULT_WORKING_SET
+    command = "bench model"
+
+    paths: Sequence[str] = option("PATH", Several(Model()), metavar="PATH...")
+    contexts: Sequence[int] = option("--context", Wholes(CONTEXT), (512,), "Tokens; comma list.")
+    batches: Sequence[int] = option("--batch", Wholes(BATCH), (1,), "Sequences; comma list.")
+    dtypes: Sequence[str] = option(
+        "--dtype",
+        DTYPES,
+        USUAL_DTYPES,
+        "Of kvfold's caches, as for `bench attention`; or none.",
+    )
+    tokens: int = option("--tokens", STEPS, 16, "Decode steps per sample.")
+    text: str | None = option("--text", Place(), None, "Prompt.  [default: random tokens]")
 
     def __post_init__(self) -> None:
-        several(self.dtypes, "--dtype", check_dtype)
-        if not several(self.paths, "PATH", source):
+        super().__post_init__()
+        self.fill(paths=tuple(dict.fromkeys(self.paths)))
+        if not self.paths:
             raise InputError("no model given", "name one or more folders")
-        Wholes(CONTEXT).check(self.contexts, "--context")
-        Wholes(BATCH).check(self.batches, "--batch")
-        STEPS.check(self.tokens, "--tokens")
-        check_run(self.rounds, self.threads, self.working_set)
         check_cases(len(self.contexts) * len(self.batches))
         if self.text is not None:
             from kvfold.quality.text import read_texts

@@ -2,50 +2,32 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvfold import numbers
 from kvfold.bench import words
-from kvfold.cli.options import Location, Number, Source
+from kvfold.bench.cases import AttentionRequest
+from kvfold.bench.model_cases import ModelRequest
+from kvfold.cli.options import Location
 from kvfold.cli.output import emit, say
+from kvfold.cli.parse import asks
 from kvfold.names import printable
-from kvfold.numbers import Wholes
-from kvfold.ops.formats import FORMATS
 
 if TYPE_CHECKING:
     from kvfold.bench.compare import Change
     from kvfold.bench.records import Results, Row
 
-_COMMON: list[Callable[[Any], Any]] = [
-    click.option(
-        "--rounds",
-        type=Number(numbers.ROUNDS),
-        default=9,
-        show_default=True,
-        help="Samples of each competitor.",
-    ),
-    click.option(
-        "--working-set",
-        type=Number(numbers.BYTES),
-        default="1G",
-        show_default=True,
-        help="Bytes to rotate over, or to read when measuring bandwidth; several times the "
-        "last-level cache.",
-    ),
-    click.option(
-        "--threads", type=Number(numbers.THREADS), help="Of PyTorch.  [default: all cores]"
-    ),
+_SHOWN: list[Callable[[Any], Any]] = [
     click.option("--save", type=Location(), help="Add the rows to a file (JSON lines)."),
     click.option("--markdown", is_flag=True, help="Print a Markdown table."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
 ]
 
 
-def _common(command: Any) -> Any:
-    for option in reversed(_COMMON):
+def _shows(command: Any) -> Any:
+    """What every benchmark can do with its results."""
+    for option in reversed(_SHOWN):
         command = option(command)
     return command
 
@@ -60,126 +42,36 @@ def command() -> None:
 
 
 @command.command("attention", short_help="Time one decode step of one layer.")
-@click.option("--heads", type=Number(numbers.HEADS), default=32, show_default=True,
-              help="Query heads.")  # fmt: skip
-@click.option("--kv-heads", type=Number(Wholes(numbers.HEADS)), default="32,8,1", show_default=True,
-              help="Comma list.")  # fmt: skip
-@click.option("--head-dim", type=Number(Wholes(numbers.HEAD_DIM)), default="128", show_default=True,
-              help="Comma list.")  # fmt: skip
-@click.option("--context", type=Number(Wholes(numbers.CONTEXT)), default="1k,8k", show_default=True,
-              help="Tokens; comma list.")  # fmt: skip
-@click.option("--batch", type=Number(Wholes(numbers.BATCH)), default="1", show_default=True,
-              help="Sequences; comma list.")  # fmt: skip
-@click.option(
-    "--dtype",
-    default="bf16,int8,int4",
-    show_default=True,
-    help=f"Of kvfold's caches: {', '.join(FORMATS)}, or keys/values: int8/int4; or none.",
-)
-@click.option(
-    "--against",
-    default="sdpa,sdpa-grouped,matmul",
-    show_default=True,
-    help="Peers, all in bf16: sdpa (enable_gqa), sdpa-grouped (heads that share K and V as "
-    "rows), repeat (K and V repeated, then sdpa), matmul, flex (compiles, slowly); or none.",
-)
-@_common
-def attention(
-    heads: int,
-    kv_heads: tuple[int, ...],
-    head_dim: tuple[int, ...],
-    context: tuple[int, ...],
-    batch: tuple[int, ...],
-    dtype: str,
-    against: str,
-    rounds: int,
-    working_set: int,
-    threads: int | None,
-    save: Path | None,
-    markdown: bool,
-    as_json: bool,
-) -> None:
+@asks(AttentionRequest)
+@_shows
+def attention(request: AttentionRequest, save: Path | None, markdown: bool, as_json: bool) -> None:
     """Time one decode step of one layer: one query token over a full KV cache."""
-    from kvfold.bench.cases import AttentionRequest, parse_dtypes, parse_peers
-
     _check_output(save, markdown, as_json)
-    request = AttentionRequest(
-        num_heads=heads,
-        kv_heads=kv_heads,
-        head_dims=head_dim,
-        contexts=context,
-        batches=batch,
-        dtypes=parse_dtypes(dtype),
-        against=parse_peers(against),
-        rounds=rounds,
-        threads=threads,
-        working_set=working_set,
-    )
 
     from kvfold.bench.attention import run_attention
     from kvfold.cli.progress import progress_bar
 
     with progress_bar() as progress:
-        results = run_attention(request, command=_command_line(), progress=progress)
+        results = run_attention(request, progress=progress)
     _finish(results, save, markdown, as_json, _attention_tables)
 
 
 @command.command("model", short_help="Time whole models, side by side.")
-@click.argument("paths", metavar="PATH...", type=Source(), nargs=-1, required=True)
-@click.option("--context", type=Number(Wholes(numbers.CONTEXT)), default="512", show_default=True,
-              help="Tokens; comma list.")  # fmt: skip
-@click.option("--batch", type=Number(Wholes(numbers.BATCH)), default="1", show_default=True,
-              help="Sequences; comma list.")  # fmt: skip
-@click.option(
-    "--dtype",
-    default="bf16,int8,int4",
-    show_default=True,
-    help="Of kvfold's caches, as for `bench attention`; or none.",
-)
-@click.option("--tokens", type=Number(numbers.STEPS), default=16, show_default=True,
-              help="Decode steps per sample.")  # fmt: skip
-@click.option("--text", type=Location(), help="Prompt.  [default: random tokens]")
-@_common
-def model(
-    paths: tuple[str, ...],
-    context: tuple[int, ...],
-    batch: tuple[int, ...],
-    dtype: str,
-    tokens: int,
-    text: Path | None,
-    rounds: int,
-    working_set: int,
-    threads: int | None,
-    save: Path | None,
-    markdown: bool,
-    as_json: bool,
-) -> None:
+@asks(ModelRequest)
+@_shows
+def model(request: ModelRequest, save: Path | None, markdown: bool, as_json: bool) -> None:
     """Time whole models in bf16: to the first token, and per token after it.
 
     Each PATH is a Hugging Face folder, a hub name, or a GGUF file. Ratios are to the first PATH
     with transformers' own cache and attention (sdpa).
     """
-    from kvfold.bench.cases import parse_dtypes
-    from kvfold.bench.model_cases import ModelRequest
-
     _check_output(save, markdown, as_json)
-    request = ModelRequest(
-        paths=tuple(dict.fromkeys(paths)),
-        contexts=context,
-        batches=batch,
-        dtypes=parse_dtypes(dtype),
-        tokens=tokens,
-        text=text,
-        rounds=rounds,
-        working_set=working_set,
-        threads=threads,
-    )
 
     from kvfold.bench.model import run_model
     from kvfold.cli.progress import progress_bar
 
     with progress_bar() as progress:
-        results = run_model(request, command=_command_line(), progress=progress)
+        results = run_model(request, progress=progress)
     _finish(results, save, markdown, as_json, _model_tables)
 
 
@@ -210,28 +102,6 @@ def _check_output(save: Path | None, markdown: bool, as_json: bool) -> None:
     check_save(save)
     if markdown and as_json:
         raise InputError("--markdown and --json exclude each other", "leave one of them out")
-
-
-def _command_line() -> str:
-    """The command that repeats this one: what was given, without what only shows or keeps it."""
-    context = click.get_current_context()
-    parts = ["kvfold bench", str(context.info_name)]
-    for parameter in context.command.params:
-        name, value = str(parameter.name), context.params.get(str(parameter.name))
-        if name in ("save", "markdown", "as_json"):
-            continue
-        if isinstance(parameter, click.Argument):
-            parts += map(quote, value or ())
-        elif context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            parts.append(f"{parameter.opts[0]} {_words(value)}")
-    return " ".join(parts)
-
-
-def _words(value: Any) -> str:
-    """A value as it can be given again."""
-    if isinstance(value, tuple):
-        return ",".join(map(numbers.brief, value))
-    return numbers.brief(value) if isinstance(value, int) else quote(str(value))
 
 
 def _finish(
