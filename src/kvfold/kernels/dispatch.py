@@ -119,6 +119,10 @@ def explain(
 ) -> Path:
     """Say how ``attention`` would compute this call, and why; takes the same arguments.
 
+    Args:
+        q, k, v, dropout, return_lse: as ``attention`` takes them.
+        options: of attention; see the signature.
+
     >>> x = torch.randn(1, 2, 64, 16, requires_grad=True)
     >>> print(explain(x, x, x))
     sdpa: gradients are needed, and PyTorch's kernels have them

@@ -194,8 +194,6 @@ class Options(NamedTuple):
 
     def beyond(self, known: frozenset[str]) -> list[str]:
         """Names of what was asked for and is not among the fields that somebody knows."""
-        if self is _PLAIN:
-            return []
         named = zip(_DEFAULTS.items(), self.flat(), strict=True)
         return [name for (name, none), x in named if x is not none and name not in known]
 
