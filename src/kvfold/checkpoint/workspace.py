@@ -10,17 +10,13 @@ up. In that folder lie
     old/                    an older OUT, from when it is renamed aside until it is removed
 
 and whatever the command keeps on its way. The mark is made first and goes last, so a folder that
-holds anything but no mark is somebody else's, and is left alone. The lock is the operating
-system's: it ends with the run, however that ends.
+holds anything but no mark is somebody else's, and is left alone (``checkpoint.lock``).
 """
 
-import errno
-import fcntl
 import json
 import os
 import resource
 import shutil
-import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.checkpoint.inputs import Files, changed
+from kvfold.checkpoint.lock import cannot_be_made, lock, why
 from kvfold.checkpoint.places import (
     CONFIG,
     MARK,
@@ -38,7 +35,7 @@ from kvfold.checkpoint.places import (
     is_older,
     working_folder,
 )
-from kvfold.checkpoint.records import MARKS, REQUESTS
+from kvfold.checkpoint.records import REQUESTS
 from kvfold.errors import InputError, RunError
 from kvfold.files import is_temporary, of_full_disk, write_json
 
@@ -46,7 +43,6 @@ REQUEST, NEW, OLD = "request.json", "out", "old"
 # What is worth going on from: a layer, a checkpoint, a shard, a dequantized source, an older OUT.
 _WORTH = ("layers/*.json", "checkpoints/step-????????", f"{NEW}/*", "source", OLD)
 _INPUTS, _FOLDER = "inputs", "folder"
-_TRIES = 8  # to lock a folder that other runs are just leaving
 
 
 class Workspace:
@@ -65,7 +61,7 @@ class Workspace:
         self._force = False
         self._parents = _make_parents(out)
         try:
-            self._lock = _lock(self.folder, out)
+            self._lock = lock(self.folder, out)
         except BaseException:
             self._remove_parents()
             raise
@@ -230,7 +226,7 @@ class Workspace:
         except OSError as error:
             self._recover()
             raise RunError(
-                f"{self.out} cannot be made: {_why(error)}; the result is in {self.new}",
+                f"{self.out} cannot be made: {why(error)}; the result is in {self.new}",
                 "--resume tries again",
             ) from error
         _flush(self.out.parent)
@@ -313,16 +309,8 @@ def _make_parents(out: Path) -> list[Path]:
         for parent in missing:
             parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise _cannot(out, error) from error
+        raise cannot_be_made(out, error) from error
     return missing
-
-
-def _cannot(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be made: {_why(error)}", "choose another OUT")
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
 
 
 def _clear(paths: Iterable[Path], quietly: bool = False) -> None:
@@ -339,90 +327,6 @@ def _is_there(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _lock(folder: Path, out: Path) -> int:
-    """Make or find the working folder, and lock its mark.
-
-    Returns:
-        the open file that holds the lock.
-    """
-    for _ in range(_TRIES):
-        try:
-            with suppress(FileExistsError):
-                folder.mkdir()
-            _check_ours(folder)
-            mark = _open_mark(folder)
-        except FileNotFoundError:  # the run that has just ended removed it
-            continue
-        except OSError as error:
-            raise _cannot(folder, error) from error
-        try:
-            _take(mark, folder, out)
-            if _is_at(mark, folder / MARK):
-                _sign(mark, folder, out)
-                return mark
-        except BaseException:
-            os.close(mark)
-            raise
-        os.close(mark)
-    raise InputError(f"another run of kvfold is writing {out}", "wait until it has ended")
-
-
-def _open_mark(folder: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    return os.open(folder / MARK, flags, 0o666)
-
-
-def _check_ours(folder: Path) -> None:
-    """Refuse what is called like a working folder and is not one of ours."""
-    found = folder.lstat()
-    names = set(os.listdir(folder)) if stat.S_ISDIR(found.st_mode) else {""}  # noqa: PTH208
-    if names and MARK not in names:
-        raise InputError(
-            f"{folder} is in the way, and is no working folder of kvfold",
-            "move it away, or choose another OUT",
-        )
-    parent = folder.parent.stat()
-    if parent.st_mode & stat.S_ISVTX and found.st_uid not in (os.geteuid(), parent.st_uid):
-        raise InputError(f"{folder} belongs to another user", "choose another OUT")
-
-
-def _take(mark: int, folder: Path, out: Path) -> None:
-    try:
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(
-                f"another run of kvfold is writing {out}",
-                "wait until it has ended, or choose another OUT",
-            ) from error
-        warnings.warn(f"{folder} cannot be locked; start no second run to {out}", stacklevel=2)
-
-
-def _is_at(opened: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(opened), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _sign(mark: int, folder: Path, out: Path) -> None:
-    """Write for which OUT the folder is, or check that it is for this one."""
-    try:
-        owner = MARKS.parse(os.pread(mark, 4096, 0) or b"{}", MARK).get("out")
-    except InputError:
-        owner = None
-    alone = os.listdir(folder) == [MARK]  # noqa: PTH208
-    if owner != out.name and not alone:
-        raise InputError(
-            f"{folder} is a working folder for {owner or 'another OUT'}, not for {out.name}",
-            "move it away, or choose another OUT",
-        )
-    if owner != out.name:
-        os.ftruncate(mark, 0)
-        os.pwrite(mark, json.dumps({"kvfold": "working folder", "out": out.name}).encode(), 0)
 
 
 def _flush(folder: Path) -> None:

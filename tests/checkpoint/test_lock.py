@@ -1,4 +1,4 @@
-"""Working folders: who holds them."""
+"""The lock of a working folder: one run at a time holds it."""
 
 import fcntl
 import shutil
