@@ -56,6 +56,7 @@ class Config(TypedDict, total=False):
     kv_channels: HeadSize | None
     hidden_size: Width
     n_embd: Width
+    n_embed: Width
     d_model: Width
     intermediate_size: Width | Annotated[list[Width], MinLen(1), MaxLen(MOST_LAYERS)] | None
     intermediate_size_mlp: Width | None
@@ -113,3 +114,14 @@ CONFIG = Document(
     "is this the config of a language model? download it again",
     infinite=("time_step_limit",),
 )
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """transformers' own config object as a ``config.json``, also under the usual names of sizes."""
+    found: dict[str, Any] = config.to_dict()
+    for usual, own in config.attribute_map.items():
+        if own in found:
+            found.setdefault(usual, found[own])
+    for computed in ("num_hidden_layers", "layer_types"):  # by some, from fields of their own
+        found.setdefault(computed, getattr(config, computed, None))
+    return found

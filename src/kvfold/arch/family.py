@@ -1,19 +1,21 @@
 """What one architecture declares. No torch."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
+from kvfold.arch.experts import ReadExperts, usual_experts
+from kvfold.arch.layers import Unlisted, all_alike
 from kvfold.arch.projections import Projections, SeparateProjections
+from kvfold.arch.sizes import Config, ConfigKeys, Sizes
 from kvfold.errors import CheckpointError
 from kvfold.geometry import AttentionGeometry
 
 if TYPE_CHECKING:
     import torch
 
-Config = Mapping[str, Any]
 NORM_PER_HEAD = "its QK-norm has its own weights for each head, which a shared head cannot keep"
 
 
@@ -54,16 +56,6 @@ class QKNorm:
 
 
 @dataclass(frozen=True)
-class ConfigKeys:
-    """The names an architecture's ``config.json`` gives to its sizes."""
-
-    hidden_size: str = "hidden_size"
-    num_heads: str = "num_attention_heads"
-    num_kv_heads: str | None = "num_key_value_heads"
-    num_layers: str = "num_hidden_layers"
-
-
-@dataclass(frozen=True)
 class Family:
     """One architecture: where its attention lies and what it can express.
 
@@ -73,7 +65,11 @@ class Family:
         mlp_output: the MLP's last linear layer below ``layer``, if there is just one.
         post_norm: the attention's output is normalised before it joins the residual stream.
         residual_scale: config key of the factor on each block's output, if any.
+        keys: what its configs call its sizes.
         default_head_dim: where neither the config nor hidden / heads gives it.
+        unlisted_layers: which layers slide, where the config does not list their types.
+        mlp_matrices: of each MLP: 3 with a gate, 2 without.
+        experts: which layers have mixtures of experts, and of how many.
         unfoldable: why no model of the family can be folded, if so. instead: what to do then.
         refuse: returns why a config of this family cannot be folded, or ``None``.
         target: returns the folded config, where setting the number of KV heads is not enough.
@@ -94,6 +90,9 @@ class Family:
     post_norm: bool = False
     residual_scale: str | None = None
     default_head_dim: int | None = None
+    unlisted_layers: Unlisted = all_alike
+    mlp_matrices: int = 3
+    experts: ReadExperts = usual_experts
     unfoldable: str = ""
     instead: str = ""
     refuse: Callable[[Config], str | None] = lambda config: None
@@ -124,31 +123,33 @@ class Family:
     def _any_layer(self) -> str:
         return re.escape(self.layer).replace(re.escape("{layer}"), r"\d+")
 
+    def sizes(self, config: Config) -> Sizes:
+        """Head counts and sizes of a config that is within bounds.
+
+        Raises:
+            CheckpointError: if a size is missing.
+        """
+        return Sizes.read(config, self.keys, self.default_head_dim)
+
     def geometry(self, config: Config) -> AttentionGeometry:
-        """Head counts and sizes from a ``config.json``.
+        """Head counts and sizes from a ``config.json``, for folding.
 
         Raises:
             CheckpointError: if a size is missing or not a number.
         """
-        keys = self.keys
         CONFIG.check(dict(config), "config.json")
-        heads = _integer(config, keys.num_heads)
-        hidden = _integer(config, keys.hidden_size)
-        kv_key = keys.num_kv_heads
-        kv_heads = _integer(config, kv_key, heads) if kv_key else self._implied_kv_heads(config)
-        head_dim = _integer(config, "head_dim", self.default_head_dim or hidden // heads)
-        layers = _integer(config, keys.num_layers)
+        sizes = self.sizes(config)
         rotary = config.get("no_rope_layers")
-        if rotary and len(rotary) != layers:
+        if rotary and len(rotary) != sizes.num_layers:
             raise CheckpointError(
-                f"config.json: no_rope_layers has {len(rotary)} entries; expected {layers}, one "
-                "per layer",
+                f"config.json: no_rope_layers has {len(rotary)} entries; expected "
+                f"{sizes.num_layers}, one per layer",
                 CONFIG.hint,
             )
-        return AttentionGeometry(layers, heads, kv_heads, head_dim, head_dim, hidden)
-
-    def _implied_kv_heads(self, config: Config) -> int:
-        return 1 if config.get("multi_query") else _integer(config, self.keys.num_heads)
+        size = sizes.head_dim
+        return AttentionGeometry(
+            sizes.num_layers, sizes.num_heads, sizes.num_kv_heads, size, size, sizes.hidden_size
+        )
 
     def folded_config(self, config: Config, num_kv_heads: int) -> dict[str, Any]:
         """The config of the folded model; a copy, everything else untouched."""
@@ -156,14 +157,6 @@ class Family:
             return self.target(config, num_kv_heads)
         kv_heads = {self.keys.num_kv_heads: num_kv_heads} if self.keys.num_kv_heads else {}
         return {**config, **kv_heads}
-
-
-def _integer(config: Config, key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int):  # missing: what is there has been checked
-        raise CheckpointError(f"config.json has no {key}", CONFIG.hint)
-    return value
 
 
 def unless(key: str, reason: str) -> Callable[[Config], str | None]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.layers import FULL, LATENT, SLIDING
 from kvfold.bench.cases import check_memory
 from kvfold.bench.records import last_level_cache
 from kvfold.bench.timing import measure
 from kvfold.errors import InputError, UnsupportedError
-from kvfold.plan.model import FULL, LATENT, SLIDING, Model
+from kvfold.plan.model import Model
 from kvfold.plan.roofline import Load, kv_cache_bytes
 
 _FEW, _FEWER = 3, 1
@@ -64,6 +65,8 @@ class Prober:
     def __init__(self, config: Mapping[str, Any], model: Model) -> None:
         if any(layer.kind == LATENT for layer in model.layers):
             raise UnsupportedError("kvfold has no kernels for latent attention (MLA)")
+        if not all(layer.has_kv_heads for layer in model.layers):
+            raise UnsupportedError("layers that keep no keys and values cannot be timed")
         self._config, self._model = _known(config), model
         on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")

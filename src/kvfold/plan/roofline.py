@@ -7,9 +7,10 @@ larger of the two binds it (roofline; Williams et al., 2009). Real steps are slo
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvfold.arch.layers import LATENT
 from kvfold.ops.formats import FORMATS
 from kvfold.plan.hardware import Hardware
-from kvfold.plan.model import LATENT, Model
+from kvfold.plan.model import Model
 
 # Bits per number of a cache format, scales included, for heads of 128 (see docs/attention.md).
 KV_BITS = {name: fmt.bits_each(128) for name, fmt in FORMATS.items()}

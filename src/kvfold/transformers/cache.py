@@ -7,6 +7,9 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from kvfold.arch.config import plain_config
+from kvfold.arch.decoder import typed_layers
+from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
 from kvfold.cache.kv import Dtype
 from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
@@ -267,8 +270,8 @@ class KVCache(DynamicCache):  # type: ignore[misc]
     ) -> None:
         if offloading:
             raise UnsupportedError("kvfold's cache stays where the model is", "offloading=False")
-        text = config.get_text_config(decoder=True)
-        layers = [KVLayer(dtype, window) for window in _windows(text)]
+        windows = _windows(config.get_text_config(decoder=True))
+        layers = [KVLayer(dtype, window) for window in windows]
         Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -284,17 +287,13 @@ class KVCache(DynamicCache):  # type: ignore[misc]
 
 
 def _windows(config: PretrainedConfig) -> Iterable[int | None]:
-    """The sliding window of every layer, None for full attention."""
-    window = getattr(config, "sliding_window", None)
+    """The sliding window of every layer that has a cache, None for full attention."""
+    # The last layers of some models (Gemma 3n) read the cache of an earlier one.
     count = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        use = window is not None and getattr(config, "use_sliding_window", True)
-        types = ["sliding_attention" if use else "full_attention"] * config.num_hidden_layers
-    for kind in types[:count]:
-        if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
+    for layer_type, window in typed_layers(plain_config(config), count):
+        if layer_type not in (FULL_TYPE, SLIDING_TYPE, CHUNKED_TYPE):
             raise UnsupportedError(
-                f"a layer of type {kind!r} keeps no keys and values",
+                f"a layer of type {layer_type!r} keeps no keys and values",
                 "use transformers' own cache for this model",
             )
-        yield window if kind == "sliding_attention" else None
+        yield window if layer_type == SLIDING_TYPE else None

@@ -1,10 +1,17 @@
 """Gemma: heads wider than hidden size / heads, and norms after each block."""
 
 from kvfold.arch.family import Family, QKNorm
+from kvfold.arch.layers import every_other
 
 FAMILIES = (
     Family(("gemma",), default_head_dim=256),
-    Family(("gemma2",), "logit softcap, sliding layers", post_norm=True, default_head_dim=256),
+    Family(
+        ("gemma2",),
+        "logit softcap, sliding layers",
+        post_norm=True,
+        default_head_dim=256,
+        unlisted_layers=every_other,
+    ),
     Family(
         ("gemma3_text",),
         "QK-norm, sliding layers",

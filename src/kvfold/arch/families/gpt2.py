@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvfold.arch.family import Config, ConfigKeys, Family, Rotary
+from kvfold.arch.family import Family, Rotary
 from kvfold.arch.projections import FusedProjections
+from kvfold.arch.sizes import Config, ConfigKeys
 from kvfold.errors import UnsupportedError
 
 _KEYS = ConfigKeys("n_embd", "n_head", None, "n_layer")
@@ -45,6 +46,7 @@ FAMILIES = (
         layer="transformer.h.{layer}",
         attention="attn",
         mlp_output="mlp.c_proj",
+        mlp_matrices=2,
         projections=FusedProjections("c_attn", "c_proj", transposed=True),
         rotary=Rotary(default_factor=0.0),
         keys=_KEYS,
@@ -61,6 +63,7 @@ FAMILIES = (
         layer="transformer.h.{layer}",
         attention="attn",
         mlp_output="mlp.c_proj",
+        mlp_matrices=2,
         projections=FusedProjections("c_attn", "c_proj"),
         rotary=Rotary(default_factor=0.0),
         keys=_KEYS,

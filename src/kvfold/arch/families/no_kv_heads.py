@@ -1,22 +1,23 @@
-"""Architectures whose configs cannot say how many KV heads there are."""
+"""Architectures whose configs cannot say how many KV heads there are; their MLPs have no gate."""
 
 from kvfold.arch.family import Family
+from kvfold.arch.sizes import ConfigKeys
 
+
+def _without_kv_heads(model_type: str, reason: str) -> Family:
+    keys = ConfigKeys(num_kv_heads=None)
+    return Family((model_type,), keys=keys, mlp_matrices=2, unfoldable=reason)
+
+
+_NO_FIELD = "it has no KV-head field"
 FAMILIES = (
-    Family(
-        ("gpt_neox",),
-        unfoldable="it has no KV-head field: q, k and v of each head are one fused block",
-    ),
-    Family(("gptj",), unfoldable="it has no KV-head field"),
-    Family(("gpt_neo",), unfoldable="it has no KV-head field"),
-    Family(("opt",), unfoldable="it has no KV-head field"),
-    Family(
-        ("bloom",),
-        unfoldable="it has no KV-head field, and ALiBi ties each head to its own slope",
-    ),
-    Family(("mpt",), unfoldable="stock MPT has no KV-head field"),
-    Family(
-        ("falcon",),
-        unfoldable="its fused qkv layout differs by version and has no general KV-head field",
+    _without_kv_heads("gpt_neox", f"{_NO_FIELD}: q, k and v of each head are one fused block"),
+    _without_kv_heads("gptj", _NO_FIELD),
+    _without_kv_heads("gpt_neo", _NO_FIELD),
+    _without_kv_heads("opt", _NO_FIELD),
+    _without_kv_heads("bloom", f"{_NO_FIELD}, and ALiBi ties each head to its own slope"),
+    _without_kv_heads("mpt", "stock MPT has no KV-head field"),
+    _without_kv_heads(
+        "falcon", "its fused qkv layout differs by version and has no general KV-head field"
     ),
 )

@@ -9,6 +9,7 @@ FAMILIES = (
         "partial rotary, biases, parallel MLP",
         projections=SeparateProjections(o="dense"),
         mlp_output="mlp.fc2",
+        mlp_matrices=2,
         rotary=Rotary(default_factor=0.5),
         refuse=unless("qk_layernorm", "its QK layer norm subtracts a mean, which no gauge keeps"),
     ),
