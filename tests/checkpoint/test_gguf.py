@@ -31,7 +31,12 @@ def write(path: Path, architecture: str) -> None:
     ("architecture", "options", "words"),
     [
         ("bloom", ["--no-calibration"], "bloom"),
+        ("bloom", ["--dry-run"], "bloom"),
         ("nothing", ["--no-calibration"], "nothing"),
+        ("nothing", ["--dry-run"], "nothing"),
+        ("gpt2", ["--no-calibration"], "gpt2 cannot be stored with 2 KV heads"),
+        ("gpt2", ["--dry-run"], "gpt2 cannot be stored with 2 KV heads"),
+        ("gpt2", ["--no-calibration", "--resume"], "gpt2 cannot be stored with 2 KV heads"),
         ("llama", [], "tokenizer"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvfold import heal
 from kvfold.checkpoint.workspace import Workspace
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
@@ -156,3 +157,28 @@ def test_metrics_go_to_tensorboard_and_the_curve_is_drawn(
     assert run.code == 0, run.err
     assert list((tmp_path / "board").glob("events.*"))
     assert (out / "healing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_can_be_checked_is_checked_once(
+    kvfold: Kvfold, source: Path, folded: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the command line as by the function: it opens both models and every text."""
+    from kvfold.healing import request, run
+
+    seen: list[object] = []
+    check = request.check_heal
+
+    def counting(*arguments: Any, **options: Any) -> None:
+        seen.append(arguments)
+        check(*arguments, **options)
+
+    for module in (request, run):
+        monkeypatch.setattr(module, "check_heal", counting)
+    options: dict[str, Any] = {"context": 64, "stages": ["local"], "local_tokens": 1024}
+    heal(folded, tmp_path / "a", source, [text], held_out_tokens=256, **options)
+    assert len(seen) == 1
+    command = ("heal", folded, tmp_path / "b", "--teacher", source, "--text", text)
+    small = ("--context", 64, "--stages", "local", "--local-tokens", 1024)
+    assert kvfold(*command, *small, "--held-out-tokens", 256).code == 0
+    assert len(seen) == 2

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kvfold.checkpoint.source import read_config
 from kvfold.errors import CheckpointError
 from kvfold.geometry import AttentionGeometry
 
@@ -66,6 +68,17 @@ def summarize(path: Path) -> GGUFSummary:
     geometry = AttentionGeometry(layers, heads, kv_heads, head_dim, head_dim, hidden)
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     return GGUFSummary(architecture, geometry, parameters)
+
+
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """The config that the metadata makes, as a folder of the same model would hold it.
+
+    Raises:
+        InputError: if transformers cannot read it.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
+        describe(path, Path(apart), tokenizer=False)
+        return read_config(Path(apart))
 
 
 def describe(path: Path, folder: Path, *, tokenizer: bool) -> None:

@@ -40,16 +40,22 @@ def files_of(path: Path) -> dict[str, Path]:
 
 
 def take_prints(
-    files: Files, progress: Callable[[str, int, int], None] = lambda label, done, total: None
+    files: Files,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    taken: Mapping[Path, Print] | None = None,
 ) -> Prints:
-    """Sizes, times and hashes of files; reads them once."""
+    """Sizes, times and hashes of files; reads them once.
+
+    Args:
+        taken: the prints of files that have been read already.
+    """
     prints: Prints = {}
     total = sum(len(group) for group in files.values())
     done = 0
     for what, group in files.items():
         prints[what] = {}
         for name, path in group.items():
-            prints[what][name] = _print(path)
+            prints[what][name] = (taken or {}).get(path) or _print(path)
             done += 1
             progress("hashing what is read", done, total)
     return prints
@@ -58,6 +64,16 @@ def take_prints(
 def _print(path: Path) -> Print:
     times = _times(path)  # before its content: what changes meanwhile is seen the next time
     return Print(**times, sha256=_digest(path))  # type: ignore[typeddict-item]
+
+
+def read_printed(path: Path, read: Callable[[Path], bytes]) -> tuple[bytes, Print]:
+    """A file's content and its print, from one reading by ``read``."""
+    try:
+        times = _times(path)
+    except (OSError, ValueError):
+        times = {}  # reading it says what is the matter
+    data = read(path)
+    return data, Print(**times, sha256=hashlib.sha256(data).hexdigest())  # type: ignore[typeddict-item]
 
 
 def changed(prints: Mapping[str, Any], files: Files) -> str | None:

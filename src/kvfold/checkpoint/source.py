@@ -109,6 +109,7 @@ class Checkpoint:
         self.family = family_of(self.config)
         self.geometry = self.family.geometry(self.config)
         self.names = set(self.store.names())
+        self._checked: set[str] = set()
         self.stored_names = StoredNames(self.family.base, self.names)
         _check_shapes(self)
 
@@ -116,16 +117,19 @@ class Checkpoint:
         """Load one tensor.
 
         Raises:
-            CheckpointError: if it holds NaN or infinity.
+            CheckpointError: if it holds NaN or infinity; looked for the first time only.
         """
         import torch
 
         tensor = self.store.tensor(name)
+        if name in self._checked:
+            return tensor
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{self.label}: tensor {name} holds NaN or infinite values",
                 "the checkpoint is damaged or its training diverged; use another one",
             )
+        self._checked.add(name)
         return tensor
 
     @property

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.arch.families import family_of
 from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import describe, is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
@@ -22,7 +21,6 @@ from kvfold.checkpoint.source import (
     Checkpoint,
     TensorFiles,
     open_checkpoint,
-    peek_config,
     resolve,
 )
 from kvfold.checkpoint.tensors import (
@@ -53,12 +51,13 @@ from kvfold.fold.request import (
     LEAST_TOKENS,
     NO_CALIBRATION,
     ConvertRequest,
+    Preview,
     calibration_text,
     preview,
 )
 from kvfold.geometry import AttentionGeometry
 from kvfold.progress import Progress, no_progress
-from kvfold.quality.text import token_windows
+from kvfold.quality.text import GivenText, token_windows
 from kvfold.record import RECORD, command_line, versions
 
 if TYPE_CHECKING:
@@ -132,19 +131,19 @@ def run_request(
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Do what :func:`convert` describes."""
-    preview(request, out, force=force, resume=resume)
+    found = preview(request, out, force=force, resume=resume)
     files = _files(request)
-    text = calibration_text(request)
     windows = None
     if not resume:  # known before there is a working folder
-        windows = _early_windows(request, text)
+        windows = _early_windows(found)
     started = time.monotonic()
     with opened(out) as work:
         if not work.start(request.as_dict(), resume=resume, force=force, files=files):
-            work.begin(request.as_dict(), take_prints(files, progress))
+            read = found.text.prints if found.text else None
+            work.begin(request.as_dict(), take_prints(files, progress, read))
         if work.finished:
             return read_folding(work.out)
-        record = _run(request, text, windows, work, progress)
+        record = _run(request, found.text, windows, work, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
@@ -155,21 +154,16 @@ def run_request(
     return record
 
 
-def _early_windows(request: ConvertRequest, text: str | None) -> "torch.Tensor | None":
+def _early_windows(found: Preview) -> "torch.Tensor | None":
     """:func:`_windows` from the source as it is; of a GGUF file its metadata says enough."""
+    request = found.request
     if not is_gguf(request.source):
         folder = resolve(request.source)
-        checkpoint = open_checkpoint(folder)
-        return _windows(checkpoint.config, checkpoint.geometry, folder, request, text)
+        return _windows(found.config, found.source, folder, request, found.text)
     with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
-        path = Path(request.source).expanduser()
-        describe(path, Path(apart), tokenizer=False)
-        config = peek_config(apart)
-        geometry = family_of(config).geometry(config)
-        request.target.geometry(geometry)
-        if text is not None:
-            describe(path, Path(apart), tokenizer=True)
-        return _windows(config, geometry, Path(apart), request, text)
+        if found.text is not None:
+            describe(Path(request.source).expanduser(), Path(apart), tokenizer=True)
+        return _windows(found.config, found.source, Path(apart), request, found.text)
 
 
 def _files(request: ConvertRequest) -> Files:
@@ -186,16 +180,16 @@ def _files(request: ConvertRequest) -> Files:
 
 def made_now(record: Mapping[str, Any], request: ConvertRequest) -> bool:
     """Whether a record is that of a request, on the weights and the text that are there now."""
-    prints = take_prints(_files(request))[_SOURCE]
+    text = calibration_text(request)
+    prints = take_prints(_files(request), taken=text.prints if text else None)[_SOURCE]
     source, calibration = record.get("source"), record.get("calibration")
     weights = source.get("sha256") if isinstance(source, Mapping) else None
-    text = calibration_text(request)
     known = calibration.get("sha256") if isinstance(calibration, Mapping) else None
     return (
         record.get("command") == command_line(request)
         and isinstance(weights, Mapping)
         and all(prints[name]["sha256"] == weights.get(name) for name in prints if _holds(name))
-        and (text is None or known in (None, _sha256(text)))
+        and (text is None or known in (None, _sha256(text.text)))
     )
 
 
@@ -210,7 +204,7 @@ def _sha256(text: str) -> str:
 
 def _run(
     request: ConvertRequest,
-    text: str | None,
+    text: GivenText | None,
     windows: "torch.Tensor | None",
     work: Workspace,
     progress: Progress,
@@ -270,7 +264,7 @@ def _windows(
     geometry: AttentionGeometry,
     folder: Path,
     request: ConvertRequest,
-    text: str | None,
+    text: GivenText | None,
 ) -> "torch.Tensor | None":
     """The calibration text as tokens; None if none is needed."""
     if text is None or request.target.is_source(geometry):
@@ -279,7 +273,7 @@ def _windows(
     context = min(request.context, int(longest))
     windows = token_windows(
         load_tokenizer(folder),
-        text,
+        text.text,
         context,
         request.calibration_tokens,
         config.get("vocab_size"),
@@ -341,7 +335,7 @@ def _write(
 def _record(
     checkpoint: Checkpoint,
     request: ConvertRequest,
-    text: str | None,
+    text: GivenText | None,
     windows: "torch.Tensor | None",
     layers: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -350,7 +344,7 @@ def _record(
     if windows is not None and text is not None:
         calibration = {
             "texts": list(request.calibration or ["built-in"]),
-            "sha256": _sha256(text),
+            "sha256": _sha256(text.text),
             "tokens": windows.numel(),
             "context": windows.shape[1],
             "builtin": builtin,

@@ -3,6 +3,7 @@
 No torch: bad input is told in a fraction of a second.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from kvfold.arch.families import family_of
 from kvfold.arch.target import Grouped, Target
 from kvfold.arguments import choice, text
-from kvfold.checkpoint.gguf import is_gguf, summarize
+from kvfold.checkpoint.gguf import is_gguf, read_gguf_config, summarize
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
 from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config, resolve
@@ -18,7 +19,6 @@ from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
     carried_files,
-    folded_config,
     folded_shapes,
     folded_specs,
     plan_shards,
@@ -29,7 +29,7 @@ from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
 from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW
-from kvfold.quality.text import builtin_calibration_text, read_texts
+from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
 from kvfold.requests import Choice, Made, Model, Place, Request, Several, Switch, Text, option
 from kvfold.version import __version__
 
@@ -124,10 +124,16 @@ class ConvertRequest(Request):
 
 @dataclass(frozen=True)
 class Preview:
-    """What a conversion would do: the answer to ``--dry-run``."""
+    """What a conversion would do: the answer to ``--dry-run``, and what was read to find out.
+
+    Attributes:
+        config: the source's. text: what is calibrated on, if anything.
+    """
 
     request: ConvertRequest
     source: AttentionGeometry
+    config: Mapping[str, Any]
+    text: GivenText | None
     output_bytes: int
     disk_bytes: int
     free_bytes: int
@@ -167,31 +173,40 @@ def preview(
     if not resume:
         check_older(out, force)
     if is_gguf(request.source):
-        found = summarize(Path(request.source).expanduser())
-        geometry = found.geometry
-        transcoded = found.parameters * _GGUF_BYTES_PER_WEIGHT
+        path = Path(request.source).expanduser()
+        transcoded = summarize(path).parameters * _GGUF_BYTES_PER_WEIGHT
+        config = read_gguf_config(path)
+        geometry = _check_foldable(config, request.target)
         output = changed = transcoded
     else:
         config = peek_config(request.source)
-        request.target.geometry(family_of(config).geometry(config))
+        geometry = _check_foldable(config, request.target)
         folder = resolve(request.source)
         checkpoint = open_checkpoint(folder)
         carried_files(folder)
         check_apart(out, [folder])  # of a hub name, known only now
-        geometry, transcoded = checkpoint.geometry, 0
-        folded_config(checkpoint, request.target)
+        transcoded = 0
         shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
         output = total_bytes(shards)
         changed = _changed_bytes(checkpoint, shards, request)
-    request.target.geometry(geometry)
-    calibration_text(request)
+    text = calibration_text(request)
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
     needed = output + changed + transcoded + hidden
     free = check_disk(out, needed)
     methods_for(request.method, request.target)  # last: from here on torch is imported
     if not is_gguf(request.source):
         check_complete(checkpoint)
-    return Preview(request, geometry, output, needed, free)
+    return Preview(request, geometry, config, text, output, needed, free)
+
+
+def _check_foldable(config: Mapping[str, Any], target: Target) -> AttentionGeometry:
+    """The geometry of a model of that config, which can be folded to the target."""
+    family = family_of(config)
+    geometry = family.geometry(config)
+    target.geometry(geometry)
+    if not target.is_source(geometry):
+        target.config(family, config)
+    return geometry
 
 
 def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: ConvertRequest) -> int:
@@ -204,10 +219,10 @@ def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: Convert
     return sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
 
 
-def calibration_text(request: ConvertRequest) -> str | None:
+def calibration_text(request: ConvertRequest) -> GivenText | None:
     """The text a request calibrates on; None if it uses none."""
     if request.calibration is None:
         return None
     if not request.calibration:
-        return builtin_calibration_text()
-    return read_texts(request.calibration, LEAST_TOKENS)
+        return GivenText(builtin_calibration_text(), {})
+    return read_given(request.calibration, LEAST_TOKENS)

@@ -90,6 +90,7 @@ def heal(
     resume, force = flag(resume, "resume"), flag(force, "force")
     callback(progress, "progress")
     callback(watch, "watch", takes=1)
+    check_heal(request, place, force=force, resume=resume)
     return run_heal(request, place, resume=resume, force=force, progress=progress, watch=watch)
 
 
@@ -104,13 +105,12 @@ def run_heal(
     draw: Callable[[Path], None] = lambda folder: None,
     work: Workspace | None = None,
 ) -> dict[str, Any]:
-    """Do what :func:`heal` describes.
+    """Do what :func:`heal` describes, for a request that ``check_heal`` has passed.
 
     Args:
         draw: adds pictures to the finished folder, before it becomes ``out``.
         work: of ``out``, if it is locked already.
     """
-    check_heal(request, out, force=force, resume=resume)
     models = _Models(request)
     first = launched_rank() == 0
     with ExitStack() as stack:

@@ -1,10 +1,12 @@
 """Text in, windows of tokens out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.checkpoint.inputs import Print, read_printed
 from kvfold.documents import read_bytes
 from kvfold.errors import InputError, RunError
 
@@ -17,14 +19,35 @@ LARGEST_TEXT = 1 << 32  # bytes; its tokens are held in memory too, ten times as
 _BYTES_PER_TOKEN_AT_LEAST = 1  # byte-level tokenizers make at most one token of a byte
 
 
+@dataclass(frozen=True)
+class GivenText:
+    """Text of somebody's files, read once.
+
+    Attributes:
+        prints: what tells the files from changed ones; see ``checkpoint.inputs``.
+    """
+
+    text: str
+    prints: dict[Path, Print]
+
+
 def read_texts(paths: Sequence[str | Path], least_tokens: int) -> str:
+    """The text of :func:`read_given`."""
+    return read_given(paths, least_tokens).text
+
+
+def read_given(paths: Sequence[str | Path], least_tokens: int) -> GivenText:
     """Read and join text files (no torch).
 
     Raises:
         InputError: if one is missing, is not UTF-8, or all of them together are too short to
             hold ``least_tokens`` tokens whatever the tokenizer.
     """
-    texts = [_read_text(Path(path).expanduser()) for path in paths]
+    texts: list[str] = []
+    prints: dict[Path, Print] = {}
+    for path in (Path(path).expanduser() for path in paths):
+        text, prints[path] = _read_text(path)
+        texts.append(text)
     size = sum(len(text.encode()) for text in texts)
     if size < least_tokens * _BYTES_PER_TOKEN_AT_LEAST:
         names = ", ".join(str(path) for path in paths)
@@ -33,12 +56,12 @@ def read_texts(paths: Sequence[str | Path], least_tokens: int) -> str:
             f"the text {names} {state}; expected at least {least_tokens} tokens",
             "give more text: a few hundred kilobytes of prose is good",
         )
-    return "\n\n".join(texts)
+    return GivenText("\n\n".join(texts), prints)
 
 
-def _read_text(path: Path) -> str:
-    hint = "give a plain UTF-8 text file"
-    data = read_bytes(path, LARGEST_TEXT, f"{hint}; larger ones are read piecewise as .jsonl")
+def _read_text(path: Path) -> tuple[str, Print]:
+    hint = "give a plain UTF-8 text file; larger ones are read piecewise as .jsonl"
+    data, found = read_printed(path, lambda path: read_bytes(path, LARGEST_TEXT, hint))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -46,7 +69,7 @@ def _read_text(path: Path) -> str:
             f"{path} is not UTF-8 text (byte {error.start})",
             "convert it first, for instance: iconv -f latin1 -t utf-8",
         ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
+    return text.replace("\r\n", "\n").replace("\r", "\n"), found  # as Python reads text files
 
 
 def builtin_calibration_text() -> str:
