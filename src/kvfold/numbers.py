@@ -171,7 +171,7 @@ class Wholes:
             found[number] = None
             _check_count(len(found), name)
         if not found:
-            raise _nothing(name)
+            raise nothing(name)
         return tuple(found)
 
 
@@ -186,7 +186,7 @@ def parts(text: str, name: str) -> tuple[str, ...]:
     """
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not found:
-        raise _nothing(name)
+        raise nothing(name)
     _check_count(len(found), name)
     return found
 
@@ -222,7 +222,8 @@ def _check_count(count: int, name: str) -> None:
         )
 
 
-def _nothing(name: str) -> InputError:
+def nothing(name: str) -> InputError:
+    """What is said of a list without values."""
     return InputError(f"{name} is empty", "give one value, or several with commas between")
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from kvfold import arguments
 from kvfold.errors import InputError
-from kvfold.numbers import parts
+from kvfold.numbers import nothing, parts
 
 
 class Kind(Protocol):
@@ -36,6 +36,9 @@ class Text:
     def written(self, value: str) -> str:
         """The words."""
         return value
+
+
+DEVICE = Text(lambda value, name: str(value))  # tried only where it is needed: that needs torch
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,10 @@ class Listed:
 
     def check(self, values: object, name: str) -> tuple[Any, ...]:
         """The values of a sequence."""
-        return tuple(dict.fromkeys(arguments.several(values, name, self.each.check)))
+        found = tuple(dict.fromkeys(arguments.several(values, name, self.each.check)))
+        if not found and not self.none:
+            raise nothing(name)
+        return found
 
     def read(self, text: str, name: str) -> tuple[Any, ...]:
         """The values between a text's commas."""

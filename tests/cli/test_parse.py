@@ -1,7 +1,9 @@
 """A request and the command that repeats it are the same, whatever was asked."""
 
 import shlex
+from collections.abc import Callable
 from dataclasses import MISSING, fields
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
+import kvfold
 from kvfold.bench.cases import AttentionRequest
 from kvfold.bench.model_cases import ModelRequest
 from kvfold.cli.parse import read_request
 from kvfold.errors import InputError
 from kvfold.fold.request import ConvertRequest
-from kvfold.healing.request import HealRequest
+from kvfold.healing.request import OPTIONS, HealRequest
 from kvfold.numbers import Real, Whole, Wholes
+from kvfold.plan.request import PlanRequest
+from kvfold.quality.request import EvalRequest
+from kvfold.quality.run import find_needles
 from kvfold.record import command_line
 from kvfold.requests import (
     Choice,
@@ -35,9 +41,11 @@ from tests.toolbox.commands import command_of
 REQUESTS: list[type[Request]] = [
     AttentionRequest,
     ConvertRequest,
+    EvalRequest,
     HealRequest,
+    PlanRequest,
 ]
-OPTIONS = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
+EACH = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
 # No surrogates, which a terminal does not send; no NUL, which no path holds.
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 PATHS = st.one_of(WORDS, st.sampled_from(["-x", "--", "--debug=1", "a b", "it's", "$HOME", "a=2"]))
@@ -144,7 +152,7 @@ def test_the_command_of_timing_models_makes_its_request_again(
     assert parsed(ModelRequest, command_line(request, brief=True)) == request
 
 
-@pytest.mark.parametrize(("kind", "name"), OPTIONS, ids=lambda each: str(each))
+@pytest.mark.parametrize(("kind", "name"), EACH, ids=lambda each: str(each))
 @given(data=st.data())
 @settings(max_examples=10, suppress_health_check=[HealthCheck.filter_too_much])
 def test_no_option_is_dropped(kind: type[Request], name: str, data: Any) -> None:
@@ -163,13 +171,39 @@ def test_no_option_is_dropped(kind: type[Request], name: str, data: Any) -> None
 @settings(max_examples=10, suppress_health_check=[HealthCheck.filter_too_much])
 def test_defaults_are_the_requests_own(kind: type[Request], data: Any) -> None:
     """A command with nothing but what it needs asks what a call with nothing more asks."""
-    needed = {name: each for name, each in options_of(kind).items() if each.is_required}
+    needed = {
+        name: each
+        for name, each in options_of(kind).items()
+        if each.is_required or name in ("source", "texts")
+    }
     given = {name: data.draw(values(each.kind, name)) for name, each in needed.items()}
     try:
         request = kind.asked(**given)
     except InputError:
         reject()
     assert parsed(kind, command_line(request, brief=True)) == request
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (kvfold.convert, ConvertRequest),
+        (kvfold.evaluate, EvalRequest),
+        (find_needles, EvalRequest),
+        (kvfold.heal, HealRequest),
+    ],
+)
+def test_defaults_of_calls_are_the_requests_own(
+    call: Callable[..., Any], kind: type[Request]
+) -> None:
+    """And every option can be given to a call."""
+    found, declared = signature(call).parameters, options_of(kind)
+    for name, parameter in found.items():
+        if parameter.kind is Parameter.KEYWORD_ONLY and name in declared and name != "calibration":
+            assert parameter.default == declared[name].default, name
+    if call in (kvfold.convert, kvfold.heal):
+        known = {*found, *(OPTIONS if call is kvfold.heal else ()), "target"}
+        assert declared.keys() <= known
 
 
 def test_every_field_of_a_request_is_an_option() -> None:

@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvfold import numbers
-from kvfold.cli.options import Number, Source
 from kvfold.cli.output import emit
-from kvfold.errors import InputError
-from kvfold.numbers import Wholes, parts
+from kvfold.cli.parse import asks
+from kvfold.plan.request import PlanRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,39 +19,9 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("source", metavar="SRC", type=Source(), required=False)
-@click.option("--context", type=Number(numbers.CONTEXT), default="8k", show_default=True,
-              help="Tokens of each sequence.")  # fmt: skip
-@click.option("--batch", type=Number(numbers.BATCH), default="1", show_default=True,
-              help="Sequences at once.")  # fmt: skip
-@click.option("--gpu", help="A machine by name (--gpu list shows them), or here.")
-@click.option("--probe", is_flag=True, help="Also time a few made-up layers on this machine.")
-@click.option(
-    "--gpus", type=Number(numbers.GPUS), default=1, show_default=True, help="That share each layer."
-)
-@click.option("--memory", type=Number(numbers.GIGABYTES), help="GB, if it is not listed.")
-@click.option("--bandwidth", type=Number(numbers.BANDWIDTH), help="GB/s, of such a machine.")
-@click.option("--flops", type=Number(numbers.FLOPS), help="TFLOP/s in bfloat16, of such.")
-@click.option("--kv-heads", type=Number(Wholes(numbers.HEADS)),
-              help="To compare, as 32,8,1.  [default: SRC's and usual ones]")  # fmt: skip
-@click.option("--kv-dtype", default="bf16,int8,int4", show_default=True)
-@click.option("--fit", is_flag=True, help="Show the largest context and batch that fit.")
+@asks(PlanRequest)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(
-    source: str | None,
-    context: int,
-    batch: int,
-    gpu: str | None,
-    probe: bool,
-    gpus: int,
-    memory: float | None,
-    bandwidth: float | None,
-    flops: float | None,
-    kv_heads: tuple[int, ...] | None,
-    kv_dtype: str,
-    fit: bool,
-    as_json: bool,
-) -> None:
+def command(request: PlanRequest, as_json: bool) -> None:
     """Predict memory and speed of SRC on a machine, by KV heads and cache format.
 
     SRC is a folder (config.json is enough), a config.json, or a hub name; no weights are read.
@@ -61,27 +29,16 @@ def command(
     adds what a step is expected to take.
     """
     from kvfold.plan.plan import make_plan
-    from kvfold.plan.roofline import Load
     from kvfold.plan.source import open_model
 
-    if gpu == "list":
+    if request.gpu == "list" or request.source is None:
         _print_machines()
         return
-    if source is None:
-        raise InputError("no model given", "kvfold plan SRC --gpu h100, or --gpu list")
-    if probe and gpu != "here":
-        raise InputError("--probe times layers on this machine", "use it with --gpu here")
-    if probe and fit:
-        raise InputError(
-            "--fit shows no times, which --probe would measure", "leave one of them out"
-        )
-    model = open_model(source)
-    expect = _prober(source, model) if probe else None
-    machine = _machine(gpu, memory, bandwidth, flops)
-    load = Load(context, batch, gpus=gpus)
-    dtypes = parts(kv_dtype, "--kv-dtype")
-    plan = make_plan(model, load, machine, kv_heads, dtypes, expect)
-    emit(as_json, plan.as_dict(), lambda: _print(plan, fit))
+    model = open_model(request.source)
+    expect = _prober(request.source, model) if request.probe else None
+    machine = _machine(request)
+    plan = make_plan(model, request.load, machine, request.kv_heads, request.kv_dtypes, expect)
+    emit(as_json, plan.as_dict(), lambda: _print(plan, request.fit))
 
 
 def _prober(source: str, model: "Model") -> "Callable[[int, Load], float]":
@@ -91,17 +48,15 @@ def _prober(source: str, model: "Model") -> "Callable[[int, Load], float]":
     return Prober(read_config(source), model).step
 
 
-def _machine(
-    gpu: str | None, memory: float | None, bandwidth: float | None, flops: float | None
-) -> "Hardware":
+def _machine(request: PlanRequest) -> "Hardware":
     from kvfold.plan.hardware import corrected, hardware_of
 
-    if gpu == "here":
+    own = {"memory": request.memory, "bandwidth": request.bandwidth, "flops": request.flops}
+    if request.gpu == "here":
         from kvfold.bench.here import measure_here
 
-        here = measure_here()
-        return corrected(here, memory=memory, bandwidth=bandwidth, flops=flops)
-    return hardware_of(gpu, memory=memory, bandwidth=bandwidth, flops=flops)
+        return corrected(measure_here(), **own)
+    return hardware_of(request.gpu, **own)
 
 
 def _print_machines() -> None:

@@ -35,6 +35,7 @@ from kvfold.numbers import (
 )
 from kvfold.record import RECORD
 from kvfold.requests import (
+    DEVICE,
     Choice,
     Flag,
     Listed,
@@ -44,7 +45,6 @@ from kvfold.requests import (
     Request,
     Several,
     Switch,
-    Text,
     option,
     options_of,
 )
@@ -137,7 +137,7 @@ class HealRequest(Request):
     )
     device: str | None = option(
         "--device",
-        Text(lambda value, name: str(value)),
+        DEVICE,
         None,
         "torch device.  [default: a GPU if there is one]",
     )
@@ -223,8 +223,6 @@ def _default_context(folded: str | Path) -> int:
 def _check_together(request: HealRequest) -> None:
     if not request.texts:
         raise InputError("no text to heal on", "name one or more with --text")
-    if not request.stages:
-        raise InputError("--stages is empty", "--stages local,kl does both")
     if request.tokens < request.context:
         raise InputError(
             f"--tokens {request.tokens}: expected at least {request.context}, one sequence",

@@ -4,38 +4,37 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from kvfold.arguments import callback, choice, location, several
+from kvfold.arguments import callback, several
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint import pretrained
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
 from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
-from kvfold.numbers import EVAL_WINDOW, NEEDLE, TOKENS, Wholes
+from kvfold.numbers import iterated
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_device
 from kvfold.quality.needle import Retrieval, retrieve
+from kvfold.quality.request import EvalRequest
 from kvfold.quality.scores import Quality, compare
+from kvfold.quality.tasks import TaskScore, harness, run_tasks
 from kvfold.quality.text import read_texts, token_windows
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-DEFAULT_CONTEXT = 512
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def evaluate(
     sources: Sequence[str | Path],
     texts: Sequence[str | Path],
     *,
-    context: int = DEFAULT_CONTEXT,
-    max_tokens: int | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
+    context: int = EvalRequest.context,
+    max_tokens: int | None = EvalRequest.max_tokens,
+    dtype: str = EvalRequest.dtype,
+    device: str | None = EvalRequest.device,
     progress: Progress = no_progress,
 ) -> list[Quality]:
     """Compare checkpoints with the first of them, text by text.
@@ -52,19 +51,32 @@ def evaluate(
 
     >>> evaluate(["source", "folded"], ["held-out.txt"])  # doctest: +SKIP
     """
-    sources, texts = several(sources, "SRC", source_name), several(texts, "--text", location)
-    check_eval(sources, texts, context, max_tokens)
-    how = choice(dtype, "--dtype", DTYPES), pick_device(device)
+    request = EvalRequest.asked(
+        **_named(sources),
+        texts=texts,
+        context=context,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device=device,
+    )
     callback(progress, "progress")
-    contents = [read_texts([text], context) for text in texts]
-    with ExitStack() as stack:
-        folders = ready_folders(sources, stack)
-        tokenizer = load_tokenizer(folders[0])
-        words = read_config(folders[0]).get("vocab_size")
-        windows = [token_windows(tokenizer, text, context, max_tokens, words) for text in contents]
-        models = _load_models(sources, folders, *how)
+    check_eval(request)
+    return score_texts(request, progress)
+
+
+def score_texts(request: EvalRequest, progress: Progress = no_progress) -> list[Quality]:
+    """Compare a request's models on its texts; see :func:`evaluate`."""
+    contents = [read_texts([text], request.context) for text in request.texts]
+    with _Opened(request) as opened:
+        windows = [
+            token_windows(
+                opened.tokenizer, text, request.context, request.max_tokens, opened.vocabulary
+            )
+            for text in contents
+        ]
+        models = opened.models()
         results: list[Quality] = []
-        for path, rows in zip(texts, windows, strict=True):
+        for path, rows in zip(request.texts, windows, strict=True):
             results += compare(models, rows, Path(path).name, progress)
         return results
 
@@ -73,41 +85,59 @@ def find_needles(
     sources: Sequence[str | Path],
     lengths: Sequence[int],
     *,
-    dtype: str = "float32",
-    device: str | None = None,
+    dtype: str = EvalRequest.dtype,
+    device: str | None = EvalRequest.device,
     progress: Progress = no_progress,
 ) -> list[Retrieval]:
     """Pass-key retrieval of checkpoints at several depths; see ``quality.needle``.
 
     >>> find_needles(["source", "folded"], [512, 2048])  # doctest: +SKIP
     """
-    sources = several(sources, "SRC", source_name)
-    check_sources(sources)
-    lengths = Wholes(NEEDLE).check(lengths, "--needle")
-    how = choice(dtype, "--dtype", DTYPES), pick_device(device)
+    request = EvalRequest.asked(
+        **_named(sources), lengths=tuple(iterated(lengths, "--needle")), dtype=dtype, device=device
+    )
     callback(progress, "progress")
+    check_eval(request)
+    return score_needles(request, progress)
+
+
+def score_needles(request: EvalRequest, progress: Progress = no_progress) -> list[Retrieval]:
+    """Ask a request's models for pass keys; see :func:`find_needles`."""
+    with _Opened(request) as opened:
+        return retrieve(opened.models(), opened.tokenizer, request.lengths or (), progress=progress)
+
+
+def score_tasks(request: EvalRequest) -> list[TaskScore]:
+    """Run lm-evaluation-harness on a request's models."""
     with ExitStack() as stack:
-        folders = ready_folders(sources, stack)
-        tokenizer = load_tokenizer(folders[0])
-        models = _load_models(sources, folders, *how)
-        return retrieve(models, tokenizer, lengths, progress=progress)
-
-
-def check_eval(
-    sources: Sequence[str | Path],
-    texts: Sequence[str | Path],
-    context: int,
-    max_tokens: int | None = None,
-) -> None:
-    """Everything that can be checked without torch."""
-    if not texts:
-        raise InputError("no text to evaluate on", "name one or more files with --text")
-    EVAL_WINDOW.check(context, "--context")
-    if max_tokens is not None and TOKENS.check(max_tokens, "--max-tokens") < context:
-        raise InputError(
-            f"--max-tokens {max_tokens} is less than one window of {context}", "raise it"
+        folders = [(source, local_folder(source, stack)) for source in request.sources]
+        return run_tasks(
+            folders,
+            request.tasks or (),
+            limit=request.limit,
+            dtype=request.dtype,
+            device=request.device,
         )
-    check_sources(sources, context)
+
+
+def _named(sources: Sequence[str | Path]) -> dict[str, Any]:
+    """The reference and the others, as a request has them."""
+    found = several(sources, "SRC", source_name)
+    if not found:
+        raise InputError("no model to evaluate", "name one or more folders")
+    return {"source": found[0], "others": found[1:]}
+
+
+def check_eval(request: EvalRequest) -> None:
+    """What can be checked before a model is loaded; without torch, unless tasks are asked for.
+
+    Raises:
+        InputError: with the reason why something cannot be evaluated.
+    """
+    check_sources(request.sources, request.context if request.texts else 0)
+    if request.tasks:
+        harness()
+        pick_device(request.device)
 
 
 def check_sources(sources: Sequence[str | Path], context: int = 0) -> None:
@@ -116,8 +146,6 @@ def check_sources(sources: Sequence[str | Path], context: int = 0) -> None:
     Raises:
         InputError: for one that cannot be opened, or has learned fewer positions than ``context``.
     """
-    if not sources:
-        raise InputError("no model to evaluate", "name one or more folders")
     for source in sources:
         if is_gguf(source):
             summarize(Path(source).expanduser())
@@ -130,13 +158,31 @@ def check_sources(sources: Sequence[str | Path], context: int = 0) -> None:
                 )
 
 
-def _load_models(
-    sources: Sequence[str | Path], folders: Sequence[Path], dtype: str, device: "torch.device"
-) -> "list[tuple[str, PreTrainedModel]]":
-    return [
-        (str(source), load_model(folder, dtype, device))
-        for source, folder in zip(sources, folders, strict=True)
-    ]
+class _Opened:
+    """A request's models as folders that hold every tensor, while a block runs."""
+
+    def __init__(self, request: EvalRequest) -> None:
+        self._request = request
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.device = pick_device(self._request.device)
+        with ExitStack() as stack:
+            self._folders = ready_folders(self._request.sources, stack)
+            self.tokenizer = load_tokenizer(self._folders[0])
+            self.vocabulary = read_config(self._folders[0]).get("vocab_size")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def models(self) -> "list[tuple[str, PreTrainedModel]]":
+        """Each model in memory, beside its name."""
+        return [
+            (source, load_model(folder, self._request.dtype, self.device))
+            for source, folder in zip(self._request.sources, self._folders, strict=True)
+        ]
 
 
 def check_thresholds(
