@@ -24,7 +24,7 @@ from kvfold.bench.records import Results, Row, load, save
 from kvfold.bench.timing import Spread, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
-from kvfold.kernels.cpu.limits import MAX_DIM
+from kvfold.kernels.limits import MAX_DIM
 from kvfold.numbers import BYTES, CONTEXT, HEAD_DIM, Wholes
 from kvfold.ops.formats import FORMATS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvfold
-from kvfold.kernels.rows import attend_rows
+from kvfold.kernels.cpu.rows import attend_rows
 from kvfold.kernels.torch.flex import flex
 from kvfold.ops.options import Options, Scoring, Visibility, check_options
 from tests.toolbox.attention_cases import (

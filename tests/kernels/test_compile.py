@@ -13,8 +13,8 @@ from transformers import StaticCache
 
 import kvfold
 import kvfold.transformers as drop_in
+from kvfold.kernels.cpu.rows import attend_rows
 from kvfold.kernels.dispatch import explain
-from kvfold.kernels.rows import attend_rows
 from kvfold.ops.options import Options, Scoring, Visibility, check_options
 from tests.toolbox.attention_cases import (
     needs_kernels,
@@ -257,7 +257,7 @@ def test_the_fixed_caches_operators_are_well_behaved(monkeypatch: pytest.MonkeyP
     cache = kvfold.FixedKVCache(2, 16, max_length=32, batch=3, dtype="int8", device=device)
     x = noise(3, 2, 5, 16).to(device)
     cache.append(x, x)
-    keys, values = cache._sides
+    keys, values = cache._view.keys, cache._view.values
     where = cache._table, cache.lengths
     tests = "test_schema", "test_faketensor"
     written = x, keys.data, keys.scales, *where, None, None, "int8", False, False

@@ -212,7 +212,7 @@ def test_chunks_and_threads_change_nothing(isa: str, dtype: str, chunk: int) -> 
     def attend(chunk: int) -> torch.Tensor:
         call = KernelCall(q, 2, lengths, Options(Visibility(right=0)), 1500)
         call._call.chunk = chunk
-        return call.run(kernels(), cache._storage.parts([0], lengths, call), 64, False)[0]
+        return call.run(kernels(), cache._storage.views([0], lengths), 64, False)[0]
 
     threads = torch.get_num_threads()
     try:

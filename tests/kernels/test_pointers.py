@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
-from kvfold.kernels.cpu.call import KernelCall, readable
-from kvfold.kernels.cpu.library import Part, rows_side
+from kvfold.kernels.cpu.call import KernelCall, part_of
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
+from kvfold.kernels.view import KVView, Rows, readable
 from kvfold.ops.options import FIELDS, Options, unflattened
 from tests.toolbox.attention_cases import contents, filled, kernels, needs_kernels, noise, stores
 
@@ -80,19 +80,20 @@ def test_freed_memory_has_no_address() -> None:
 def test_calls_refuse_what_does_not_belong_together() -> None:
     """Wrong tensors within the library are refused by the same checks, not followed."""
     q, k = noise(2, 4, 1, 16), noise(2, 2, 9, 16)
-    pages = torch.arange(2, dtype=torch.int32)[:, None]
+    view = KVView.of_tensors(k, k, [9, 9])
+    pages = view.table
     with pytest.raises(InputError, match="3 lengths for 2"):
         KernelCall(q, 2, [9, 9, 9], Options(), 9)
     call = KernelCall(q, 2, [9, 9], Options(), 9)
     for wrong in (pages.long(), pages.float(), pages.to("meta")):
         with pytest.raises(InputError, match="page table"):
-            Part.of(rows_side(k), rows_side(k), wrong, 9, None, call.lengths)
+            part_of(view._replace(table=wrong), None, call.lengths)
     with pytest.raises(InputError, match="1 ranges"):
-        Part.of(rows_side(k), rows_side(k), pages, 9, None, Int32s([9]))
+        part_of(view, None, Int32s([9]))
     with pytest.raises(InputError, match="unknown cache dtype"):
-        rows_side(k.double())
+        Rows.plain(k.double())
     with pytest.raises(InputError, match="expect contiguous"):
-        rows_side(k.mT.contiguous().mT)
+        part_of(KVView.of_tensors(k.mT.contiguous().mT, k, [9, 9]), None, call.lengths)
     wrongs: dict[str, Any] = {
         "mask": torch.zeros(2, 4, 1, 9, device="meta"),
         "start": torch.zeros(3, dtype=torch.int32),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvfold.kernels.view import KVView, Rows
 from kvfold.ops.formats import FORMATS, decode, encode
 from kvfold.ops.options import check_options
 from kvfold.ops.rotation import rotate
@@ -12,11 +13,7 @@ from tests.toolbox.attention_cases import naive, noise
 from tests.toolbox.triton_cases import DEVICE, check
 
 pytest.importorskip("triton")
-from kvfold.kernels.triton.launch import (
-    GpuPart,
-    Rows,
-    attend,
-)
+from kvfold.kernels.triton.launch import attend
 
 pytestmark = pytest.mark.usefixtures("triton")
 PAIRS: list[tuple[str, str]] = [(name, name) for name in FORMATS] + [("int8", "int4")]
@@ -66,13 +63,13 @@ def case(
     pages = -(-keys // page)
     table = torch.arange(batch * pages, dtype=torch.int32).view(batch, pages).to(DEVICE)
     ends = torch.tensor(lengths, dtype=torch.int32)
-    part = GpuPart(k, v, table, page, None, ends.to(DEVICE), keys)
+    view = KVView(k, v, table, page, None, ends.to(DEVICE), keys)
     here: dict[str, Any] = {
         n: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for n, o in options.items()
     }
     splits = here.pop("splits", None)
     asked = check_options((batch, heads[0], tokens, keys), here)
-    out, lse = attend(q.to(DEVICE), [part], ends.to(DEVICE), asked, splits)
+    out, lse = attend(q.to(DEVICE), [view], ends.to(DEVICE), asked, splits)
     options.pop("splits", None)
     truth, true_lse = naive(q, k_back, v_back, lengths=ends, **options)
     return out.cpu(), lse.cpu(), truth, true_lse

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kvfold.kernels.view import Angles, Rows
 from kvfold.ops.formats import FORMATS, encode
 from kvfold.ops.rope import Rotary
 from kvfold.ops.rotation import rotate
@@ -10,11 +11,7 @@ from tests.toolbox.attention_cases import noise
 from tests.toolbox.triton_cases import DEVICE
 
 pytest.importorskip("triton")
-from kvfold.kernels.triton.launch import (
-    Angles,
-    Rows,
-    append,
-)
+from kvfold.kernels.triton.launch import append
 
 pytestmark = pytest.mark.usefixtures("triton")
 

@@ -9,7 +9,7 @@ import kvfold
 from kvfold import KVCache
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.errors import InputError
-from kvfold.kernels.backend import backend_of
+from kvfold.kernels.registry import home
 from kvfold.ops.rope import Rotary
 from tests.toolbox.attention_cases import contents, naive, noise
 from tests.toolbox.triton_cases import CLOSE, DEVICE, check
@@ -57,7 +57,7 @@ def test_ragged_forked_and_shortened_sequences() -> None:
 
 def test_plain_tensors_go_through_the_kernel_and_explain_says_so() -> None:
     q, k, v = (noise(2, h, n, 24, seed=h).to(DEVICE) for h, n in ((6, 2), (3, 40), (3, 40)))
-    assert backend_of(DEVICE) == "triton"
+    assert home(DEVICE).name == "triton"
     assert "Triton" in str(kvfold.explain(q, k, v))
     out, lse = kvfold.attention(q, k.mT.contiguous().mT, v, window=9, return_lse=True)
     check((out.cpu(), lse.cpu(), *naive(q.cpu(), k.cpu(), v.cpu(), window=9)))

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.cache.layout import Layout
 from kvfold.errors import InputError
+from kvfold.kernels.layout import Layout
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS, decode, encode, format_of
 from kvfold.ops.rotation import rotate

@@ -9,7 +9,7 @@ import torch
 
 import kvfold
 from kvfold.errors import InputError
-from kvfold.kernels.rows import attend_rows
+from kvfold.kernels.cpu.rows import attend_rows
 from kvfold.ops.options import (
     ATTENTION,
     FIELDS,

@@ -6,7 +6,8 @@ from typing import TypeGuard
 import torch
 
 from kvfold.errors import InputError
-from kvfold.kernels.cpu.limits import MAX_DIM
+from kvfold.kernels.backend import need_gradients
+from kvfold.kernels.limits import MAX_DIM
 from kvfold.names import shown
 from kvfold.ops.format import Format
 from kvfold.ops.formats import format_of
@@ -140,11 +141,6 @@ def check_rows(
         )
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"{name} is {x.dtype}, expected float32, float16 or bfloat16")
-
-
-def need_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Whether anyone waits for the gradient of one of these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def refuse_gradients(*tensors: torch.Tensor | None) -> None:

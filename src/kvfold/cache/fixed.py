@@ -18,8 +18,10 @@ from kvfold.cache.checks import (
 from kvfold.cache.half import normal_tensors
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
-from kvfold.kernels.backend import GPU_MAX_DIM
-from kvfold.kernels.cpu.limits import MAX_TOKENS
+from kvfold.kernels.backend import Call
+from kvfold.kernels.limits import MAX_TOKENS
+from kvfold.kernels.registry import attend, home
+from kvfold.kernels.view import Angles, KVView
 from kvfold.ops.options import Accepted, FixedOptions, check_options, declared
 from kvfold.ops.rope import Rotary
 from kvfold.ops.signatures import with_options
@@ -74,24 +76,25 @@ class FixedKVCache:
         )  # fmt: skip
         if max_length is None:
             raise InputError("max_length=None: a fixed cache needs its tokens of each sequence")
-        if max(head_dim, v_head_dim) > GPU_MAX_DIM:
-            raise InputError(
-                f"heads of {max(head_dim, v_head_dim)}: expected at most {GPU_MAX_DIM}"
-            )
         self.num_kv_heads, self.head_dim, self.v_head_dim = num_kv_heads, head_dim, v_head_dim
         self.batch, self.max_length, self.device = batch, max_length, check_device(device)
         self.window, self.sinks, self.splits = window, sinks, splits
         formats = check_formats(dtype)
+        kernels = home(self.device)
+        if not kernels.replays:
+            raise InputError(
+                f"a fixed cache on {self.device} has no kernels",
+                "it needs Triton and a GPU; kvfold.KVCache works everywhere",
+            )
+        if max(head_dim, v_head_dim) > kernels.max_dim:
+            raise InputError(
+                f"heads of {max(head_dim, v_head_dim)}: expected at most {kernels.max_dim}"
+            )
         self._store = Store(
             Shape(
                 batch, num_kv_heads, head_dim, v_head_dim, *formats, max_length, batch, self.device
             )
         )
-        if self._store.backend != "triton":
-            raise InputError(
-                f"a fixed cache on {self.device} has no kernels",
-                "it needs Triton and a GPU; kvfold.KVCache works everywhere",
-            )
         with normal_tensors():
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self._offered = torch.zeros_like(self.lengths)
@@ -100,11 +103,13 @@ class FixedKVCache:
         self._see()
 
     def _see(self) -> None:
-        """Look at the store as the kernels do."""
-        self._sides = self._store.keys.gpu_rows(), self._store.values.gpu_rows()
+        """Look at the store as the kernels do, which read lengths where they are."""
+        rows = self._store.keys.rows(), self._store.values.rows()
+        size = self.max_length
+        self._view = KVView(*rows, self._table, size, None, self.lengths, size)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name != "_sides"}
+        return {name: x for name, x in vars(self).items() if name != "_view"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -125,15 +130,13 @@ class FixedKVCache:
         Raises:
             InputError: for shapes or dtypes that do not fit, and where gradients are needed.
         """
-        from kvfold.kernels.triton.ops import gpu_append
-
         check_rows("k", k, self.batch, self.num_kv_heads, self.head_dim, self.device)
         check_rows("v", v, self.batch, self.num_kv_heads, self.v_head_dim, self.device)
         if k.shape[2] != v.shape[2]:
             raise InputError(f"k has {k.shape[2]} tokens but v has {v.shape[2]}")
         refuse_gradients(k, v)
         tokens = k.shape[2]
-        cos = sin = None
+        angles = None
         if rotary is not None:
             check_rotary(rotary, self.head_dim)
             cosines, sines = self._turns(rotary)
@@ -141,16 +144,8 @@ class FixedKVCache:
                 tokens, dtype=torch.int32, device=self.device
             )
             at = positions.clamp(max=self.max_length - 1)
-            cos, sin = cosines[at], sines[at]
-        interleaved = rotary is not None and rotary.interleaved
-        keys, values = self._sides
-        where = self._table, self.lengths
-        gpu_append(
-            k.detach(), keys.data, keys.scales, *where, cos, sin, keys.fmt.name,
-            self._store.keys.rotation > 0, interleaved,
-        )  # fmt: skip
-        fmt = values.fmt.name
-        gpu_append(v.detach(), values.data, values.scales, *where, None, None, fmt, False, False)
+            angles = Angles(cosines[at], sines[at], rotary.interleaved)
+        self._store.kernels.append(k.detach(), v.detach(), self._view, angles)
         self._offered += tokens
         self.lengths.copy_(self._offered.clamp(max=self.max_length))
 
@@ -180,8 +175,6 @@ class FixedKVCache:
         Raises:
             InputError: for shapes that do not fit, and where gradients are needed.
         """
-        from kvfold.kernels.triton.ops import gpu_attend
-
         check_rows("q", q, self.batch, None, self.head_dim, self.device)
         check_heads(q, self.num_kv_heads)
         check_switches(return_lse=return_lse)
@@ -192,13 +185,13 @@ class FixedKVCache:
         own = {"window": self.window, "sinks": self.sinks}
         checked = check_options(shape, {**options, **own})
         refuse_gradients(q, *checked.tensors().values())
-        keys, values = self._sides
-        found = gpu_attend(
-            q.detach(), keys.data, keys.scales, values.data, values.scales, self._table,
-            self.lengths, keys.fmt.name, values.fmt.name, self.v_head_dim, self.splits,
-            *checked.flat(),
+        call = Call(
+            q.detach(), None, [self._view], self.lengths, checked, self.num_kv_heads,
+            self.v_head_dim, self.max_length, False, self._store.kernels.name, return_lse,
+            splits=self.splits,
         )  # fmt: skip
-        return found if return_lse else found[0]
+        out, lse = attend(call)
+        return (out, lse) if return_lse else out
 
     def read(self, sequence: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What a sequence holds, decoded: float32 ``[Hkv, S, D]``, ``[Hkv, S, Dv]``. Waits."""

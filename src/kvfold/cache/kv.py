@@ -14,19 +14,16 @@ from kvfold.cache.checks import (
     check_sequences,
     check_sizes,
     check_switches,
-    need_gradients,
     refuse_gradients,
 )
-from kvfold.cache.gpu import attend_on_gpu, suits_gpu_kernel
-from kvfold.cache.half import CPU
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
-from kvfold.kernels.cpu.call import KernelCall, readable
-from kvfold.kernels.cpu.library import library
-from kvfold.kernels.cpu.limits import MAX_TOKENS
-from kvfold.kernels.dispatch import attention_of
+from kvfold.kernels.backend import Call, need_gradients
 from kvfold.kernels.outside import python_state
+from kvfold.kernels.pages import decoded
+from kvfold.kernels.registry import attend
+from kvfold.kernels.view import readable
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import Accepted, CacheOptions, check_options, declared
@@ -279,21 +276,14 @@ class KVCache:
         checked = check_options(shape, asked, _OPTIONS)
         self._check_start(checked.visibility.start)
         self._check_window(rows, q.shape[2])
-        differentiable = torch.is_grad_enabled() and need_gradients(q, *checked.tensors().values())
-        if not differentiable and suits_gpu_kernel(self._storage, q):
-            there = torch.tensor(lengths, dtype=torch.int32, device=CPU)
-            found = attend_on_gpu(self._storage, q, rows, there, checked)
-            return found if return_lse else found[0]
-        lib = library() if self._storage.main.backend == "cpu" else None
-        if lib is not None and q.shape[2] <= MAX_TOKENS and not differentiable:
-            call = KernelCall(q, self.num_kv_heads, lengths, checked, shape[3])
-            parts = self._storage.parts(rows, lengths, call)
-            out, lse = call.run(lib, parts, self.v_head_dim, return_lse)
-            return out if lse is None else (out, lse)
-        k, v = self.tensors(q.dtype, rows)
-        ends = torch.tensor(lengths, dtype=torch.int32, device=self.device)
-        padded = checked.visibility._replace(lengths=ends)
-        return attention_of(q, k, v, checked._replace(visibility=padded), return_lse)
+        views = self._storage.views(rows, lengths)
+        call = Call(
+            q, None, views, lengths, checked, self.num_kv_heads, self.v_head_dim, shape[3],
+            torch.is_grad_enabled() and need_gradients(q, *checked.tensors().values()),
+            self._storage.main.kernels.name, return_lse,
+        )  # fmt: skip
+        out, lse = attend(call)
+        return (out, lse) if return_lse else out  # type: ignore[return-value]
 
     def _asked(self, options: CacheOptions) -> CacheOptions:
         """The options with the cache's own window and sinks; ``sinks=None`` is no sinks."""
@@ -328,8 +318,9 @@ class KVCache:
 
         Freed positions of a sliding cache are zeros.
         """
-        length = self.lengths[check_sequences([sequence], self.batch)[0]]
-        return self._storage.read(sequence, length)
+        rows = check_sequences([sequence], self.batch)
+        k, v = self._decoded(rows, torch.float32)
+        return k[0], v[0]
 
     @python_state
     def tensors(
@@ -338,15 +329,12 @@ class KVCache:
         """Everything, decoded: ``[B, Hkv, S, D]``, shorter sequences filled up with zeros."""
         check_dtype(dtype)
         rows = check_sequences(sequences, self.batch)
-        longest = max((self.lengths[b] for b in rows), default=0)
-        shape = len(rows), self.num_kv_heads, longest
-        k = torch.zeros(*shape, self.head_dim, dtype=dtype, device=self.device)
-        v = torch.zeros(*shape, self.v_head_dim, dtype=dtype, device=self.device)
-        for i, b in enumerate(rows):
-            keys, values = self.read(b)
-            k[i, :, : self.lengths[b]] = keys
-            v[i, :, : self.lengths[b]] = values
-        return k, v
+        return self._decoded(rows, dtype)
+
+    def _decoded(self, rows: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = [self.lengths[b] for b in rows]
+        views = self._storage.views(rows, lengths)
+        return decoded(views, max(lengths, default=0), dtype)
 
     @python_state
     def truncate(self, length: int, sequences: list[int] | None = None) -> None:

@@ -1,17 +1,9 @@
 """Which store holds which tokens: one for all, or exact ends around a quantized middle."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from kvfold.cache.half import CPU
 from kvfold.cache.store import Store
-from kvfold.kernels.cpu.call import KernelCall
-from kvfold.kernels.cpu.library import Part
-from kvfold.kernels.cpu.pointer import Int32s
-
-if TYPE_CHECKING:
-    from kvfold.kernels.triton.launch import GpuPart
+from kvfold.kernels.view import KVView
 
 EXACT_PAGE = 16
 _MOVED_AT_ONCE = 32  # tokens that leave the recent window together
@@ -49,17 +41,9 @@ class Uniform:
         for store in self.stores:
             store.shrink()
 
-    def parts(self, rows: list[int], lengths: list[int], call: KernelCall) -> list[Part]:
-        """The stores as a kernel call reads them."""
-        return [self.main.part(call.kept(self.main.rows(rows)), None, call.lengths)]
-
-    def gpu_parts(self, rows: list[int], lengths: torch.Tensor) -> "list[GpuPart]":
-        """The stores as Triton kernels read them; ``lengths`` on their device."""
-        return [self.main.gpu_part(self.main.sent(self.main.rows(rows)), None, lengths)]
-
-    def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything, decoded: float32 ``[Hkv, length, D]`` and ``Dv``."""
-        return self.main.read(b, 0, length)
+    def views(self, rows: list[int], lengths: list[int]) -> list[KVView]:
+        """The stores as kernels read them: together they hold every position once."""
+        return [self.main.view(rows, None, lengths)]
 
     def truncate(self, b: int, length: int) -> None:
         for store in self.stores:
@@ -133,37 +117,14 @@ class ExactEnds(Uniform):
         for b in rows:
             self.ends.release(b, max(self.first, low - EXACT_PAGE), high)
 
-    def parts(self, rows: list[int], lengths: list[int], call: KernelCall) -> list[Part]:
-        begin = call.kept(Int32s([self.first] * len(rows)))
-        tails = call.kept(Int32s([self.tails[b] for b in rows]))
-        heads = call.kept(Int32s([min(self.first, length) for length in lengths]))
-        table = call.kept(self.ends.rows(rows))
+    def views(self, rows: list[int], lengths: list[int]) -> list[KVView]:
+        begins, tails = [self.first] * len(rows), [self.tails[b] for b in rows]
+        heads = [min(self.first, length) for length in lengths]
         return [
-            self.main.part(call.kept(self.main.rows(rows)), begin, tails),
-            self.ends.part(table, None, heads),
-            self.ends.part(table, tails, call.lengths),
+            self.main.view(rows, begins, tails),
+            self.ends.view(rows, None, heads, self.first),
+            self.ends.view(rows, tails, lengths, self.recent + _MOVED_AT_ONCE),
         ]
-
-    def gpu_parts(self, rows: list[int], lengths: torch.Tensor) -> "list[GpuPart]":
-        tails = torch.tensor([self.tails[b] for b in rows], dtype=torch.int32, device=CPU)
-        tails = self.main.sent(tails)
-        begin = torch.full_like(tails, self.first)
-        table = self.ends.sent(self.ends.rows(rows))
-        return [
-            self.main.gpu_part(self.main.sent(self.main.rows(rows)), begin, tails),
-            self.ends.gpu_part(table, None, torch.minimum(begin, lengths), self.first),
-            self.ends.gpu_part(table, tails, lengths, self.recent + _MOVED_AT_ONCE),
-        ]
-
-    def read(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        first, tail = min(self.first, length), min(self.tails[b], length)
-        pieces = [
-            self.ends.read(b, 0, first),
-            self.main.read(b, first, max(first, tail)),
-            self.ends.read(b, max(first, tail), length),
-        ]
-        k, v = (torch.cat(side, 1) for side in zip(*pieces, strict=True))
-        return k, v
 
     def truncate(self, b: int, length: int) -> None:
         super().truncate(b, length)

@@ -8,24 +8,19 @@ j % page_size of page table[b, j // page_size].
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kvfold.cache.half import CPU, Half, normal_tensors
-from kvfold.cache.layout import Layout
 from kvfold.errors import RunError
-from kvfold.kernels.backend import backend_of
-from kvfold.kernels.cpu.library import Append, Part, Side, Tensor, library
-from kvfold.kernels.cpu.limits import BLOCK
-from kvfold.kernels.cpu.pointer import Buffer, Int32s
+from kvfold.kernels import pages
+from kvfold.kernels.layout import Layout
+from kvfold.kernels.registry import home, named
+from kvfold.kernels.view import KVView, Positions, Rows
 from kvfold.ops.format import Format
 
-if TYPE_CHECKING:
-    from kvfold.kernels.triton.launch import GpuPart
-
 _GROWTH = 1.5
-_KEYS, _VALUES = Buffer("k"), Buffer("v")
 
 
 def _empty_table(sequences: int, pages: int) -> torch.Tensor:
@@ -59,19 +54,21 @@ class Store:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.page_size = shape.page_size
-        self.backend = backend_of(shape.device)
-        # The CPU kernels read blocks of 16 tokens; smaller pages hold plain rows.
-        packed = self.backend == "cpu" and shape.page_size % BLOCK == 0
+        self.kernels = home(shape.device)
+        packed = self.kernels.packs(shape.page_size)
         self.keys = self._half(shape.k_format, shape.head_dim, packed, key=True)
         self.values = self._half(shape.v_format, shape.v_head_dim, packed, key=False)
         self.references = [0] * shape.reserve
         self._free = list(range(shape.reserve - 1, -1, -1))
         self.table = _empty_table(shape.batch, 0)
-        self._sides: tuple[Side, Side] | None = None
+        self._sides: tuple[Rows, Rows] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: everything but pointers into this store's memory."""
-        return {**vars(self), "_sides": None}
+        """What a copy needs: everything but views of this store's memory."""
+        return {**vars(self), "_sides": None, "kernels": self.kernels.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, kernels=named(state["kernels"]))
 
     def _half(self, fmt: Format, dim: int, packed: bool, key: bool) -> Half:
         layout = Layout(fmt, dim, self.page_size, packed, key)
@@ -202,105 +199,33 @@ class Store:
 
         Positions without a page are skipped.
         """
-        table = self.rows(rows)
-        if self.backend == "triton":
-            self._write_on_gpu(k, v, first, table)
-            return
-        lib = library() if self.backend == "cpu" else None
-        if lib is None:
-            self._write_plainly(k, v, first, table)
-            return
-        shape, starts = self.shape, Int32s([first] * len(rows))
-        size = len(rows), shape.num_kv_heads, k.shape[2]
-        keys = Tensor.of(k, (*size, shape.head_dim), _KEYS)
-        values = Tensor.of(v, (*size, shape.v_head_dim), _VALUES)
-        call = Append(*size, keys, values, starts.address)
-        call.part = self.part(table, None, starts)
-        lib.append(call)
-
-    def _write_on_gpu(
-        self, k: torch.Tensor, v: torch.Tensor, first: int, table: torch.Tensor
-    ) -> None:
-        from kvfold.kernels.triton.launch import append
-
-        starts = torch.full((len(table),), first, dtype=torch.int32, device=CPU)
-        pages, starts = self.sent(table), self.sent(starts)
-        for x, half in ((k, self.keys), (v, self.values)):
-            rotated = half.rotation > 0
-            append(x, half.gpu_rows(), pages, self.page_size, starts, rotated=rotated)
-
-    def sent(self, x: torch.Tensor) -> torch.Tensor:
-        """A small tensor, on the store's device; the host does not wait for it."""
-        if self.shape.device.type != "cuda":
-            return x
-        return x.contiguous().pin_memory().to(self.shape.device, non_blocking=True)
-
-    def _write_plainly(
-        self, k: torch.Tensor, v: torch.Tensor, first: int, table: torch.Tensor
-    ) -> None:
-        positions = torch.arange(first, first + k.shape[2], device=CPU)
-        for row in range(len(table)):
-            pages = table[row].long()[positions // self.page_size]
-            held = pages >= 0
-            slots = (positions % self.page_size)[held].to(self.shape.device)
-            at, there = pages[held].to(self.shape.device), held.to(k.device)
-            self.keys.write(at, slots, k[row].transpose(0, 1)[there])
-            self.values.write(at, slots, v[row].transpose(0, 1)[there])
+        self.kernels.append(k, v, self.view(rows, None, [first] * len(rows)))
 
     def read(self, sequence: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
 
         Positions without a page are zeros.
         """
-        if low >= high:
-            heads, device = self.shape.num_kv_heads, self.shape.device
-            sizes = self.shape.head_dim, self.shape.v_head_dim
-            k, v = (
-                torch.zeros(heads, 0, size, dtype=torch.float32, device=device) for size in sizes
-            )
-            return k, v
-        first, last = low // self.page_size, -(-high // self.page_size)
-        pages = self.table[sequence, first:last].long()
-        pages = torch.nn.functional.pad(pages, (0, last - first - len(pages)), value=-1)
-        held = (pages >= 0).repeat_interleave(self.page_size)
-        cut = slice(low - first * self.page_size, high - first * self.page_size)
+        return pages.read(self.view([sequence], None, []), 0, low, high)
 
-        def rows(half: Half) -> torch.Tensor:
-            shape = half.heads, len(held), half.layout.dim
-            numbers = torch.zeros(shape, dtype=torch.float32, device=half.device)
-            numbers[:, held.to(half.device)] = half.read(pages[pages >= 0].to(half.device))
-            return numbers[:, cut]
-
-        return rows(self.keys), rows(self.values)
-
-    def rows(self, rows: list[int]) -> torch.Tensor:
-        """The page tables ``[len(rows), P]`` of some sequences."""
-        everything = rows == list(range(self.table.shape[0]))
-        return self.table if everything else self.table[rows]
-
-    def part(self, table: torch.Tensor, begin: Int32s | None, end: Int32s) -> Part:
-        """The store as a kernel sees it; what is given must outlive the call."""
-        if self._sides is None:
-            self._sides = self.keys.side(), self.values.side()
-        return Part.of(*self._sides, table, self.page_size, begin, end)
-
-    def gpu_part(
+    def view(
         self,
-        table: torch.Tensor,
-        begin: torch.Tensor | None,
-        end: torch.Tensor,
-        keys: int | None = None,
-    ) -> "GpuPart":
-        """The store as the Triton kernels see it; tensors on its device.
+        sequences: list[int],
+        begin: Positions | None,
+        end: Positions,
+        most: int | None = None,
+    ) -> KVView:
+        """What kernels see of some sequences, which hold ``begin <= j < end`` here.
 
         Args:
-            keys: the most positions of a sequence that are read.
+            most: the most positions that one of them holds; as many as its pages by default.
         """
-        from kvfold.kernels.triton.launch import GpuPart
-
-        keys = table.shape[1] * self.page_size if keys is None else keys
-        sides = self.keys.gpu_rows(), self.values.gpu_rows()
-        return GpuPart(*sides, table, self.page_size, begin, end, keys)
+        if self._sides is None:
+            self._sides = self.keys.rows(), self.values.rows()
+        everything = sequences == list(range(self.table.shape[0]))
+        table = self.table if everything else self.table[sequences]
+        most = table.shape[1] * self.page_size if most is None else most
+        return KVView(*self._sides, table, self.page_size, begin, end, most)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The tensors that hold the store."""

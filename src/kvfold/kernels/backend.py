@@ -1,30 +1,112 @@
-"""Which kernels a device has."""
+"""What every backend is asked, and what it answers. ``registry`` lists them."""
 
-import os
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from kvfold.kernels.cpu.library import library
+from kvfold.kernels.limits import MAX_TOKENS
+from kvfold.kernels.view import Angles, KVView, Positions
+from kvfold.ops.options import Options
 
-GPU_MAX_DIM = 256  # larger heads do not fit the registers of the Triton kernels
+# Queries this many times fewer than keys are a decoding step: bound by memory, not arithmetic.
+_DECODE_RATIO = 4
+
+Found = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def backend_of(device: torch.device) -> str:
-    """``cpu`` (compiled C++), ``triton``, or ``torch`` where there are no kernels.
+class Call(NamedTuple):
+    """One call of attention, checked.
 
-    ``KVFOLD_BACKEND`` chooses another one: ``torch`` to compare with, ``triton`` on a CPU for
-    Triton's interpreter.
+    Attributes:
+        q: ``[B, Hq, T, D]``.
+        tensors: keys ``[B, Hkv, S, D]`` and values ``[B, Hkv, S, Dv]``, or None if there are views.
+        views: disjoint positions of the same sequences.
+        lengths: of the sequences in ``views``; the last query stands at ``lengths[b] - 1``. Those
+            of ``tensors`` are among the options.
+        keys: S, or the most positions of a sequence.
+        gradients: whether somebody waits for them.
+        home: the name of the kernels of q's device.
+        splits: of the keys, to override the rule of kernels that split them.
     """
-    wished = os.environ.get("KVFOLD_BACKEND")
-    if wished in ("cpu", "triton", "torch"):
-        return wished
-    if device.type == "cuda":
-        return "triton" if _has_triton() else "torch"
-    return "cpu" if device.type == "cpu" and library() is not None else "torch"
+
+    q: torch.Tensor
+    tensors: tuple[torch.Tensor, torch.Tensor] | None
+    views: Sequence[KVView]
+    lengths: Positions
+    options: Options
+    num_kv_heads: int
+    v_head_dim: int
+    keys: int
+    gradients: bool
+    home: str
+    return_lse: bool = False
+    dropout: float = 0.0
+    splits: int | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether it is a step of decoding, for kernels that read each key and value once."""
+        tokens = self.q.shape[2]
+        return tokens <= MAX_TOKENS and tokens * _DECODE_RATIO <= self.keys
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+class Backend:
+    """A way to compute attention.
+
+    Attributes:
+        name: what ``KVFOLD_BACKEND`` calls it.
+        path: what ``explain`` calls it.
+    """
+
+    name: str
+    path: str = "kernel"
+
+    def why_not(self, call: Call) -> str | None:
+        """Why it cannot, or should not, compute this; None if it does."""
+        raise NotImplementedError
+
+    def why(self, call: Call) -> str:
+        """Why it does; nothing, where that is what the one before it lacks."""
+        return ""
+
+    def attend(self, call: Call) -> Found:
+        """The output ``[B, Hq, T, Dv]`` and, if it was asked for, the log-sum-exp."""
+        raise NotImplementedError
+
+
+class Kernels(Backend):
+    """A backend that stores can be kept for: it also says how pages lie, and writes them.
+
+    Attributes:
+        max_dim: the largest head it reads.
+        replays: whether a call asks nothing of the host, so that a CUDA graph can hold it.
+    """
+
+    max_dim: int
+    replays: bool = False
+
+    def here(self, device: torch.device) -> bool:
+        """Whether it has kernels for memory there."""
+        raise NotImplementedError
+
+    def packs(self, page_size: int) -> bool:
+        """Whether it wants such pages packed (``layout``), and not as rows."""
+        return False
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+    ) -> None:
+        """Write ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` from the view's ends on.
+
+        Positions without a page are skipped.
+
+        Args:
+            angles: the keys' rotary embedding, in the same pass; only where a call ``replays``.
+        """
+        raise NotImplementedError
+
+
+def need_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether anyone waits for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from kvfold.errors import UnsupportedError
-from kvfold.kernels.cpu.limits import MAX_TOKENS
 from kvfold.kernels.dispatch import attention
+from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
 from kvfold.transformers.cache import Stored, plain
 from kvfold.transformers.keywords import refuse_unknown

@@ -13,7 +13,7 @@ from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
 from kvfold.cache.kv import Dtype
 from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
-from kvfold.kernels.cpu.limits import MAX_TOKENS
+from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
 
 _PAGE, _SLIDING_PAGE = 256, 64  # longer pages read faster; shorter ones are freed sooner

@@ -1,17 +1,24 @@
 """One call of the CPU kernels, and the tensors that must live as long as it runs."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 
 from kvfold.errors import InputError
-from kvfold.kernels.cpu.library import Attend, Library, Part, Tensor
-from kvfold.kernels.cpu.pointer import Buffer, Int32s, has_contiguous_rows
+from kvfold.kernels.cpu.library import Append, Attend, Library, Part, Side, Tensor
+from kvfold.kernels.cpu.pointer import Buffer, Int32s
+from kvfold.kernels.layout import Layout
+from kvfold.kernels.view import KVView, Positions, Rows, readable
 from kvfold.ops.options import Options, Scoring, Visibility, limit
 
 _QUERIES, _OUT, _LSE = Buffer("q"), Buffer("out"), Buffer("lse", torch.float32)
 _START, _MASK = Buffer("start", torch.int32), Buffer("mask", torch.float32)
 _SLOPES, _SINKS = (Buffer(name, torch.float32) for name in ("alibi_slopes", "sink_logits"))
+
+_KEYS, _VALUES = Buffer("k"), Buffer("v")
+_ROWS = Buffer("rows")
+_PAGES, _SCALES = Buffer("pages", torch.uint8), Buffer("scales", torch.bfloat16)
 
 Kept = TypeVar("Kept", torch.Tensor, Int32s)
 
@@ -32,12 +39,13 @@ class KernelCall:
         self,
         q: torch.Tensor,
         num_kv_heads: int,
-        lengths: list[int],
+        lengths: Positions,
         options: Options,
         keys: int,
     ) -> None:
         self._q = readable(q)
-        self.lengths = Int32s(lengths)
+        self.lengths = _int32s(lengths)
+        self._numbers = {id(lengths): self.lengths}
         self._kept: list[object] = []
         self._call = call = Attend()
         shape = self._q.shape
@@ -83,8 +91,15 @@ class KernelCall:
         each = self.kept(numbers.detach().resolve_neg().float().contiguous())
         return buffer.address(each, (self._call.num_heads,))
 
+    def _positions(self, given: Positions) -> Int32s:
+        """What views may share goes over once, and lives until the call has run."""
+        found = self._numbers.get(id(given))
+        if found is None:
+            found = self._numbers[id(given)] = _int32s(given)
+        return found
+
     def run(
-        self, lib: Library, parts: list[Part], v_head_dim: int, return_lse: bool
+        self, lib: Library, views: Sequence[KVView], v_head_dim: int, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output ``[B, Hq, T, Dv]`` in q's dtype, and perhaps the log-sum-exp."""
         call, shape = self._call, self._q.shape[:3]
@@ -95,20 +110,12 @@ class KernelCall:
         if return_lse:
             lse = torch.empty(shape, dtype=torch.float32, device=out.device)
             call.lse = _LSE.address(lse, shape)
-        call.num_parts = len(parts)
-        for index, part in enumerate(parts):
-            call.parts[index] = part
+        call.num_parts = len(views)
+        for index, view in enumerate(views):
+            begin = None if view.begin is None else self._positions(view.begin)
+            call.parts[index] = part_of(view, begin, self._positions(view.end))
         lib.attend(call)
         return out, lse
-
-
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """Numbers as they are, the last dimension contiguous: what the kernels need, nothing else."""
-    if x.requires_grad:
-        x = x.detach()
-    if x.is_neg():  # the imaginary part of a conjugate: its memory holds the other sign
-        x = x.resolve_neg()
-    return x if has_contiguous_rows(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:
@@ -117,3 +124,64 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
         nothing = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return nothing.masked_fill(~mask, -torch.inf)
     return mask.float().contiguous()
+
+
+def append(lib: Library, k: torch.Tensor, v: torch.Tensor, view: KVView) -> None:
+    """Write tokens ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` from the view's ends on."""
+    starts = _int32s(view.end)
+    size = len(view.table), view.keys.data.shape[1], k.shape[2]
+    keys = Tensor.of(k, (*size, view.keys.dim), _KEYS)
+    values = Tensor.of(v, (*size, view.values.dim), _VALUES)
+    call = Append(*size, keys, values, starts.address)
+    call.part = part_of(view, None, starts)
+    lib.append(call)
+
+
+def part_of(view: KVView, begin: Int32s | None, end: Int32s) -> Part:
+    """The view as C has it; it, and the positions, must outlive the calls that read them.
+
+    Raises:
+        InputError: if its tensors are not what the kernels can follow.
+    """
+    k, v = view.keys, view.values
+    if not isinstance(k.known, Side):
+        k.known = _side(k, view.page_size, True)
+    if not isinstance(v.known, Side):
+        v.known = _side(v, view.page_size, False)
+    return Part.of(k.known, v.known, view.table, view.page_size, begin, end)
+
+
+def _side(rows: Rows, page_size: int, key: bool) -> Side:
+    """Where the rows of a view lie. Strides are in bytes."""
+    if rows.packed:
+        return _packed_side(rows, page_size, key)
+    fmt, data, scales = rows.fmt, rows.data, rows.scales
+    size, shape = data.element_size(), data.shape
+    if size * shape[3] != fmt.row_bytes(rows.dim) or shape[2] not in (page_size, 0):
+        raise InputError(f"pages {list(shape)} of {page_size} tokens, {rows.dim} {fmt.name} each")
+    page, head, row, _ = data.stride()
+    side = Side(
+        fmt.code, 0, rows.dim, rows.rotation, _ROWS.row_address(data, shape),
+        page * size, head * size, row * size,
+    )  # fmt: skip
+    if scales is not None and scales.shape[3]:
+        side.scales = _SCALES.row_address(scales, (*shape[:3], fmt.groups(rows.dim)))
+        side.scale_page_stride, side.scale_head_stride, each, _ = scales.stride()
+        if each != scales.shape[3]:
+            raise InputError(f"scales with strides {list(scales.stride())}: expected one by one")
+    return side
+
+
+def _packed_side(rows: Rows, page_size: int, key: bool) -> Side:
+    fmt, data, scales = rows.fmt, rows.data, rows.scales
+    layout = Layout(fmt, rows.dim, page_size, True, key)
+    address = _PAGES.address(data, (*data.shape[:2], layout.page_bytes))
+    side = Side(fmt.code, 1, rows.dim, rows.rotation, address, *data.stride()[:2])
+    if scales is not None and scales.shape[2]:
+        side.scales = _SCALES.address(scales, (*data.shape[:2], layout.page_scales))
+        side.scale_page_stride, side.scale_head_stride, _ = scales.stride()
+    return side
+
+
+def _int32s(positions: Positions) -> Int32s:
+    return Int32s(positions if isinstance(positions, list) else positions.tolist())

@@ -20,11 +20,11 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.build import NAME
-from kvfold.kernels.cpu.limits import MAX_PARTS
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
+from kvfold.kernels.limits import MAX_PARTS
 from kvfold.ops.formats import format_of
 
-_TABLE, _ROWS = Buffer("page table", torch.int32), Buffer("rows")
+_TABLE = Buffer("page table", torch.int32)
 
 
 class Side(Structure):
@@ -240,12 +240,3 @@ def why_missing() -> str:
     except OSError as error:
         return f"{error}"
     return "available"
-
-
-def rows_side(rows: torch.Tensor) -> Side:
-    """A side that reads a plain tensor ``[B, H, S, D]`` as one page per sequence."""
-    size = rows.element_size()
-    data = _ROWS.row_address(rows, rows.shape)
-    page, head, row, _ = (stride * size for stride in rows.stride())
-    fmt = format_of(rows.dtype)
-    return Side(fmt.code, 0, rows.shape[-1], 0, data, page, head, row, None, 0, 0)

@@ -78,8 +78,3 @@ class Int32s:
 
     def __len__(self) -> int:
         return len(self._memory)
-
-
-def has_contiguous_rows(x: torch.Tensor) -> bool:
-    """Whether the last dimension is one number after the other; fewer than two are, always."""
-    return x.stride()[-1] == 1 or x.shape[-1] <= 1

@@ -10,7 +10,38 @@ from typing import Any
 
 import torch
 
+from kvfold.kernels.backend import Backend, Call, Found
+from kvfold.kernels.torch.plain import plain
+from kvfold.ops.mask import used_keys, without_unseen
 from kvfold.ops.options import Options
+
+
+class Flex(Backend):
+    """Many queries on a GPU, and scores that PyTorch's other fused kernels cannot have."""
+
+    name = path = "flex"
+
+    def why_not(self, call: Call) -> str | None:
+        q, (sight, scoring) = call.q, call.options
+        sided = sight.left is not None or sight.right not in (None, 0)
+        bent = sided or any(x is not None for x in scoring._replace(scale=None))
+        free = (
+            sight.mask is None and not call.dropout and 0 not in (q.shape[0], q.shape[2], call.keys)
+        )
+        if q.is_cuda and bent and free and q.dtype is not torch.float64:
+            return None
+        return "PyTorch's other kernels do it, or this one cannot"
+
+    def why(self, call: Call) -> str:
+        return "a window, softcap or bias on a GPU: FlexAttention skips and fuses"
+
+    def attend(self, call: Call) -> Found:
+        q, k, v, options, _ = plain(call)
+        sight = options.visibility
+        if sight.left is not None or sight.start is not None or sight.lengths is not None:
+            used = used_keys(q.shape[2], k.shape[2], sight, k.device)
+            k, v = without_unseen(k, used), without_unseen(v, used)
+        return flex(q, k, v, options)
 
 
 def flex(

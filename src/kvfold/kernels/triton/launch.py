@@ -1,7 +1,7 @@
 """Calling the decoding kernels: sizes of tiles, splits, scratch memory."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from kvfold.kernels.triton.decode import (
     merge_kernel,
 )
 from kvfold.kernels.triton.splits import Gpu, choose_splits
-from kvfold.ops.format import Format
+from kvfold.kernels.view import Angles, KVView, Rows
 from kvfold.ops.options import FIELDS, Options, limit, unflattened
 from kvfold.ops.rotation import rotate
 
@@ -34,85 +34,40 @@ _DOTS = {
 }
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Encoded rows of keys, or of values: pages of one head after another.
-
-    Attributes:
-        data: ``[P, Hkv, page_size, row]``: floats, or bytes of an encoded format.
-        scales: ``[P, Hkv, page_size, groups]`` bfloat16; no groups for plain numbers.
-        dim: numbers of a row.
-    """
-
-    fmt: Format
-    data: torch.Tensor
-    scales: torch.Tensor
-    dim: int
-
-    @property
-    def kind(self) -> int:
-        return _KINDS.get(self.fmt.name, PLAIN)
-
-    @property
-    def groups(self) -> int:
-        return self.fmt.groups(self.dim)
-
-    def strides(self) -> tuple[int, int, int]:
-        return self.data.stride(0), self.data.stride(1), self.data.stride(2)
-
-
-@dataclass(frozen=True)
-class GpuPart:
-    """A store and which positions of each sequence it holds.
-
-    Attributes:
-        table: int32 ``[B, pages]``. begin, end: int32 ``[B]``; begin None is 0.
-        keys: the most positions any sequence holds here, or may hold when a graph is replayed.
-    """
-
-    k: Rows
-    v: Rows
-    table: torch.Tensor
-    page_size: int
-    begin: torch.Tensor | None
-    end: torch.Tensor
-    keys: int
-
-
 def attend(
     q: torch.Tensor,
-    parts: list[GpuPart],
+    views: Sequence[KVView],
     lengths: torch.Tensor,
     options: Options,
     splits_each: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of ``q`` ``[B, Hq, T, D]`` over the positions that ``parts`` hold.
+    """Attention of ``q`` ``[B, Hq, T, D]`` over the positions that ``views`` hold.
 
     Nothing here waits for the GPU, and the number of launches depends on shapes alone, so a call
     can be captured in a CUDA graph and replayed as lengths grow within ``keys``.
 
     Args:
-        parts: their INT4 keys are rotated; ``q`` must be given unrotated, and is rotated here.
+        views: their INT4 keys are rotated; ``q`` must be given unrotated, and is rotated here.
         lengths: int32 ``[B]``; the last query stands at ``lengths[b] - 1``.
         options: their own ``lengths`` are not read.
-        splits_each: of every part, to override the rule.
+        splits_each: of every view, to override the rule.
 
     Returns:
         ``[B, Hq, T, Dv]`` in q's dtype and the log-sum-exp ``[B, Hq, T]`` float32.
     """
     batch, heads, tokens, _ = q.shape
-    v_head_dim = parts[0].v.dim
+    v_head_dim = views[0].values.dim
     out = q.new_empty(batch, heads, tokens, v_head_dim)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    kv_heads = parts[0].k.data.shape[1]
+    kv_heads = views[0].keys.data.shape[1]
     rows = heads // kv_heads * tokens
     tile = min(MOST_ROWS, max(LEAST_ROWS, _power(rows)))
     tiles = -(-rows // tile)
     splits = [
-        splits_each or choose_splits(batch * kv_heads * tiles, part.keys, gpu_of(q.device))
-        for part in parts
+        splits_each or choose_splits(batch * kv_heads * tiles, view.most, gpu_of(q.device))
+        for view in views
     ]
     slots = sum(splits)
     scratch = torch.empty(
@@ -121,9 +76,10 @@ def attend(
     part_lse = torch.empty(scratch.shape[:2], dtype=torch.float32, device=q.device)
     options = _ready(options, q.device)
     slot = 0
-    for part, count in zip(parts, splits, strict=True):
+    for view, count in zip(views, splits, strict=True):
         grid = (count, tiles, batch * kv_heads)
-        _launch(grid, _rotated(q, part.k), part, lengths, options, tile, scratch, part_lse, slot)
+        turned = _rotated(q, view.keys)
+        _launch(grid, turned, view, lengths, options, tile, scratch, part_lse, slot)
         slot += count
     merge_kernel[(scratch.shape[0],)](
         scratch, scratch.stride(1), part_lse, slots,
@@ -133,20 +89,6 @@ def attend(
         HAS_SINKS=options.scoring.sink_logits is not None,
     )  # fmt: skip
     return out, lse
-
-
-@dataclass(frozen=True)
-class Angles:
-    """Rotary embedding to apply while appending keys.
-
-    Attributes:
-        cos, sin: float32 ``[B, T, r / 2]``. interleaved: pairs are (2j, 2j + 1), else
-            (j, j + r/2).
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    interleaved: bool = False
 
 
 def append(
@@ -171,26 +113,26 @@ def append(
         return
     none = first  # a pointer that is never followed
     cos = none if rotary is None else rotary.cos
-    width = rows.fmt.stored_dim(dim)
+    width, groups = rows.fmt.stored_dim(dim), _groups(rows)
     append_kernel[(tokens, heads, batch)](
         x, *x.stride()[:3],
-        rows.data, *rows.strides(), rows.scales, rows.scales.stride(0), rows.scales.stride(1),
-        rows.groups, table, table.stride(0), page_size, page_size * table.shape[1], first,
+        rows.data, *rows.data.stride()[:3], *_scales(rows), groups,
+        table, table.stride(0), page_size, page_size * table.shape[1], first,
         cos, none if rotary is None else rotary.sin,
         0 if rotary is None else cos.stride(0), 0 if rotary is None else cos.stride(1),
         0 if rotary is None else 2 * cos.shape[-1],
         heads, tokens, dim,
         D=max(_HALVES, _power(width)), GROUPS=max(1, _power(width) // _HALVES),
-        FORMAT=rows.kind, ROTATION=rows.fmt.rotation(dim) if rotated else 0,
+        FORMAT=_kind(rows), ROTATION=rows.fmt.rotation(dim) if rotated else 0,
         ROTARY=rotary is not None, INTERLEAVED=rotary is not None and rotary.interleaved,
-        num_warps=1 if rows.kind != INT4 else 4,
+        num_warps=1 if _kind(rows) != INT4 else 4,
     )  # fmt: skip
 
 
 def _launch(
     grid: tuple[int, int, int],
     q: torch.Tensor,
-    part: GpuPart,
+    view: KVView,
     lengths: torch.Tensor,
     options: Options,
     tile: int,
@@ -198,7 +140,7 @@ def _launch(
     part_lse: torch.Tensor,
     slot: int,
 ) -> None:
-    k, v = part.k, part.v
+    k, v = view.keys, view.values
     _, heads, tokens, head_dim = q.shape
     kv_heads = k.data.shape[1]
     none = lengths  # a pointer that is never followed
@@ -207,10 +149,9 @@ def _launch(
     scale = scoring.scale if scoring.scale is not None else k.dim**-0.5
     attend_kernel[grid](
         q, *q.stride()[:3],
-        k.data, *k.strides(), k.scales, k.scales.stride(0), k.scales.stride(1),
-        v.data, *v.strides(), v.scales, v.scales.stride(0), v.scales.stride(1),
-        part.table, part.table.stride(0), part.page_size,
-        none if part.begin is None else part.begin, part.end, lengths,
+        k.data, *k.data.stride()[:3], *_scales(k), v.data, *v.data.stride()[:3], *_scales(v),
+        view.table, view.table.stride(0), view.page_size,
+        none if view.begin is None else view.begin, view.end, lengths,
         none if sight.start is None else sight.start,
         none if scoring.alibi_slopes is None else scoring.alibi_slopes,
         none if mask is None else mask, *(mask.stride()[:3] if mask is not None else (0, 0, 0)),
@@ -218,15 +159,15 @@ def _launch(
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
         scale, scoring.softcap or 1.0, limit(sight.left), limit(sight.right), sight.sinks,
-        head_dim=head_dim, v_head_dim=v.dim, k_groups=k.groups, v_groups=v.groups,
+        head_dim=head_dim, v_head_dim=v.dim, k_groups=_groups(k), v_groups=_groups(v),
         SPLITS=grid[0], M=tile, N=_tile_keys(k, v),
-        D=_padded(k), DV=_padded(v), K_GROUPS=_power(k.groups), V_GROUPS=_power(v.groups),
-        K_FORMAT=k.kind, V_FORMAT=v.kind, DOT=_DOTS[q.dtype],
+        D=_padded(k), DV=_padded(v), K_GROUPS=_power(_groups(k)), V_GROUPS=_power(_groups(v)),
+        K_FORMAT=_kind(k), V_FORMAT=_kind(v), DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        ONE_PAGE=part.table.shape[1] == 1, HAS_LEFT=sight.left is not None,
+        ONE_PAGE=view.table.shape[1] == 1, HAS_LEFT=sight.left is not None,
         HAS_RIGHT=sight.right is not None, SOFTCAP=scoring.softcap is not None,
-        HAS_BEGIN=part.begin is not None, HAS_START=sight.start is not None,
+        HAS_BEGIN=view.begin is not None, HAS_START=sight.start is not None,
         HAS_SLOPES=scoring.alibi_slopes is not None, MASK_KIND=kind,
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -253,6 +194,21 @@ def _mask(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor | 
     return mask.expand(*shape[:3], mask.shape[-1]), kind
 
 
+def _kind(rows: Rows) -> int:
+    return _KINDS.get(rows.fmt.name, PLAIN)
+
+
+def _groups(rows: Rows) -> int:
+    return rows.fmt.groups(rows.dim)
+
+
+def _scales(rows: Rows) -> tuple[torch.Tensor, int, int]:
+    """The scales and their strides; plain numbers have none, and their pointer is not followed."""
+    if rows.scales is None:
+        return rows.data, 0, 0
+    return rows.scales, rows.scales.stride(0), rows.scales.stride(1)
+
+
 def _tile_keys(k: Rows, v: Rows) -> int:
     """Keys of a tile: what keeps about 32 KiB in flight, so 64 for 128 bf16 numbers."""
     row_bytes = max(k.fmt.row_bytes(k.dim), v.fmt.row_bytes(v.dim))
@@ -261,7 +217,7 @@ def _tile_keys(k: Rows, v: Rows) -> int:
 
 def _padded(rows: Rows) -> int:
     """Numbers of a row as the kernel's arrays have them: a power of two, at least one product."""
-    least = _HALVES if rows.kind == INT4 else LEAST_ROWS
+    least = _HALVES if _kind(rows) == INT4 else LEAST_ROWS
     return max(least, _power(rows.fmt.stored_dim(rows.dim)))
 
 

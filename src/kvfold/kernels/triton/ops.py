@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from kvfold.kernels.triton.launch import Angles, GpuPart, Rows, append, attend
+from kvfold.kernels.triton.launch import append, attend
+from kvfold.kernels.view import Angles, KVView, Rows, readable
 from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import SCHEMA, unflattened
 
@@ -36,16 +37,16 @@ def gpu_append(
     "kvfold::gpu_attend",
     mutates_args=(),
     device_types=_DEVICES,
-    schema="(Tensor q, Tensor k_data, Tensor k_scales, Tensor v_data, Tensor v_scales,"
+    schema="(Tensor q, Tensor k_data, Tensor? k_scales, Tensor v_data, Tensor? v_scales,"
     " Tensor table, Tensor ends, str k_format, str v_format, SymInt v_head_dim, SymInt? splits,"
     f" {SCHEMA}) -> (Tensor, Tensor)",
 )
 def gpu_attend(
     q: torch.Tensor,
     k_data: torch.Tensor,
-    k_scales: torch.Tensor,
+    k_scales: torch.Tensor | None,
     v_data: torch.Tensor,
-    v_scales: torch.Tensor,
+    v_scales: torch.Tensor | None,
     table: torch.Tensor,
     ends: torch.Tensor,
     k_format: str,
@@ -54,27 +55,27 @@ def gpu_attend(
     splits: int | None,
     *flat: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``launch.attend`` over one part; output and log-sum-exp (float32).
+    """``launch.attend`` over one view; output and log-sum-exp (float32).
 
     Args:
         flat: ``Options.flat``.
     """
-    page_size = k_data.shape[2]
-    part = GpuPart(
-        Rows(FORMATS[k_format], k_data, k_scales, q.shape[3]),
-        Rows(FORMATS[v_format], v_data, v_scales, v_head_dim),
+    page_size = max(k_data.shape[2], 1)
+    view = KVView(
+        Rows(FORMATS[k_format], readable(k_data), k_scales, q.shape[3]),
+        Rows(FORMATS[v_format], readable(v_data), v_scales, v_head_dim),
         table, page_size, None, ends, table.shape[1] * page_size,
     )  # fmt: skip
-    return attend(q, [part], ends, unflattened(flat), splits)
+    return attend(readable(q), [view], ends, unflattened(flat), splits)
 
 
 @gpu_attend.register_fake
 def _(
     q: torch.Tensor,
     k_data: torch.Tensor,
-    k_scales: torch.Tensor,
+    k_scales: torch.Tensor | None,
     v_data: torch.Tensor,
-    v_scales: torch.Tensor,
+    v_scales: torch.Tensor | None,
     table: torch.Tensor,
     ends: torch.Tensor,
     k_format: str,

@@ -1,4 +1,4 @@
-"""The limits of the kernels, as their interface states them (see ``kernel.h``)."""
+"""The limits of the kernels, as their interface states them (see ``cpu/kernel.h``)."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 _STATED = re.compile(r"^ *KVF_(MAX_\w+|BLOCK) = (\d+)", re.MULTILINE)
 _LIMITS = {
     name: int(number)
-    for name, number in _STATED.findall((Path(__file__).parent / "kernel.h").read_text("utf-8"))
+    for name, number in _STATED.findall(
+        (Path(__file__).parent / "cpu" / "kernel.h").read_text("utf-8")
+    )
 }
 
 MAX_DIM = _LIMITS["MAX_DIM"]  # numbers of a head

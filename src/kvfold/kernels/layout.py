@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvfold.kernels.cpu.limits import BLOCK
+from kvfold.kernels.limits import BLOCK
 from kvfold.ops.format import Format
 
 

@@ -1,0 +1,64 @@
+"""The compiled C++ kernels as a backend: decoding on CPUs."""
+
+import torch
+
+from kvfold.errors import RunError
+from kvfold.kernels.backend import Call, Found, Kernels
+from kvfold.kernels.cpu.call import KernelCall, append
+from kvfold.kernels.cpu.library import Library, library, why_missing
+from kvfold.kernels.cpu.rows import attend_rows
+from kvfold.kernels.limits import BLOCK, MAX_DIM, MAX_TOKENS
+from kvfold.kernels.view import Angles, KVView
+
+
+class Cpu(Kernels):
+    """Kernels that read each key and value once, from plain tensors and from pages of any kind."""
+
+    name = "cpu"
+    max_dim = MAX_DIM
+
+    def here(self, device: torch.device) -> bool:
+        return device.type == "cpu" and library() is not None
+
+    def why_not(self, call: Call) -> str | None:
+        if call.gradients or call.dropout:
+            return "gradients are needed, which the kernels do not have"
+        few = call.q.shape[2] <= MAX_TOKENS if call.views else call.few
+        if not few:
+            return "many queries: bound by arithmetic"
+        if call.q.dtype is torch.float64 or max(call.q.shape[3], call.v_head_dim) > MAX_DIM:
+            return "few queries, of a dtype or head size without a kernel"
+        if call.home != self.name:
+            return _missing() or f"the kernels that are asked for are {call.home}"
+        return None
+
+    def why(self, call: Call) -> str:
+        return "few queries on the CPU: each key and value is read once"
+
+    def attend(self, call: Call) -> Found:
+        if call.tensors is not None:
+            return attend_rows(call.q, *call.tensors, *call.options.flat())
+        run = KernelCall(call.q, call.num_kv_heads, call.lengths, call.options, call.keys)
+        return run.run(_library(), call.views, call.v_head_dim, call.return_lse)
+
+    def packs(self, page_size: int) -> bool:
+        """They read blocks of 16 tokens; smaller pages hold plain rows."""
+        return page_size % BLOCK == 0
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+    ) -> None:
+        append(_library(), k, v, view)
+
+
+def _library() -> Library:
+    found = library()
+    if found is None:
+        raise RunError("the CPU kernels that this cache was made for are missing")
+    return found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing() -> str:
+    """Why there are no kernels, or nothing; torch.compile takes it as it is."""
+    return "" if library() is not None else f"the CPU kernels are missing ({why_missing()})"

@@ -1,0 +1,98 @@
+"""Pages read and written by PyTorch alone: for machines without kernels, and to look into them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvfold.kernels.layout import Layout
+from kvfold.kernels.view import KVView, Positions, Rows
+from kvfold.ops.formats import decode, encode
+from kvfold.ops.rotation import rotate
+
+CPU = torch.device("cpu")
+
+
+def decoded(
+    views: Sequence[KVView], keys: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``[B, Hkv, keys, D]`` and values ``[B, Hkv, keys, Dv]``; zeros where nothing is held."""
+    batch, heads = len(views[0].table), views[0].keys.data.shape[1]
+    shape, device = (batch, heads, keys), views[0].keys.data.device
+    k, v = (
+        torch.zeros(*shape, rows.dim, dtype=dtype, device=device)
+        for rows in (views[0].keys, views[0].values)
+    )
+    for view in views:
+        begins, ends = listed(view.begin, batch), listed(view.end, batch)
+        for b, (low, high) in enumerate(zip(begins, ends, strict=True)):
+            high = min(high, keys)
+            if low < high:
+                k[b, :, low:high], v[b, :, low:high] = read(view, b, low, high)
+    return k, v
+
+
+def listed(positions: Positions | None, batch: int) -> list[int]:
+    """Positions for Python; waits if they are on a GPU."""
+    if positions is None:
+        return [0] * batch
+    found: list[int] = positions if isinstance(positions, list) else positions.tolist()
+    return found
+
+
+def read(view: KVView, b: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
+
+    Positions without a page are zeros.
+    """
+    size = view.page_size
+    first, last = low // size, max(-(-high // size), low // size)
+    pages = view.table[b, first:last].to(CPU, torch.long)
+    pages = torch.nn.functional.pad(pages, (0, last - first - len(pages)), value=-1)
+    held = (pages >= 0).repeat_interleave(size)
+    cut = slice(low - first * size, high - first * size)
+
+    def numbers(rows: Rows, key: bool) -> torch.Tensor:
+        device = rows.data.device
+        shape = rows.data.shape[1], len(held), rows.dim
+        found = torch.zeros(shape, dtype=torch.float32, device=device)
+        found[:, held.to(device)] = _whole(rows, pages[pages >= 0].to(device), size, key)
+        return found[:, cut]
+
+    return numbers(view.keys, True), numbers(view.values, False)
+
+
+def _whole(rows: Rows, pages: torch.Tensor, page_size: int, key: bool) -> torch.Tensor:
+    """Pages ``[n]`` decoded: float32 ``[H, n * page_size, D]``."""
+    data = rows.data[pages]
+    scales = data.new_empty(0) if rows.scales is None else rows.scales[pages]
+    if rows.packed:
+        layout = Layout(rows.fmt, rows.dim, page_size, True, key)
+        data, scales = layout.rows(data), layout.scales(scales)
+    dim = rows.fmt.stored_dim(rows.dim) if rows.rotation else rows.dim
+    numbers = rotate(decode(data, scales, rows.fmt, dim), rows.rotation)
+    return numbers[..., : rows.dim].transpose(0, 1).flatten(1, 2)
+
+
+def write(k: torch.Tensor, v: torch.Tensor, view: KVView) -> None:
+    """Write tokens ``[B, Hkv, T, D]`` from the view's ends on, where there is a page."""
+    for b, first in enumerate(listed(view.end, len(view.table))):
+        positions = torch.arange(first, first + k.shape[2], device=CPU)
+        pages = view.table[b].to(CPU, torch.long)[positions // view.page_size]
+        held = pages >= 0
+        for x, rows in ((k, view.keys), (v, view.values)):
+            device = rows.data.device
+            slots = (positions % view.page_size)[held].to(device)
+            new = x[b].transpose(0, 1)[held.to(x.device)]
+            _put(rows, pages[held].to(device), slots, new)
+
+
+def _put(rows: Rows, pages: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
+    """Write numbers ``[n, H, D]`` at slots ``[n]`` of pages ``[n]`` (as rows, not packed)."""
+    new = new.float()
+    if rows.rotation:
+        padding = rows.fmt.stored_dim(rows.dim) - rows.dim
+        new = rotate(torch.nn.functional.pad(new, (0, padding)), rows.rotation)
+    data, scales = encode(new, rows.fmt)
+    rows.data[pages, :, slots] = data.view(rows.data.dtype)
+    if rows.scales is not None and scales.shape[-1]:
+        rows.scales[pages, :, slots] = scales
