@@ -3,50 +3,53 @@
 #include <algorithm>
 #include <atomic>
 
-#include "encode.h"
+#include "formats.h"
 
 namespace KVF_NAMESPACE {
 
-static inline void append_row(const KvfSide& side, bool key, int64_t page, int head, int slot,
-                              const KvfTensor& from, const void* source) {
-  float x[KVF_MAX_DIM + 32] = {0};
-  uint8_t row[4 * (KVF_MAX_DIM + 32)];
-  uint16_t scales[KVF_MAX_DIM / GROUP + 1];
-  const int padded = key ? key_dim(side.format, side.dim) : value_dim(side.format, side.dim);
-  load_row(from, source, side.dim, x);
+template <class F, bool KEY>
+static void append_row(const KvfSide& side, int64_t page, int head, int slot, const KvfTensor& from,
+                       const void* source) {
+  float x[KVF_MAX_DIM];
+  uint8_t row[4 * KVF_MAX_DIM];
+  uint16_t scales[KVF_MAX_DIM / LEAST_GROUP];
+  const int dim = side.dim, padded = stored_dim<F, KEY>(dim);
+  load_row(from, source, dim, x);
+  for (int i = dim; i < padded; ++i) x[i] = 0;
   if (side.rotation) hadamard(x, padded, side.rotation);
-  // Only INT4's last group looks beyond the head, and zeros change no scale.
-  encode_row(side.format, x, padded, row, scales);
+  // Only the last group looks beyond the head, and zeros change no scale.
+  F::encode(x, padded, row, scales);
   uint8_t* at = page_of(side, page, head);
-  const int groups = scale_groups(side.format, side.dim);
+  const int groups = scale_groups<F>(dim);
   if (side.packed) {
     const int block = slot / BLOCK;
-    if (key)
-      place_key(side.format, side.dim, row, at + block * key_block_bytes(side.format, side.dim),
-                slot % BLOCK);
-    else
-      place_value(side.format, side.dim, row, at + block * value_block_bytes(side.format, side.dim),
-                  slot % BLOCK);
+    place_row<F, KEY>(dim, row, at + block * block_bytes<F, KEY>(dim), slot % BLOCK);
     uint16_t* s = groups ? scales_of(side, page, head) + (int64_t)block * groups * BLOCK : nullptr;
     for (int g = 0; g < groups; ++g) s[g * BLOCK + slot % BLOCK] = scales[g];
   } else {
-    const int stored = side.format == KVF_INT4 ? padded : side.dim;
-    memcpy(at + slot * side.row_stride, row, bytes_of(side.format, stored));
+    memcpy(at + slot * side.row_stride, row, bytes_of<F>(GROUPED<F> ? padded : dim));
     uint16_t* s = groups ? scales_of(side, page, head) + (int64_t)slot * groups : nullptr;
     for (int g = 0; g < groups; ++g) s[g] = scales[g];
   }
 }
 
-static void append(const KvfAppend& call, int b, int head) {
+// The new keys, or values, of one head of one sequence.
+template <class F, bool KEY>
+static void append_side(const KvfAppend& call, int b, int head) {
   const KvfPart& part = call.part;
+  const KvfTensor& from = KEY ? call.k : call.v;
   for (int t = 0; t < call.tokens; ++t) {
     const int position = call.first[b] + t;
     const int32_t page = part.table[b * part.table_stride + position / part.page_size];
     if (page < 0) continue;
     const int slot = position % part.page_size;
-    append_row(part.k, true, page, head, slot, call.k, row_of(call.k, b, head, t));
-    append_row(part.v, false, page, head, slot, call.v, row_of(call.v, b, head, t));
+    append_row<F, KEY>(KEY ? part.k : part.v, page, head, slot, from, row_of(from, b, head, t));
   }
+}
+
+static void append(const KvfAppend& call, int b, int head) {
+  with_format(call.part.k.format, [&](auto f) { append_side<decltype(f), true>(call, b, head); });
+  with_format(call.part.v.format, [&](auto f) { append_side<decltype(f), false>(call, b, head); });
 }
 
 struct AppendPlan {

@@ -8,62 +8,33 @@
 #include <atomic>
 #include <vector>
 
-#include "bf16.h"
-#include "encode.h"
-#include "integer.h"
 #include "tile.h"
 
 namespace KVF_NAMESPACE {
 
-template <class Step>
-static constexpr KeyKernel generic_keys() {
-  return {prepare_floats, score_generic<Step>};
-}
-template <class Step>
-static constexpr ValueKernel generic_values() {
-  return {add_generic<Step>};
-}
-
-// By format, in KvfFormat's order.
-static const KeyKernel KEYS[KVF_FORMATS] = {
-    generic_keys<StepF32>(),    generic_keys<StepF16>(),
-    generic_keys<StepBF16>(),   generic_keys<StepFP8>(),
-#if defined(__AVX512VNNI__)
-    {prepare_int8, score_int8}, {prepare_int4, score_int4},
-#else
-    generic_keys<StepINT8<true>>(), generic_keys<StepINT4>(),
-#endif
-};
-static const ValueKernel VALUES[KVF_FORMATS] = {
-    generic_values<StepF32>(),
-    generic_values<StepF16>(),
-    generic_values<StepBF16>(),
-    generic_values<StepFP8>(),
-#if defined(__AVX512VNNI__)
-    {add_int8},
-    {add_int4},
-#else
-    generic_values<StepINT8<false>>(), generic_values<StepINT4>(),
-#endif
+// What attention asks of the format of a store's keys, or of its values.
+template <class Math>
+struct Stored {
+  int dim;        // numbers of a row, padded
+  int64_t bytes;  // of a packed block
+  void (*gather)(const KvfPart&, const Unit&, int first, uint64_t unseen, Spare&, Tile&);
+  Math math;
 };
 
-// Queries that are bfloat16 themselves may have its instruction, which rounds queries and weights to
-// it; all others ask for more digits, and get floats.
-static const KeyKernel& keys_of(int format, int query_format) {
-#if defined(__AVX512BF16__)
-  static const KeyKernel pairs = {prepare_bf16, score_bf16};
-  if (format == KVF_BF16 && query_format == KVF_BF16) return pairs;
-#endif
-  (void)query_format;
-  return KEYS[format];
+static Stored<KeyMath> stored_keys(const KvfPart& part, int queries) {
+  return with_format(part.k.format, [&](auto f) -> Stored<KeyMath> {
+    using F = decltype(f);
+    return {stored_dim<F, true>(part.k.dim), block_bytes<F, true>(part.k.dim), gather<F, true>,
+            F::key_math(queries)};
+  });
 }
-static const ValueKernel& values_of(int format, int query_format) {
-#if defined(__AVX512BF16__)
-  static const ValueKernel pairs = {add_bf16};
-  if (format == KVF_BF16 && query_format == KVF_BF16) return pairs;
-#endif
-  (void)query_format;
-  return VALUES[format];
+
+static Stored<ValueMath> stored_values(const KvfPart& part, int queries) {
+  return with_format(part.v.format, [&](auto f) -> Stored<ValueMath> {
+    using F = decltype(f);
+    return {stored_dim<F, false>(part.v.dim), block_bytes<F, false>(part.v.dim), gather<F, false>,
+            F::value_math(queries)};
+  });
 }
 
 constexpr float LOG2E = 1.44269504f;  // logits are kept in base 2
@@ -150,12 +121,13 @@ struct Scratch {
   int sequence = -1, head = -1, part = -1;  // whose queries are prepared
 };
 
-static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Queries& q) {
+static void prepare_queries(const Plan& plan, const Unit& unit, const Stored<KeyMath>& stored,
+                            Scratch& a, Queries& q) {
   const KvfAttend& call = *plan.call;
   const KvfSide& keys = call.parts[unit.part].k;
   const int group_size = call.num_heads / call.num_kv_heads;
   q.rows = plan.rows;
-  q.dim = key_dim(keys.format, keys.dim);
+  q.dim = stored.dim;
   const size_t size = (size_t)q.rows * q.dim;
   const bool ready = a.sequence == unit.b && a.head == unit.head && a.part == unit.part;
   if (!ready) {
@@ -164,7 +136,7 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
     a.high.resize(size);
     a.low.resize(size);
     a.unit.resize(q.rows);
-    a.sums.resize((size_t)q.rows * 2 * (q.dim / GROUP + 1));
+    a.sums.resize((size_t)q.rows * 2 * (q.dim / LEAST_GROUP + 1));
     for (int r = 0; r < group_size; ++r)
       for (int t = 0; t < call.tokens; ++t) {
         float* x = &a.x[(size_t)(r * call.tokens + t) * q.dim];
@@ -180,7 +152,7 @@ static void prepare_queries(const Plan& plan, const Unit& unit, Scratch& a, Quer
   q.low = a.low.data();
   q.unit = a.unit.data();
   q.sums = a.sums.data();
-  if (!ready) keys_of(keys.format, call.q.format).prepare(q);
+  if (!ready) stored.math.prepare(q);
   a.sequence = unit.b;
   a.head = unit.head;
   a.part = unit.part;
@@ -303,31 +275,30 @@ static void merge(const Plan& plan, int b, int head, const HeadWork& work, Scrat
 static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
   const KvfAttend& call = *plan.call;
   const KvfPart& part = call.parts[unit.part];
-  const int rows = plan.rows, padded = value_dim(part.v.format, part.v.dim);
+  const Stored<KeyMath> keys = stored_keys(part, call.q.format);
+  const Stored<ValueMath> values = stored_values(part, call.q.format);
+  const int rows = plan.rows, padded = values.dim;
   Queries q;
-  prepare_queries(plan, unit, a, q);
+  prepare_queries(plan, unit, keys, a, q);
   a.o.assign((size_t)rows * padded, 0.f);
   a.s.resize((size_t)rows * TILE);
   a.m.assign(rows, -INFINITY);
   a.l.assign(rows, 0.f);
   a.decay.resize(rows);
-  const int64_t bytes =
-      key_block_bytes(part.k.format, part.k.dim) + value_block_bytes(part.v.format, part.v.dim);
-  a.spare.blocks.resize(2 * TILE_BLOCKS * bytes);
-  a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)(KVF_MAX_DIM / GROUP));
+  a.spare.blocks.resize(2 * TILE_BLOCKS * (keys.bytes + values.bytes));
+  a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)(KVF_MAX_DIM / LEAST_GROUP));
   for (int first = unit.low / BLOCK * BLOCK; first < unit.high; first += TILE) {
-    Tile keys{}, values{};
+    Tile k{}, v{};
     const int left = (unit.high - first + BLOCK - 1) / BLOCK;
-    keys.blocks = values.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
-    gather(part, true, unit, first, 0, a.spare, keys);
-    keys_of(part.k.format, call.q.format).score(q, keys, a.s.data());
-    const int count = keys.blocks * BLOCK;
+    k.blocks = v.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
+    keys.gather(part, unit, first, 0, a.spare, k);
+    keys.math.score(q, k, a.s.data());
+    const int count = k.blocks * BLOCK;
     finish_scores(plan, unit, first, count, a.s.data());
     const uint64_t without = unseen(plan, count, a.s.data());
     soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
-    gather(part, false, unit, first, without, a.spare, values);
-    values_of(part.v.format, call.q.format)
-        .add(rows, a.s.data(), a.decay.data(), values, a.o.data());
+    values.gather(part, unit, first, without, a.spare, v);
+    values.math.add(rows, a.s.data(), a.decay.data(), v, a.o.data());
   }
   HeadWork& work = plan.heads[(size_t)unit.b * call.num_kv_heads + unit.head];
   if (work.units == 1) {

@@ -1,4 +1,4 @@
-// Numbers to rows and back: the C++ twin of kvfold/ops/formats, bit for bit.
+// What encoding a row needs: the C++ twin of kvfold/ops/rounding.py and rotation.py, bit for bit.
 #pragma once
 #include "layout.h"
 
@@ -77,58 +77,21 @@ static inline uint16_t scale_above(float x) {
   return (uint16_t)((u + 0xffff) >> 16);
 }
 
-static inline uint8_t to_fp8(float x) {  // to nearest, ties to even, at most 448
-  if (x != x) return 0x7f;
-  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
-  const float size = std::fmin(std::fabs(x), 448.f);
-  if (size < 0.015625f) return sign | (uint8_t)std::nearbyintf(size * 512.f);  // subnormal: 2^-9
-  uint32_t u;
-  memcpy(&u, &size, 4);
-  u += 0x7ffff + ((u >> 20) & 1);
-  return sign | (uint8_t)((u >> 20) - (120 << 3));
-}
-
 static inline int code_of(float x, float scale, int low, int high) {
   const float c = scale == 0 ? 0.f : std::nearbyintf(x / scale);
   return c != c ? 0 : c < low ? low : c > high ? high : (int)c;
 }
 
-// Encode `padded` numbers (zeros beyond the head) as an unpacked row and its scales.
-static inline void encode_row(int format, const float* x, int padded, uint8_t* row,
-                              uint16_t* scales) {
-  if (format == KVF_F32) {
-    memcpy(row, x, 4 * padded);
-    return;
-  }
-  if (format == KVF_F16 || format == KVF_BF16) {
-    for (int i = 0; i < padded; ++i) {
-      const uint16_t h = format == KVF_F16 ? to_f16(x[i]) : to_bf16(x[i]);
-      memcpy(row + 2 * i, &h, 2);
-    }
-    return;
-  }
-  if (format == KVF_INT4) {
-    for (int g = 0; g * GROUP < padded; ++g) {
-      float extreme = 0;  // signed: it gets the code -8, which has no positive twin
-      for (int i = g * GROUP; i < (g + 1) * GROUP; ++i)
-        if (x[i] != x[i] || std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
-      const uint16_t size = scale_above(std::fabs(extreme) / 8);
-      const uint16_t bits = extreme > 0 ? size | 0x8000 : size;
-      scales[g] = bits;
-      const float scale = from_bf16(bits);
-      for (int i = g * GROUP; i < (g + 1) * GROUP; ++i)
-        set_half(row + i / 2, i % 2, code_of(x[i], scale, -8, 7) + 8);
-    }
-    return;
-  }
+// One scale for all: the largest number gets the code of `top`. convert: x / scale to a code.
+template <class Convert>
+static INLINE void encode_whole(const float* x, int padded, float top, uint8_t* row,
+                                uint16_t* scales, Convert convert) {
   float largest = 0;
   for (int i = 0; i < padded; ++i)
     if (x[i] != x[i] || std::fabs(x[i]) > largest) largest = std::fabs(x[i]);
-  scales[0] = scale_above(largest / (format == KVF_INT8 ? 127.f : 448.f));
+  scales[0] = scale_above(largest / top);
   const float scale = from_bf16(scales[0]);
-  for (int i = 0; i < padded; ++i)
-    row[i] = format == KVF_INT8 ? (uint8_t)code_of(x[i], scale, -127, 127)
-                                : to_fp8(scale == 0 ? 0.f : x[i] / scale);
+  for (int i = 0; i < padded; ++i) row[i] = convert(x[i], scale);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Scores and weighted sums for every format and instruction set: numbers become floats in
 // registers on the way. Formats whose layout the machine can multiply directly have kernels of
-// their own (bf16.h, integer.h).
+// their own (formats/bf16.h; integer.h).
 #pragma once
-#include "layout.h"
+#include "encode.h"
 
 namespace KVF_NAMESPACE {
 
@@ -18,7 +18,7 @@ struct Tile {
   int dim;
 };
 
-// Query rows of one KV head, prepared for a key format; which members are used is its business.
+// Query rows of one KV head, prepared for a format of keys; which members are used is its business.
 struct Queries {
   int rows, dim;       // dim: padded to the keys'
   float scale;         // what scores are to be multiplied by
@@ -26,18 +26,19 @@ struct Queries {
   uint16_t* bf16;      // [rows][dim]
   int8_t *high, *low;  // [rows][dim], 256 high + low = the query as a 16-bit integer …
   float* unit;         // [rows], … times this
-  int32_t* sums;       // [rows][dim / GROUP + 1], sums of those integers over groups, last over all
+  int32_t*
+      sums;  // [rows][dim / LEAST_GROUP + 1], sums of those integers over groups, last over all
 };
 
-struct KeyKernel {
+struct KeyMath {
   void (*prepare)(Queries&);
   // s[row * TILE + token] = scale * q . k, for tile.blocks * 16 tokens.
   void (*score)(const Queries&, const Tile&, float* s);
 };
 
-struct ValueKernel {
+struct ValueMath {
   // o[row] = decay[row] * o[row] + sum over tokens of p[row * TILE + token] v.
-  // o rows are value_dim apart. p is scratch and may be overwritten.
+  // o rows are stored_dim apart. p is scratch and may be overwritten.
   void (*add)(int rows, float* p, const float* decay, const Tile&, float* o);
 };
 
@@ -75,60 +76,6 @@ static INLINE void for_rows(int rows, Function f) {
   }
 }
 
-// A format's step: the same dimensions of 16 tokens (keys), or 16 dimensions of the same tokens
-// (values), as floats. Scales: keys' and values' per token are applied elsewhere; INT4's here.
-struct StepF32 {
-  static constexpr int step = 1, format = KVF_F32;
-  static INLINE void load(const uint8_t* p, F16x* x) {
-    x[0] = KVF_NAMESPACE::load((const float*)p);
-  }
-};
-struct StepF16 {
-  static constexpr int step = 1, format = KVF_F16;
-  static INLINE void load(const uint8_t* p, F16x* x) { x[0] = load_f16((const uint16_t*)p); }
-};
-struct StepFP8 {
-  static constexpr int step = 1, format = KVF_FP8;
-  static INLINE void load(const uint8_t* p, F16x* x) { x[0] = load_fp8(p); }
-};
-struct StepBF16 {
-  static constexpr int step = 2, format = KVF_BF16;
-  static INLINE void load(const uint8_t* p, F16x* x) {
-    for (int i = 0; i < PARTS; ++i) {
-      Ints u;
-      memcpy(&u, p + i * sizeof u, sizeof u);
-      x[0].v[i] = (Floats)(u << 16);
-      x[1].v[i] = (Floats)(u & (int32_t)0xffff0000);
-    }
-  }
-};
-template <bool KEY>
-struct StepINT8 {
-  static constexpr int step = 4, format = KVF_INT8;
-  static INLINE void load(const uint8_t* p, F16x* x) {
-    for (int i = 0; i < PARTS; ++i) {
-      Ints u;
-      memcpy(&u, p + i * sizeof u, sizeof u);
-      if (KEY) u ^= (int32_t)0x80808080;
-      for (int j = 0; j < 4; ++j)
-        x[j].v[i] = __builtin_convertvector((u << (24 - 8 * j)) >> 24, Floats);
-    }
-  }
-};
-struct StepINT4 {
-  static constexpr int step = 8, format = KVF_INT4;
-  static INLINE void load(const uint8_t* p, F16x* x) {
-    for (int i = 0; i < PARTS; ++i) {
-      Ints u;
-      memcpy(&u, p + i * sizeof u, sizeof u);
-      for (int j = 0; j < 8; ++j) {
-        const int shift = j % 4 * 8 + j / 4 * 4;
-        x[j].v[i] = __builtin_convertvector(((u >> shift) & 15) - 8, Floats);
-      }
-    }
-  }
-};
-
 static void prepare_floats(Queries& q) {
   for (int64_t i = 0; i < (int64_t)q.rows * q.dim; ++i) q.x[i] *= q.scale;
 }
@@ -143,14 +90,13 @@ static constexpr int across() {
 }
 constexpr int ROW_LIMIT = WIDTH == 16 ? 8 : 4;
 
-template <class Step>
-static constexpr int64_t step_bytes() {  // of 16 tokens or dimensions
-  return Step::format == KVF_F16 ? 32 : Step::format == KVF_FP8 ? 16 : 64;
-}
+// Bytes of one step of 16 tokens (keys) or dimensions (values).
+template <class F>
+constexpr int64_t STEP_BYTES = 2 * F::step * F::bits;
 
-template <class Step, int ROWS, int BLOCKS>
+template <class F, int ROWS, int BLOCKS>
 static INLINE void score_blocks(const Queries& q, int row, const Tile& tile, int block, float* s) {
-  constexpr int format = Step::format, step = Step::step;
+  constexpr int step = F::step;
   F16x sum[ROWS][BLOCKS];
   for (int r = 0; r < ROWS; ++r)
     for (int b = 0; b < BLOCKS; ++b) sum[r][b] = splat(0);
@@ -158,13 +104,13 @@ static INLINE void score_blocks(const Queries& q, int row, const Tile& tile, int
   const int dim = q.dim;
   const float* query = q.x + (int64_t)row * dim;
   int64_t at = 0;
-  for (int d = 0; d < dim; d += step, at += step_bytes<Step>()) {
+  for (int d = 0; d < dim; d += step, at += STEP_BYTES<F>) {
     F16x x[BLOCKS][step];
     for (int b = 0; b < BLOCKS; ++b) {
-      Step::load(tile.block[block + b] + at, x[b]);
+      F::template load<true>(tile.block[block + b] + at, x[b]);
       if (fetch) prefetch(tile.next[block + b] + at);
-      if constexpr (format == KVF_INT4) {
-        const F16x scale = load_bf16(tile.scales[block + b] + d / GROUP * BLOCK);
+      if constexpr (GROUPED<F>) {
+        const F16x scale = load_bf16(tile.scales[block + b] + d / F::group * BLOCK);
         for (int j = 0; j < step; ++j) x[b][j] = x[b][j] * scale;
       }
     }
@@ -176,27 +122,27 @@ static INLINE void score_blocks(const Queries& q, int row, const Tile& tile, int
   }
   for (int b = 0; b < BLOCKS; ++b)
     for (int r = 0; r < ROWS; ++r) {
-      if constexpr (format == KVF_INT8 || format == KVF_FP8)
+      if constexpr (F::group == WHOLE_ROW)
         sum[r][b] = sum[r][b] * load_bf16(tile.scales[block + b]);
       store(s + (row + r) * TILE + (block + b) * BLOCK, sum[r][b]);
     }
 }
 
-template <class Step>
-static void score_generic(const Queries& q, const Tile& tile, float* s) {
+template <class F>
+static void score_floats(const Queries& q, const Tile& tile, float* s) {
   for_rows<ROW_LIMIT>(q.rows, [&](auto n, int row) {
     constexpr int ROWS = decltype(n)::value, BLOCKS = across<ROWS>();
     int block = 0;
     for (; block + BLOCKS <= tile.blocks; block += BLOCKS)
-      score_blocks<Step, ROWS, BLOCKS>(q, row, tile, block, s);
-    for (; block < tile.blocks; ++block) score_blocks<Step, ROWS, 1>(q, row, tile, block, s);
+      score_blocks<F, ROWS, BLOCKS>(q, row, tile, block, s);
+    for (; block < tile.blocks; ++block) score_blocks<F, ROWS, 1>(q, row, tile, block, s);
   });
 }
 
-template <class Step, int ROWS, int CHUNKS>
+template <class F, int ROWS, int CHUNKS>
 static INLINE void add_chunks(int row, const float* p, const float* decay, const Tile& tile,
                               int chunk, float* o, int padded) {
-  constexpr int format = Step::format, step = Step::step;
+  constexpr int step = F::step;
   F16x sum[ROWS][CHUNKS];
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < CHUNKS; ++c)
@@ -207,12 +153,12 @@ static INLINE void add_chunks(int row, const float* p, const float* decay, const
     for (int token = 0; token < BLOCK; token += step) {
       F16x x[CHUNKS][step];
       for (int c = 0; c < CHUNKS; ++c) {
-        const int64_t at = step == 1 ? bytes_of(format, (int64_t)token * padded + (chunk + c) * 16)
-                                     : bytes_of(format, (int64_t)(chunk + c) * 256 + token * 16);
-        Step::load(tile.block[block] + at, x[c]);
+        const int64_t at = bytes_of<F>(step == 1 ? (int64_t)token * padded + (chunk + c) * 16
+                                                 : (int64_t)(chunk + c) * 256 + token * 16);
+        F::template load<false>(tile.block[block] + at, x[c]);
         if (fetch) prefetch(tile.next[block] + at);
-        if constexpr (format == KVF_INT4) {
-          const uint16_t* scale = tile.scales[block] + (chunk + c) / 2 * BLOCK + token;
+        if constexpr (GROUPED<F>) {
+          const uint16_t* scale = tile.scales[block] + (chunk + c) * 16 / F::group * BLOCK + token;
           for (int j = 0; j < step; ++j) x[c][j] = x[c][j] * splat(from_bf16(scale[j]));
         }
       }
@@ -239,19 +185,24 @@ static INLINE void scale_weights(int rows, float* p, const Tile& tile) {
   }
 }
 
-template <class Step>
-static void add_generic(int rows, float* p, const float* decay, const Tile& tile, float* o) {
-  constexpr int format = Step::format;
-  if constexpr (format == KVF_INT8 || format == KVF_FP8) scale_weights(rows, p, tile);
-  const int padded = value_dim(format, tile.dim), chunks = padded / 16;
+template <class F>
+static void add_floats(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+  if constexpr (F::group == WHOLE_ROW) scale_weights(rows, p, tile);
+  const int padded = stored_dim<F, false>(tile.dim), chunks = padded / 16;
   for_rows<ROW_LIMIT>(rows, [&](auto n, int row) {
     constexpr int ROWS = decltype(n)::value, CHUNKS = across<ROWS>();
     int chunk = 0;
     for (; chunk + CHUNKS <= chunks; chunk += CHUNKS)
-      add_chunks<Step, ROWS, CHUNKS>(row, p, decay, tile, chunk, o, padded);
-    for (; chunk < chunks; ++chunk)
-      add_chunks<Step, ROWS, 1>(row, p, decay, tile, chunk, o, padded);
+      add_chunks<F, ROWS, CHUNKS>(row, p, decay, tile, chunk, o, padded);
+    for (; chunk < chunks; ++chunk) add_chunks<F, ROWS, 1>(row, p, decay, tile, chunk, o, padded);
   });
 }
+
+// For formats that have no kernels of their own.
+template <class F>
+struct InFloats {
+  static KeyMath key_math(int) { return {prepare_floats, score_floats<F>}; }
+  static ValueMath value_math(int) { return {add_floats<F>}; }
+};
 
 }  // namespace

@@ -1,9 +1,27 @@
 // Compiled once per instruction set, with KVF_NAMESPACE and KVF_TABLE naming the copy.
+#include <map>
+#include <string>
+
 #include "append.h"
 #include "attend.h"
 #include "read.h"
 #include "table.h"
 
+namespace KVF_NAMESPACE {
+static const char* formats() {
+  static const std::string names = [] {
+    std::map<int, std::string> by_code;
+#define KVF_NAME(F) by_code[F::code] = F::name;
+    KVF_FORMATS(KVF_NAME)
+#undef KVF_NAME
+    std::string all;
+    for (const auto& [code, name] : by_code) all += (all.empty() ? "" : " ") + name;
+    return all;
+  }();
+  return names.c_str();
+}
+}  // namespace
+
 extern const IsaTable KVF_TABLE;
-const IsaTable KVF_TABLE = {KVF_NAMESPACE::attend, KVF_NAMESPACE::append_all,
-                            KVF_NAMESPACE::read_lines};
+const IsaTable KVF_TABLE = {KVF_NAMESPACE::formats, KVF_NAMESPACE::attend,
+                            KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_lines};

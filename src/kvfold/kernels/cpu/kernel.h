@@ -14,15 +14,15 @@ enum KvfLimit : int32_t {
   KVF_BLOCK = 16        // tokens of a packed block
 };
 
-// How numbers are stored. The one definition of each is in kvfold/ops/formats.
-enum KvfFormat : int32_t { KVF_F32, KVF_F16, KVF_BF16, KVF_FP8, KVF_INT8, KVF_INT4, KVF_FORMATS };
+// The numbers of tensors; formats of the same have the same codes (see formats.h).
+enum KvfDtype : int32_t { KVF_F32, KVF_F16, KVF_BF16 };
 
 // One side (keys or values) of a store. Strides are in bytes.
 //
 // packed = 1: blocks of 16 tokens in the order the kernels read them (see layout.h).
 // packed = 0: one row per token, row_stride apart.
 struct KvfSide {
-  int32_t format;
+  int32_t format;  // its code; all are listed in formats.h
   int32_t packed;
   int32_t dim;       // head size
   int32_t rotation;  // size of the Hadamard blocks the rows were rotated by; 0 for none
@@ -45,7 +45,7 @@ struct KvfPart {
 
 struct KvfTensor {  // [B, H, T, dim], the last dimension contiguous; strides in elements
   void* data;
-  int32_t format;  // KVF_F32, KVF_F16 or KVF_BF16
+  int32_t format;  // a KvfDtype
   int64_t batch_stride, head_stride, token_stride;
 };
 
@@ -82,6 +82,7 @@ typedef void (*KvfParallel)(void (*body)(void*), void* data, unsigned threads, u
 const char* kvf_isa();                   // the instruction set in use
 int32_t kvf_set_isa(const char* name);   // 0 when this machine has it
 const char* kvf_isas();                  // all that this machine has, best first, space-separated
+const char* kvf_formats();               // names of the formats by code, space-separated
 void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
 int32_t kvf_attend(const KvfAttend* call);
 int32_t kvf_append(const KvfAppend* call);

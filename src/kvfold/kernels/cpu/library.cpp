@@ -101,6 +101,8 @@ const char* kvf_isas() {
   return names.c_str();
 }
 
+const char* kvf_formats() { return current->table->formats(); }
+
 void kvf_set_parallel(KvfParallel run) { parallel = run ? run : run_on_own_threads; }
 
 int32_t kvf_attend(const KvfAttend* call) {

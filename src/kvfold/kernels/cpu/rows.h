@@ -1,4 +1,4 @@
-// Plain rows into a packed block, sixteen at once: what place_key and place_value do one at a time.
+// Plain rows into a packed block, sixteen at once: what place_row does one at a time.
 #pragma once
 #include "layout.h"
 
@@ -63,21 +63,15 @@ static void place_pairs(const uint8_t* const rows[BLOCK], int dim, uint8_t* bloc
 }
 #endif
 
-static INLINE void place_keys(int format, int dim, const uint8_t* const rows[BLOCK],
-                              uint8_t* block) {
+template <class F, bool KEY>
+static INLINE void place_rows(int dim, const uint8_t* const rows[BLOCK], uint8_t* block) {
 #if defined(__AVX512F__)
-  if (format == KVF_F32) return place_words(rows, dim, block);
-  if (format == KVF_BF16 && dim % 2 == 0) return place_words(rows, dim / 2, block);
+  if constexpr (KEY && F::bits * F::step == 32 && !F::key_flip) {
+    if (dim % F::step == 0) return place_words(rows, dim / F::step, block);
+  }
+  if constexpr (!KEY && F::bits == 16 && F::step == 2) return place_pairs(rows, dim, block);
 #endif
-  for (int slot = 0; slot < BLOCK; ++slot) place_key(format, dim, rows[slot], block, slot);
-}
-
-static INLINE void place_values(int format, int dim, const uint8_t* const rows[BLOCK],
-                                uint8_t* block) {
-#if defined(__AVX512F__)
-  if (format == KVF_BF16) return place_pairs(rows, dim, block);
-#endif
-  for (int slot = 0; slot < BLOCK; ++slot) place_value(format, dim, rows[slot], block, slot);
+  for (int slot = 0; slot < BLOCK; ++slot) place_row<F, KEY>(dim, rows[slot], block, slot);
 }
 
 }  // namespace

@@ -82,17 +82,6 @@ static INLINE F16x load_bf16(const uint16_t* p) {
   return r;
 }
 
-static INLINE F16x load_i8(const int8_t* p) {
-  typedef int8_t Chars __attribute__((vector_size(WIDTH)));
-  F16x r;
-  EACH {
-    Chars c;
-    memcpy(&c, p + i * WIDTH, sizeof c);
-    r.v[i] = __builtin_convertvector(__builtin_convertvector(c, Ints), Floats);
-  }
-  return r;
-}
-
 static INLINE float reduce_add(F16x a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)a.v[0]);
@@ -183,30 +172,6 @@ static INLINE F16x load_f16(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) t[i] = from_f16(p[i]);
   return load(t);
 #endif
-}
-
-static INLINE float from_fp8(uint8_t x) {  // e4m3: bias 7, no infinities
-  int exponent = (x >> 3) & 15, mantissa = x & 7;
-  if ((x & 0x7f) == 0x7f) return NAN;
-  float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : mantissa * 0.001953125f;
-  return x & 0x80 ? -size : size;
-}
-
-static INLINE F16x load_fp8(const uint8_t* p) {
-  F16x r;
-  EACH {
-    Bytes b;
-    memcpy(&b, p + i * WIDTH, sizeof b);
-    Ints x = __builtin_convertvector(b, Ints);
-    Ints sign = (x & 0x80) << 24, bits = x & 0x7f;
-    // A normal number's bits, moved into a float's place, lack 127 - 7 in the exponent.
-    Floats normal = (Floats)((bits << 20) + (120 << 23));
-    Floats tiny = __builtin_convertvector(bits, Floats) * 0.001953125f;
-    Floats size = bits > 7 ? normal : tiny;
-    size = bits == 0x7f ? NAN - Floats{} : size;
-    r.v[i] = (Floats)((Ints)size | sign);
-  }
-  return r;
 }
 
 #undef EACH

@@ -3,6 +3,7 @@
 #include "kernel.h"
 
 struct IsaTable {
+  const char* (*formats)();
   void (*attend)(const KvfAttend&, KvfParallel);
   void (*append)(const KvfAppend&, KvfParallel);
   uint64_t (*read_lines)(const uint8_t* data, int64_t lines);

@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "generic.h"
+#include "formats.h"
 #include "rows.h"
 
 namespace KVF_NAMESPACE {
@@ -19,35 +19,37 @@ struct Spare {
 };
 
 // A block for tokens that are not there: zeros, whatever the format.
-static void clear_block(const KvfSide& side, bool key, uint8_t* to, uint16_t* scales) {
-  memset(to, 0,
-         key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim));
-  memset(scales, 0, 2 * scale_groups(side.format, side.dim) * BLOCK);
+template <class F, bool KEY>
+static void clear_block(int dim, uint8_t* to, uint16_t* scales) {
+  memset(to, 0, block_bytes<F, KEY>(dim));
+  memset(scales, 0, 2 * scale_groups<F>(dim) * BLOCK);
 }
 
 // Copy a packed block of values without the tokens outside the unit, or that nobody sees.
-static void copy_inside(const KvfSide& side, const Unit& unit, int position, uint32_t without,
-                        const Tile& tile, int i, uint8_t* to, uint16_t* scales) {
-  const int groups = scale_groups(side.format, side.dim);
-  memcpy(to, tile.block[i], value_block_bytes(side.format, side.dim));
+template <class F>
+static void copy_inside(int dim, const Unit& unit, int position, uint32_t without, const Tile& tile,
+                        int i, uint8_t* to, uint16_t* scales) {
+  const int groups = scale_groups<F>(dim);
+  memcpy(to, tile.block[i], block_bytes<F, false>(dim));
   if (groups) memcpy(scales, tile.scales[i], 2 * groups * BLOCK);
   for (int slot = 0; slot < BLOCK; ++slot) {
     const bool inside = position + slot >= unit.low && position + slot < unit.high;
     if (inside && !(without >> slot & 1)) continue;
-    clear_value(side.format, side.dim, to, slot);
+    clear_value<F>(dim, to, slot);
     for (int g = 0; g < groups; ++g) scales[g * BLOCK + slot] = 0;
   }
 }
 
 // Pack the rows of the unit that fall into a block.
-static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int position,
-                         uint32_t without, uint8_t* to, uint16_t* scales) {
-  const KvfSide& side = key ? part.k : part.v;
-  const int groups = scale_groups(side.format, side.dim);
+template <class F, bool KEY>
+static void collect_rows(const KvfPart& part, const Unit& unit, int position, uint32_t without,
+                         uint8_t* to, uint16_t* scales) {
+  const KvfSide& side = KEY ? part.k : part.v;
+  const int groups = scale_groups<F>(side.dim);
   const int32_t* table = part.table + unit.b * part.table_stride;
   const uint8_t* rows[BLOCK];
   int found = 0;
-  clear_block(side, key, to, scales);
+  clear_block<F, KEY>(side.dim, to, scales);
   for (int slot = 0; slot < BLOCK; ++slot) {
     const int at = position + slot;
     const bool inside = at >= unit.low && at < unit.high && !(without >> slot & 1);
@@ -60,13 +62,9 @@ static void collect_rows(const KvfPart& part, bool key, const Unit& unit, int po
     for (int g = 0; g < groups; ++g)
       scales[g * BLOCK + slot] = scales_of(side, page, unit.head)[(int64_t)row * groups + g];
   }
-  if (found == BLOCK)
-    return key ? place_keys(side.format, side.dim, rows, to)
-               : place_values(side.format, side.dim, rows, to);
+  if (found == BLOCK) return place_rows<F, KEY>(side.dim, rows, to);
   for (int slot = 0; slot < BLOCK; ++slot)
-    if (rows[slot])
-      key ? place_key(side.format, side.dim, rows[slot], to, slot)
-          : place_value(side.format, side.dim, rows[slot], to, slot);
+    if (rows[slot]) place_row<F, KEY>(side.dim, rows[slot], to, slot);
 }
 
 // Goes through the packed blocks of a sequence; dividing once, as it costs more than reading.
@@ -100,12 +98,12 @@ static void set_next(const KvfSide& side, const Unit& unit, int64_t bytes, int g
 // One side's blocks of a tile. Whole packed blocks are used where they lie; others (at the ends,
 // unpacked, or missing) are put together in scratch, with zeros for tokens outside the unit, whose
 // memory may hold anything, and for those of `unseen`, bits of the tile's tokens.
-static void gather(const KvfPart& part, bool key, const Unit& unit, int first, uint64_t unseen,
-                   Spare& spare, Tile& tile) {
-  const KvfSide& side = key ? part.k : part.v;
-  const int64_t bytes =
-      key ? key_block_bytes(side.format, side.dim) : value_block_bytes(side.format, side.dim);
-  const int groups = scale_groups(side.format, side.dim);
+template <class F, bool KEY>
+static void gather(const KvfPart& part, const Unit& unit, int first, uint64_t unseen, Spare& spare,
+                   Tile& tile) {
+  const KvfSide& side = KEY ? part.k : part.v;
+  const int64_t bytes = block_bytes<F, KEY>(side.dim);
+  const int groups = scale_groups<F>(side.dim);
   const size_t half = spare.blocks.size() / 2, scale_half = spare.scales.size() / 2;
   tile.dim = side.dim;
   Walk at(part, unit, first);
@@ -118,13 +116,13 @@ static void gather(const KvfPart& part, bool key, const Unit& unit, int first, u
       tile.block[i] = page_of(side, *at.page, unit.head) + at.block * bytes;
       if (groups)
         tile.scales[i] = scales_of(side, *at.page, unit.head) + (int64_t)at.block * groups * BLOCK;
-      if (whole || key) continue;  // scores of keys outside are thrown away
+      if (whole || KEY) continue;  // scores of keys outside are thrown away
     }
-    uint8_t* to = spare.blocks.data() + (key ? 0 : half) + i * bytes;
-    uint16_t* scales = spare.scales.data() + (key ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
-    if (here) copy_inside(side, unit, position, without, tile, i, to, scales);
-    else if (!side.packed) collect_rows(part, key, unit, position, without, to, scales);
-    else clear_block(side, key, to, scales);
+    uint8_t* to = spare.blocks.data() + (KEY ? 0 : half) + i * bytes;
+    uint16_t* scales = spare.scales.data() + (KEY ? 0 : scale_half) + (int64_t)i * groups * BLOCK;
+    if (here) copy_inside<F>(side.dim, unit, position, without, tile, i, to, scales);
+    else if (!side.packed) collect_rows<F, KEY>(part, unit, position, without, to, scales);
+    else clear_block<F, KEY>(side.dim, to, scales);
     tile.block[i] = to;
     tile.scales[i] = scales;
   }

@@ -1,12 +1,13 @@
-// bfloat16 with AVX512-BF16: a register holds two dimensions of 16 keys, or 16 dimensions of two
-// values, and one instruction multiplies and adds both. Weights are rounded to bfloat16, as
-// FlashAttention does; sums are floats. For queries of bfloat16 only (see attend.h).
+// bfloat16, as it is.
 #pragma once
-#include "generic.h"
+#include "../generic.h"
 
-#if defined(__AVX512BF16__)
 namespace KVF_NAMESPACE {
 
+#if defined(__AVX512BF16__)
+// With AVX512-BF16 a register holds two dimensions of 16 keys, or 16 dimensions of two values, and
+// one instruction multiplies and adds both. Weights are rounded to bfloat16, as FlashAttention
+// does; sums are floats.
 static INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
@@ -98,7 +99,7 @@ static void add_bf16(int rows, float* p, const float* decay, const Tile& tile, f
       const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + r * TILE + i * BLOCK));
       memcpy(weights + r * TILE + i * BLOCK, &half, sizeof half);
     }
-  const int padded = value_dim(KVF_BF16, tile.dim), chunks = padded / 16;
+  const int padded = round_up(tile.dim, 16), chunks = padded / 16;
   const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
   const int32_t* pairs = (const int32_t*)weights;
   // As many sums as registers hold: 8 rows of 2 chunks, or 6 of 4.
@@ -120,6 +121,41 @@ static void add_bf16(int rows, float* p, const float* decay, const Tile& tile, f
                                            padded);
     });
 }
+#endif
+
+struct Bf16 : InFloats<Bf16> {
+  static constexpr const char* name = "bf16";
+  static constexpr int code = KVF_BF16, bits = 16, step = 2, group = NO_SCALES, key_flip = 0;
+
+  template <bool KEY>
+  static INLINE void load(const uint8_t* p, F16x* x) {
+    for (int i = 0; i < PARTS; ++i) {
+      Ints u;
+      memcpy(&u, p + i * sizeof u, sizeof u);
+      x[0].v[i] = (Floats)(u << 16);
+      x[1].v[i] = (Floats)(u & (int32_t)0xffff0000);
+    }
+  }
+
+  static void encode(const float* x, int padded, uint8_t* row, uint16_t*) {
+    for (int i = 0; i < padded; ++i) {
+      const uint16_t h = to_bf16(x[i]);
+      memcpy(row + 2 * i, &h, 2);
+    }
+  }
+
+#if defined(__AVX512BF16__)
+  // Queries that are bfloat16 themselves may have its instruction, which rounds queries and weights
+  // to it; all others ask for more digits, and get floats.
+  static KeyMath key_math(int queries) {
+    if (queries == KVF_BF16) return {prepare_bf16, score_bf16};
+    return InFloats<Bf16>::key_math(queries);
+  }
+  static ValueMath value_math(int queries) {
+    if (queries == KVF_BF16) return {add_bf16};
+    return InFloats<Bf16>::value_math(queries);
+  }
+#endif
+};
 
 }  // namespace
-#endif

@@ -1,0 +1,51 @@
+// float8 e4m3 (bias 7, no infinities), one scale per row.
+#pragma once
+#include "../generic.h"
+
+namespace KVF_NAMESPACE {
+
+static INLINE F16x load_e4m3(const uint8_t* p) {
+  F16x r;
+  for (int i = 0; i < PARTS; ++i) {
+    Bytes b;
+    memcpy(&b, p + i * WIDTH, sizeof b);
+    Ints x = __builtin_convertvector(b, Ints);
+    Ints sign = (x & 0x80) << 24, bits = x & 0x7f;
+    // A normal number's bits, moved into a float's place, lack 127 - 7 in the exponent.
+    Floats normal = (Floats)((bits << 20) + (120 << 23));
+    Floats tiny = __builtin_convertvector(bits, Floats) * 0.001953125f;
+    Floats size = bits > 7 ? normal : tiny;
+    size = bits == 0x7f ? NAN - Floats{} : size;
+    r.v[i] = (Floats)((Ints)size | sign);
+  }
+  return r;
+}
+
+static inline uint8_t to_e4m3(float x) {  // to nearest, ties to even, at most 448
+  if (x != x) return 0x7f;
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  const float size = std::fmin(std::fabs(x), 448.f);
+  if (size < 0.015625f) return sign | (uint8_t)std::nearbyintf(size * 512.f);  // subnormal: 2^-9
+  uint32_t u;
+  memcpy(&u, &size, 4);
+  u += 0x7ffff + ((u >> 20) & 1);
+  return sign | (uint8_t)((u >> 20) - (120 << 3));
+}
+
+struct Fp8 : InFloats<Fp8> {
+  static constexpr const char* name = "fp8";
+  static constexpr int code = 3, bits = 8, step = 1, group = WHOLE_ROW, key_flip = 0;
+
+  template <bool KEY>
+  static INLINE void load(const uint8_t* p, F16x* x) {
+    x[0] = load_e4m3(p);
+  }
+
+  static void encode(const float* x, int padded, uint8_t* row, uint16_t* scales) {
+    encode_whole(x, padded, 448.f, row, scales, [](float number, float scale) {
+      return to_e4m3(scale == 0 ? 0.f : number / scale);
+    });
+  }
+};
+
+}  // namespace
