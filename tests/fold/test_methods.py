@@ -1,6 +1,7 @@
 """Methods, grouping and the algebra under them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvfold.arch.target import Grouped
 from kvfold.errors import InputError, UnsupportedError
+from kvfold.fold import methods
 from kvfold.fold.energy import fold_energy
 from kvfold.fold.grouping import _exact, _greedy, consecutive_groups, find_groups, pair_losses
 from kvfold.fold.heads import HeadGroup, LayerHeads
@@ -216,7 +218,9 @@ def test_regrouping_never_captures_less_than_neighbours() -> None:
 
 
 def test_method_names_are_files() -> None:
-    assert set(method_names()) == {"aligned", "first", "mean", "pca", "random"}
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
+    assert set(method_names()) == set(all_methods()) == files
+    assert files >= {"aligned", "first", "mean", "pca", "random"}
     with pytest.raises(InputError) as error:
         check_method("maen")
     assert error.value.hint.startswith("did you mean mean?")
@@ -227,8 +231,8 @@ def test_a_method_makes_only_the_targets_that_it_declares(
 ) -> None:
     """Neither by its name nor by way of auto is it asked for another."""
     grouped, other = all_methods()["pca"], replace(all_methods()["aligned"], targets=())
-    methods: dict[str, Method] = {"aligned": other, "pca": grouped}
-    monkeypatch.setattr("kvfold.fold.methods.all_methods", lambda: methods)
+    chosen: dict[str, Method] = {"aligned": other, "pca": grouped}
+    monkeypatch.setattr("kvfold.fold.methods.all_methods", lambda: chosen)
     assert methods_for("auto", Grouped(2)) == [grouped]
     with pytest.raises(UnsupportedError, match="aligned cannot make 2 KV heads") as error:
         fold_model(tiny.make("llama", num_key_value_heads=6), 2, "aligned", "none")

@@ -75,3 +75,11 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_files_that_contributing_names_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./-]+(?:/|\.(?:py|h|cpp|md|txt)))`", page)
+    assert len(named) > 10
+    above = (ROOT, ROOT / "src" / "kvfold")
+    assert [name for name in named if not any((folder / name).exists() for folder in above)] == []
