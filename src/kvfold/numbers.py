@@ -17,8 +17,10 @@ from fractions import Fraction
 from kvfold.errors import InputError
 from kvfold.names import shown
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_WHOLE = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
+_DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9}
+_BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+_UNITS = {unit.lower(): size for unit, size in {"": 1, **_DECIMAL, **_BINARY}.items()}
+_WHOLE = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?(b?)", re.IGNORECASE)
 _REAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _LONGEST = 64  # characters: every number in range is shorter
 MOST_VALUES = 64  # of a comma list
@@ -26,21 +28,34 @@ MOST_VALUES = 64  # of a comma list
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number from ``least`` to ``most``; k, M and G are 1024, 1024² and 1024³.
+    """A whole number from ``least`` to ``most``.
 
-    >>> CONTEXT.read("8k", "--context")
-    8192
+    k, M and G are 1,000, 1,000² and 1,000³, whatever is counted; Ki, Mi and Gi are 1,024, 1,024²
+    and 1,024³. A B after them says bytes and changes nothing (GB, GiB); where bytes are not what
+    is counted, it stands for a billion.
+
+    Attributes:
+        what: said in place of the range. counts: ``tokens``, ``bytes``, or nothing in particular.
+
+    >>> CONTEXT.read("8k", "--context"), CONTEXT.read("8Ki", "--context")
+    (8000, 8192)
     """
 
     least: int
     most: int
-    hint: str = "for instance 512, 8k (8,192) or 1M (1,048,576)"
-    what: str = ""  # said in place of the range
+    hint: str = "for instance 512, 8k (8,000), 8Ki (8,192) or 1M (1,000,000)"
+    what: str = ""
+    counts: str = ""
 
     @property
     def span(self) -> str:
         """The range in a few characters, for ``--help``."""
         return f"{brief(self.least)}..{brief(self.most)}"
+
+    @property
+    def units(self) -> str:
+        """What the letters after a number stand for, for ``--help``; often nothing."""
+        return {"tokens": "k 1,000, Ki 1,024", "bytes": "M MB, Mi MiB"}.get(self.counts, "")
 
     def written(self, value: int) -> str:
         """The words that give a value, whatever units come to mean."""
@@ -57,7 +72,8 @@ class Whole:
             InputError: if it says none, or one out of range.
         """
         found = _WHOLE.fullmatch(text.strip()) if len(text) <= _LONGEST else None
-        value = Fraction(found[1]) * _UNITS[found[2].lower()] if found else Fraction(1, 2)
+        unit = self._unit((found[2] or "").lower(), bool(found[3])) if found else None
+        value = Fraction(found[1]) * unit if found and unit else Fraction(1, 2)
         if value.denominator != 1:
             raise self._refusal(text, name)
         return self.check(int(value), name, text)
@@ -73,6 +89,12 @@ class Whole:
         if not whole or not self.least <= number <= self.most:
             raise self._refusal(value if text is None else text, name)
         return number
+
+    def _unit(self, unit: str, has_b: bool) -> int | None:
+        """What a unit stands for here; None for one that makes no sense."""
+        if has_b and self.counts != "bytes":
+            return None if unit else _DECIMAL["G"]
+        return _UNITS[unit]
 
     def _refusal(self, value: object, name: str) -> InputError:
         bounds = f"a whole number, at least {self.least:,}, at most {self.most:,}"
@@ -130,7 +152,7 @@ class Real:
 class Wholes:
     """Some whole numbers of a kind, each once.
 
-    >>> Wholes(CONTEXT).read("512,8k", "--context")
+    >>> Wholes(CONTEXT).read("512,8Ki", "--context")
     (512, 8192)
     """
 
@@ -140,6 +162,11 @@ class Wholes:
     def span(self) -> str:
         """The range in a few characters, for ``--help``."""
         return f"{self.each.span},..."
+
+    @property
+    def units(self) -> str:
+        """What the letters after a number stand for, for ``--help``."""
+        return self.each.units
 
     def written(self, values: Iterable[int]) -> str:
         """The words that give some values."""
@@ -230,10 +257,10 @@ def nothing(name: str) -> InputError:
 def brief(number: int) -> str:
     """As a person would type it.
 
-    >>> brief(1 << 30), brief(1000)
-    ('1G', '1000')
+    >>> brief(1 << 30), brief(50_000), brief(1001)
+    ('1Gi', '50k', '1001')
     """
-    for unit, size in (("G", 1 << 30), ("M", 1 << 20), ("k", 1 << 10)):
+    for unit, size in (*reversed(_DECIMAL.items()), *reversed(_BINARY.items())):
         if number and number % size == 0:
             return f"{number // size}{unit}"
     return str(number)
@@ -244,14 +271,14 @@ def brief(number: int) -> str:
 # PyTorch takes 64 bits; one bit is left for what is added to a seed, layer by layer.
 SEED = Whole(0, 2**63 - 1, "any whole number; 0 is the default")
 
-TOKENS = Whole(1, 1 << 50)
-CONTEXT = Whole(1, 1 << 30)
-WINDOW = Whole(16, 1 << 30, "512 is usual")
-EVAL_WINDOW = Whole(2, 1 << 30, "512 is usual")
-NEEDLE = Whole(64, 1 << 24, "512 and 2k are usual")
-LOOK_TOKENS = Whole(1, 1 << 20, "4096 is usual")
-CALIBRATION = Whole(1024, 1 << 40, "50,000 is good; --no-calibration uses none")
-HELD_OUT = Whole(0, 1 << 40, "16k is usual")
+TOKENS = Whole(1, 1 << 50, counts="tokens")
+CONTEXT = Whole(1, 1 << 30, counts="tokens")
+WINDOW = Whole(16, 1 << 30, "512 is usual", counts="tokens")
+EVAL_WINDOW = Whole(2, 1 << 30, "512 is usual", counts="tokens")
+NEEDLE = Whole(64, 1 << 24, "512 and 2Ki (2,048) are usual", counts="tokens")
+LOOK_TOKENS = Whole(1, 1 << 20, "4096 is usual", counts="tokens")
+CALIBRATION = Whole(1024, 1 << 40, "50,000 is good; --no-calibration uses none", counts="tokens")
+HELD_OUT = Whole(0, 1 << 40, "16Ki (16,384) is usual", counts="tokens")
 LIMIT = Whole(1, 1 << 30, "for instance 100")
 
 BATCH = Whole(1, 1 << 20, "for instance 1 or 8")
@@ -270,8 +297,8 @@ STEPS = Whole(1, 1 << 16, "16 is the default")
 THREADS = Whole(1, 1024, "as many as there are cores is the default")
 GPUS = Whole(1, 1 << 16, "for instance 2")
 KEEP = Whole(1, 10_000, "2 is the default")
-BYTES = Whole(1, 1 << 50, "for instance 512M or 1G")
-SHARD_BYTES = Whole(1, 1 << 50, "5,000,000,000 is the default")
+BYTES = Whole(1, 1 << 50, "for instance 512Mi (MiB) or 1G (GB)", counts="bytes")
+SHARD_BYTES = Whole(1, 1 << 50, "5G (5,000,000,000) is the default", counts="bytes")
 
 GIGABYTES = Real(0, 1e9, above=True, hint="GB, for instance 80")
 BANDWIDTH = Real(0, 1e9, above=True, hint="GB/s, for instance 3350")

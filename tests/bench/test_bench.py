@@ -103,7 +103,8 @@ def test_quartiles_enclose_the_median(samples: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1", 1), ("8k", 8192), ("1.5K", 1536), ("1M", 1 << 20), ("2GiB", 2 << 30)]
+    ("text", "value"),
+    [("1", 1), ("8k", 8000), ("1.5Ki", 1536), ("1MB", 10**6), ("2GiB", 2 << 30), ("3gi", 3 << 30)],
 )
 def test_sizes(text: str, value: int) -> None:
     assert BYTES.read(text, "--working-set") == value
@@ -116,7 +117,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_lists() -> None:
-    assert Wholes(CONTEXT).read("1k, 8k,1024", "--context") == (1024, 8192)
+    assert Wholes(CONTEXT).read("1Ki, 8k,1024", "--context") == (1024, 8000)
     assert DTYPES.read("int8/int4,bf16", "--dtype") == ("int8/int4", "bf16")
     assert DTYPES.read("none", "--dtype") == ()
     assert dtype_of("int8/int4") == ("int8", "int4")

@@ -242,7 +242,7 @@ def config_folder(tmp_path: Path) -> Path:
 
 
 def test_the_command_needs_no_weights(kvfold: Kvfold, config_folder: Path) -> None:
-    arguments = ["plan", config_folder, "--gpu", "h100", "--context", "32k", "--batch", 8]
+    arguments = ["plan", config_folder, "--gpu", "h100", "--context", "32Ki", "--batch", 8]
     run = kvfold(*arguments)
     assert run.code == 0, run.err
     for word in ("estimated", "int4", "> ", "bound", "memory", "SmolLM2"):

@@ -22,8 +22,8 @@ from kvfold.record import RECORD
     "--heal",
     "heal_tokens",
     type=Number(numbers.TOKENS),
-    help="Then heal for N tokens on the calibration text; see `kvfold heal`. The folded model "
-    "stays beside OUT, as OUT.folded.",
+    help="Then heal for N tokens (k 1,000, Ki 1,024) on the calibration text; see `kvfold heal`. "
+    "The folded model stays beside OUT, as OUT.folded.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, show sizes, write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")

@@ -42,7 +42,7 @@ def command(source: str, as_json: bool) -> None:
             ("KV heads", f"{g.num_kv_heads} ({g.kind}, {g.group_size} query heads each)"),
             ("head size", str(g.head_dim)),
             ("KV cache per token (16 bit)", size(g.kv_bytes_per_token())),
-            ("KV cache at 32k tokens", size(32768 * g.kv_bytes_per_token())),
+            ("KV cache at 32,768 tokens", size(32768 * g.kv_bytes_per_token())),
             ("can be folded to", others),
         ]
         print_table(found.source, ["", ""], facts)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvfold import numbers
-from kvfold.cli.options import Location, Number, Source
+from kvfold.cli.options import Location, Number, Source, explained
 from kvfold.cli.output import say
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_bytes, write_text
@@ -27,7 +27,7 @@ _DEFAULT = "The animal did not cross the street because it was too tired."
 @click.option("--layer", "layers", type=Number(numbers.LAYER), multiple=True,
               help="Repeatable.  [default: middle]")  # fmt: skip
 @click.option("--max-tokens", type=Number(numbers.LOOK_TOKENS), default=4096, show_default=True,
-              help="Of a longer text.")  # fmt: skip
+              help=explained("Of a longer text.", numbers.LOOK_TOKENS))  # fmt: skip
 @click.option("--png", type=Location(), help="[default: attention.png]")
 @click.option("--html", type=Location(), help="One page with every layer asked for.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")

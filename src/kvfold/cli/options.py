@@ -32,6 +32,19 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
         return self.kind.span
 
 
+def explained(help: str, kind: object) -> str:
+    """A number's help, with what the letters after it stand for.
+
+    >>> explained("Of a text.  [default: 4]", Whole(1, 9, counts="tokens"))
+    'Of a text (k 1,000, Ki 1,024).  [default: 4]'
+    """
+    units = kind.units if isinstance(kind, Whole | Wholes) else ""
+    if not units:
+        return help
+    said, gap, default = help.partition("  [")
+    return f"{said.rstrip('.')} ({units}).{gap}{default}"
+
+
 class Comma(click.ParamType):  # type: ignore[type-arg]
     """Words with commas between."""
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvfold.cli.options import Comma, Location, Number, Source
+from kvfold.cli.options import Comma, Location, Number, Source, explained
 from kvfold.numbers import Real, Whole, Wholes
 from kvfold.requests import Choice, Flag, Kind, Listed, Made, Model, Option, Place, Request, Several
 from kvfold.requests import options_of as declared_by
@@ -93,7 +93,7 @@ def _option(name: str, option: Option) -> Callable[[Callback], Callback]:
         default=_words(option) if shown else None,
         show_default=shown,
         metavar=option.metavar,
-        help=option.help or None,
+        help=explained(option.help, option.kind) or None,
     )
 
 

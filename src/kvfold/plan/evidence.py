@@ -24,7 +24,7 @@ FOLDED = (
     Folded("then healed with 200,000 tokens", 0.27, 0.50),
 )
 
-# Of an 8- or 4-bit cache against bfloat16, at 4k tokens of context, on the worse of two texts.
+# Of an 8- or 4-bit cache against bfloat16, at 4,096 tokens of context, on the worse of two texts.
 CACHES = {
     "int8": "KL 0.0009 nats per token",
     "fp8": "KL 0.0112 nats per token",
@@ -50,4 +50,4 @@ def cache_risk(kv_dtype: str) -> str:
     if FORMATS[kv_dtype].plain:
         return "none beyond rounding"
     found = CACHES.get(kv_dtype)
-    return f"measured on {MODEL} at 4k tokens: {found}" if found else "not measured"
+    return f"measured on {MODEL} at 4,096 tokens: {found}" if found else "not measured"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import InputError
+from kvfold.numbers import NEEDLE
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import Tokenizer, check_ids, opening_tokens
 
@@ -114,7 +115,7 @@ def prompt(
     room = length - len(opening) - len(needle) - len(question)
     if room < 0:
         raise InputError(
-            f"--needle {length}: expected at least {length - room} tokens", "512 and 2k are usual"
+            f"--needle {length}: expected at least {length - room} tokens", NEEDLE.hint
         )
     one = ids(_FILLER)
     filler = (one * (room // len(one) + 1))[:room]
