@@ -130,25 +130,25 @@ class PairEnergy:
         return PairEnergy(self.lost + other.lost, self.own + other.own)
 
 
-def pair_losses(layer: LayerHeads, statistics: LayerStatistics) -> torch.Tensor:
+def pair_losses(heads: LayerHeads, statistics: LayerStatistics) -> torch.Tensor:
     """``[n, n]``: the fraction of the layer's value and key energy each pair would lose."""
-    values = value_pair_energy(layer, statistics).fraction()
-    return values + key_pair_energy(layer, statistics).fraction()
+    values = value_pair_energy(heads, statistics).fraction()
+    return values + key_pair_energy(heads, statistics).fraction()
 
 
-def value_pair_energy(layer: LayerHeads, statistics: LayerStatistics) -> PairEnergy:
+def value_pair_energy(heads: LayerHeads, statistics: LayerStatistics) -> PairEnergy:
     """Values, weighted by what the output projection reads of them."""
-    metric = torch.einsum("hrcd,hrce->hde", layer.o, layer.o)
-    return _subspace_energy(layer.v, metric, statistics.value_moment)
+    metric = torch.einsum("hrcd,hrce->hde", heads.o, heads.o)
+    return _subspace_energy(heads.v, metric, statistics.value_moment)
 
 
-def key_pair_energy(layer: LayerHeads, statistics: LayerStatistics) -> PairEnergy:
+def key_pair_energy(heads: LayerHeads, statistics: LayerStatistics) -> PairEnergy:
     """Keys, weighted by what the queries ask: by frequency, and the rest as one subspace."""
-    keys, moment = layer.k, statistics.moment
-    if layer.norm:  # QK-norm removes each head's scale
+    keys, moment = heads.k, statistics.moment
+    if heads.norm:  # QK-norm removes each head's scale
         keys = keys / energy(keys, moment).sqrt().clamp_min(_TINY)[:, None, None]
-    pairs, rest = layer.pairs.split(keys)
-    q_pairs, q_rest = layer.pairs.split(layer.q)
+    pairs, rest = heads.pairs.split(keys)
+    q_pairs, q_rest = heads.pairs.split(heads.q)
     count = len(keys)
     result = PairEnergy(keys.new_zeros(count, count), keys.new_zeros(count))
     if pairs.shape[-2]:

@@ -66,21 +66,21 @@ def inspect(source: str | Path, *, progress: Progress = no_progress) -> Inspecti
     with ExitStack() as stack:
         checkpoint = open_checkpoint(local_folder(source, stack))
         layers = checkpoint.geometry.num_layers
-        rows = []
-        for layer in range(layers):
-            rows.append(head_similarity(checkpoint, layer))
-            progress("comparing heads", layer + 1, layers)
+        similarities = []
+        for index in range(layers):
+            similarities.append(head_similarity(checkpoint, index))
+            progress("comparing heads", index + 1, layers)
         return Inspection(
             str(source),
             checkpoint.family.name,
             checkpoint.geometry,
             checkpoint.parameters,
             divisors(checkpoint.geometry.num_kv_heads)[:-1],
-            rows,
+            similarities,
         )
 
 
-def head_similarity(checkpoint: Checkpoint, layer: int) -> Similarity:
+def head_similarity(checkpoint: Checkpoint, index: int) -> Similarity:
     """Compare all pairs of KV heads of one layer."""
     from itertools import combinations
 
@@ -90,10 +90,10 @@ def head_similarity(checkpoint: Checkpoint, layer: int) -> Similarity:
     from kvfold.fold.statistics import LayerStatistics
     from kvfold.fold.stored_layer import StoredLayer
 
-    heads = StoredLayer(checkpoint, layer).heads()
+    heads = StoredLayer(checkpoint, index).heads()
     pairs = list(combinations(range(heads.num_kv_heads), 2))
     if not pairs:
-        return Similarity(layer, 1.0, 1.0, 1.0)
+        return Similarity(index, 1.0, 1.0, 1.0)
     statistics = LayerStatistics.without_data(checkpoint.geometry.hidden_size)
     flat = torch.nn.functional.normalize(heads.k.flatten(1), dim=1)
     cosine = flat @ flat.T
@@ -102,4 +102,4 @@ def head_similarity(checkpoint: Checkpoint, layer: int) -> Similarity:
         return float(torch.stack([table[a, b] for a, b in pairs]).mean())
 
     key, value = key_pair_energy(heads, statistics), value_pair_energy(heads, statistics)
-    return Similarity(layer, mean(cosine), mean(key.shareable()), mean(value.shareable()))
+    return Similarity(index, mean(cosine), mean(key.shareable()), mean(value.shareable()))

@@ -67,7 +67,7 @@ def fold_model(
     methods_for(method, target)
     folded = {**config}
     state = {name: checkpoint.tensor(name) for name in model.state_dict()}
-    record: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     if not target.is_source(checkpoint.geometry):
         family = checkpoint.family
         folded = target.config(family, config)
@@ -77,8 +77,8 @@ def fold_model(
         calibration = None if windows is None else Calibration(windows)
         for layer in fold_all(checkpoint, plan, calibration, progress=progress):
             state.update(layer.tensors)
-            record.append(layer.as_dict())
-    return FoldedModel(_build(folded, state, model), record)
+            reports.append(layer.as_dict())
+    return FoldedModel(_build(folded, state, model), reports)
 
 
 def _build(

@@ -40,24 +40,24 @@ def geometry_record(source: AttentionGeometry, target: Target) -> dict[str, Any]
     }
 
 
-def summary(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over layers: captured energy, and the error before and after each fitting stage."""
-    if not layers:
+    if not reports:
         return {}
     result: dict[str, Any] = {
-        "captured_value": fmean(layer["captured_value"] for layer in layers),
-        "captured_key": fmean(layer["captured_key"] for layer in layers),
+        "captured_value": fmean(report["captured_value"] for report in reports),
+        "captured_key": fmean(report["captured_key"] for report in reports),
     }
-    stages: dict[str, list[dict[str, Any]]] = {}
-    for layer in layers:
-        for stage in layer["stages"]:
-            stages.setdefault(stage["stage"], []).append(stage)
+    gains: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        for stage in report["stages"]:
+            gains.setdefault(stage["stage"], []).append(stage)
     result["stages"] = {
         name: {
-            "error_before": fmean(row["error_before"] for row in rows),
-            "error_after": fmean(row["error_after"] for row in rows),
+            "error_before": fmean(gain["error_before"] for gain in found),
+            "error_after": fmean(gain["error_after"] for gain in found),
         }
-        for name, rows in stages.items()
+        for name, found in gains.items()
     }
     return result
 
