@@ -224,7 +224,7 @@ def _run(
     carried = carry_files(folder, work.new)
     record = _record(checkpoint, request, text, windows, layers)
     record["source"] |= {"sha256": _weight_hashes(work, checkpoint), "carried": carried}
-    write_text(work.new / "README.md", model_card(checkpoint, record))
+    write_text(work.new / "README.md", model_card(checkpoint, request.target, record))
     open_checkpoint(work.new)  # the headers of what was written are as planned
     return record
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvfold.arch.families import family_of
+from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.fit import FITS, FitTask
 from kvfold.fold.hidden import HiddenStates
@@ -132,7 +132,7 @@ class FoldedPass:
         fit: str,
         seed: int,
     ) -> None:
-        self._config, self._family = config, family_of(config)
+        self._config, self._family = config, BY_TYPE[config["model_type"]]
         self._source, self._fit, self._seed = source, fit, seed
         family = self._family
         self._stream = LayerStream(config, family.layer, family.attention, calibration.device)

@@ -62,7 +62,7 @@ def summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def model_card(checkpoint: Checkpoint, record: dict[str, Any]) -> str:
+def model_card(checkpoint: Checkpoint, target: Target, record: dict[str, Any]) -> str:
     """A README.md for the folded checkpoint."""
     heads = record["geometry"]["num_kv_heads"]
     cache = record["geometry"]["kv_bytes_per_token_16bit"]
@@ -75,7 +75,7 @@ def model_card(checkpoint: Checkpoint, record: dict[str, Any]) -> str:
         "tags: [kvfold, gqa]",
         "---",
         "",
-        f"# {name.rstrip('/').split('/')[-1]}, folded to {heads['folded']} KV heads",
+        f"# {name.rstrip('/').split('/')[-1]}, folded to {target.label}",
         "",
         f"Made by kvfold {record['versions']['kvfold']} from "
         f"`{name}`, which has {heads['source']} KV heads.",
