@@ -84,6 +84,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Causal models that can be run and measured but not folded.
+UNFOLDABLE: dict[str, dict[str, Any]] = {
+    "gpt_neox": COMMON,
+    "opt": COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 48, "dropout": 0.0},
+    "gptj": GPT2 | {"rotary_dim": 4},
+    "falcon": COMMON | {"num_kv_heads": 1, "multi_query": True, "alibi": False},
+    "qwen3_moe": COMMON | WIDE | {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    },
+    "deepseek_v3": COMMON | {
+        "num_key_value_heads": 6, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_group": 2,
+        "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+    "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2},
+}  # fmt: skip
+
+
 def make(case: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of a case, in float32."""
     model_type, config = CASES[case]

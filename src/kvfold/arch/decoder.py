@@ -12,9 +12,9 @@ from kvfold.arch.experts import Experts
 from kvfold.arch.families import BY_TYPE
 from kvfold.arch.family import Family
 from kvfold.arch.layers import Layer, layer_types, read_layers, window_of
-from kvfold.arch.sizes import Config, ConfigKeys, optional
+from kvfold.arch.sizes import UNDECLARED, Config, optional
 
-_UNDECLARED = Family(("unknown",), keys=ConfigKeys(num_kv_heads=None))
+_UNDECLARED = Family(("unknown",), keys=UNDECLARED)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ def describe(config: Config) -> Decoder:
         tied=bool(text.get("tie_word_embeddings", False)),
         max_context=optional(text, "max_position_embeddings", "n_positions", "max_seq_len"),
     )
+
+
+def learned_positions(config: Config) -> int | None:
+    """How many positions a model has learned, if it cannot go beyond; rotary ones have no end."""
+    text = config.get("text_config") or config
+    family = BY_TYPE.get(str(text.get("model_type")), _UNDECLARED)
+    return optional(text, *family.learned_positions)
 
 
 def typed_layers(config: Config, count: int) -> list[tuple[str, int | None]]:

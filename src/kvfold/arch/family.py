@@ -66,6 +66,7 @@ class Family:
         post_norm: the attention's output is normalised before it joins the residual stream.
         residual_scale: config key of the factor on each block's output, if any.
         keys: what its configs call its sizes.
+        learned_positions: config keys of how many positions it has learned, if it has.
         default_head_dim: where neither the config nor hidden / heads gives it.
         unlisted_layers: which layers slide, where the config does not list their types.
         mlp_matrices: of each MLP: 3 with a gate, 2 without.
@@ -89,6 +90,7 @@ class Family:
     keys: ConfigKeys = ConfigKeys()
     post_norm: bool = False
     residual_scale: str | None = None
+    learned_positions: tuple[str, ...] = ("n_positions",)
     default_head_dim: int | None = None
     unlisted_layers: Unlisted = all_alike
     mlp_matrices: int = 3

@@ -15,21 +15,27 @@ class ConfigKeys:
     """The names that an architecture's ``config.json`` gives to its sizes.
 
     Attributes:
-        num_kv_heads: None where the config has no field for it, at most the flag ``multi_query``.
+        num_kv_heads: None where the config has no field that always holds. Then the flag
+            ``multi_query`` says one, and else ``maybe_kv_heads`` how many, or there are as many
+            as query heads.
     """
 
     hidden_size: str = "hidden_size"
     num_heads: str = "num_attention_heads"
     num_kv_heads: str | None = "num_key_value_heads"
     num_layers: str = "num_hidden_layers"
+    maybe_kv_heads: tuple[str, ...] = ()
 
 
 # What others call them: for architectures that are not declared.
 _HIDDEN_SIZE = ("hidden_size", "n_embd", "n_embed", "d_model")
 _NUM_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEAD_DIM = ("head_dim", "kv_channels")
+UNDECLARED = ConfigKeys(
+    num_kv_heads=None,
+    maybe_kv_heads=("num_key_value_heads", "num_kv_heads", "multi_query_group_num"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def _kv_heads(config: Config, keys: ConfigKeys, heads: int) -> int:
     # Falcon's flag says one, unless its newer layout is used.
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
-    return optional(config, *_NUM_KV_HEADS) or heads
+    return optional(config, *keys.maybe_kv_heads) or heads
 
 
 def optional(config: Config, *names: str) -> int | None:

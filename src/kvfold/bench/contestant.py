@@ -19,10 +19,18 @@ _ROUNDING = 2.0**-8  # relative, of one bfloat16 number
 
 
 def twin(model: Model, implementation: str) -> Model:
-    """The same model, weights shared, with another attention implementation."""
+    """The same model, weights shared, with another attention implementation.
+
+    Raises:
+        UnsupportedError: if the model cannot use kvfold's.
+    """
+    from kvfold.transformers import check_implementation
+
     tensors = chain(model.parameters(), model.buffers())
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     other.set_attn_implementation(implementation)
+    if implementation == OURS:
+        check_implementation(other)
     return other
 
 

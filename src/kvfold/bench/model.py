@@ -1,6 +1,6 @@
 """Whole models: time to the first token and per token after it, all in one alternation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.config import plain_config
+from kvfold.arch.decoder import Decoder, describe
+from kvfold.arch.layers import RECURRENT, Layer
 from kvfold.bench.buffers import read, threads
 from kvfold.bench.cases import dtype_of
 from kvfold.bench.contestant import (
@@ -27,9 +30,7 @@ from kvfold.bench.model_cases import GATE_STEPS, ModelRequest
 from kvfold.bench.records import OK, SKIPPED, WRONG, Results, Row, is_cold, machine
 from kvfold.bench.timing import Timing, measure, ratio
 from kvfold.checkpoint.pretrained import load_tokenizer
-from kvfold.checkpoint.source import open_checkpoint
 from kvfold.errors import UnsupportedError
-from kvfold.geometry import AttentionGeometry
 from kvfold.ops.formats import format_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model, local_folder
@@ -45,7 +46,7 @@ class Loaded:
 
     name: str
     folder: Path
-    geometry: AttentionGeometry
+    decoder: Decoder
     by_implementation: dict[str, Model]
 
     @property
@@ -118,7 +119,8 @@ def _load(path: str, stack: ExitStack) -> Loaded:
     model: Any = load_model(folder, "bfloat16", "cpu")
     twins = {name: twin(model, name) for name in (NATIVE, PLAIN, OURS)}
     name = Path(path).name if Path(path).exists() else path
-    return Loaded(name, folder, open_checkpoint(folder).geometry, twins)
+    decoder = describe(plain_config(model.config.get_text_config(decoder=True)))
+    return Loaded(name, folder, decoder, twins)
 
 
 def _run_case(models: list[Loaded], request: ModelRequest, context: int, batch: int) -> list[Row]:
@@ -182,17 +184,21 @@ def _prompt(loaded: Loaded, request: ModelRequest, context: int, batch: int) -> 
     return windows[torch.arange(batch) % len(windows)]
 
 
-def kv_bytes_expected(geometry: AttentionGeometry, dtype: str | None, tokens: int) -> int:
+def kv_bytes_expected(layers: Iterable[Layer], dtype: str | None, tokens: int) -> int:
     """Bytes that keys and values of so many tokens need, scales included, on paper.
 
-    >>> kv_bytes_expected(AttentionGeometry(2, 8, 2, 64, 64, 512), "int8", 10)
+    >>> kv_bytes_expected([Layer("full", 8, 2, 64, 64)] * 2, "int8", 10)
     5280
     """
     given = dtype_of(dtype or "bf16")
     k, v = (format_of(name) for name in (given if isinstance(given, tuple) else (given, given)))
-    d, dv = geometry.head_dim, geometry.v_head_dim
-    row = k.row_bytes(d) + v.row_bytes(dv) + 2 * (k.groups(d) + v.groups(dv))
-    return geometry.num_layers * geometry.num_kv_heads * tokens * row
+    rows = 0
+    for layer in layers:
+        if layer.kind != RECURRENT:
+            d, dv = layer.head_dim, layer.v_head_dim
+            row = k.row_bytes(d) + v.row_bytes(dv) + 2 * (k.groups(d) + v.groups(dv))
+            rows += layer.num_kv_heads * row
+    return tokens * rows
 
 
 def _row(
@@ -203,15 +209,15 @@ def _row(
     timings: dict[str, Timing],
     read_bytes: int,
 ) -> Row:
-    geometry, verdict, read_time = entry.loaded.geometry, entry.verdict, timings[_READ]
-    expected = kv_bytes_expected(geometry, entry.dtype, entry.kv_tokens)
+    layers, verdict, read_time = entry.loaded.decoder.layers, entry.verdict, timings[_READ]
+    expected = kv_bytes_expected(layers, entry.dtype, entry.kv_tokens)
     must_read = entry.loaded.weight_bytes() + expected
     values: dict[str, Any] = {
         "benchmark": "model",
         "case": {
             "model": entry.loaded.name,
-            "num_heads": geometry.num_heads,
-            "num_kv_heads": geometry.num_kv_heads,
+            "num_heads": layers[0].num_heads,
+            "num_kv_heads": layers[0].num_kv_heads,
             "context": context,
             "batch": batch,
         },

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold.arch.decoder import describe, learned_positions
 from kvfold.bench.cases import DTYPES, USUAL_DTYPES, TimedRequest, check_cases, check_memory
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.source import open_checkpoint, peek_config
+from kvfold.checkpoint.source import check_readable, peek_config, read_config
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
 from kvfold.requests import Model, Place, Several, option
 
 GATE_STEPS = 4  # decode steps that are compared before anything is timed
-_LEARNED_POSITIONS = "n_positions"  # GPT-2's name for them: a model cannot go beyond
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ModelRequest(TimedRequest):
             return 0
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         tokens = max(context * batch for context, batch in self.cases())
-        per_token = open_checkpoint(folder).geometry.kv_bytes_per_token()
+        per_token = describe(read_config(folder)).kv_bytes_per_token()
         return weights + (1 + len(self.dtypes)) * tokens * per_token
 
     def _check_model(self, path: str) -> None:
@@ -87,8 +87,8 @@ class ModelRequest(TimedRequest):
             return
         config: dict[str, Any] = peek_config(path)
         if Path(path).expanduser().exists():
-            open_checkpoint(path)
-        positions = config.get(_LEARNED_POSITIONS)
+            check_readable(path)
+        positions = learned_positions(config)
         if positions is not None and max(self.contexts) + self.steps > positions:
             raise InputError(
                 f"{path} has {positions} positions; --context {max(self.contexts)} and "

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.decoder import learned_positions
 from kvfold.arch.layers import FULL, LATENT, SLIDING
 from kvfold.bench.cases import check_memory
 from kvfold.bench.records import last_level_cache
@@ -81,7 +82,7 @@ class Prober:
                 context not the positions that a model has learned.
             UnsupportedError: if the architecture cannot have that many KV heads.
         """
-        positions = getattr(self._config, "n_positions", None)  # GPT-2's; rotary ones have no end
+        positions = learned_positions(self._config.to_dict())
         if positions is not None and load.context + _TOKENS > positions:
             raise InputError(
                 f"{self._model.name} has {positions} positions, too few to time a step after "
@@ -168,10 +169,19 @@ def _made_up(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A model whose weights are all the same small number."""
     from transformers import AutoModelForCausalLM
 
+    from kvfold.transformers import NAME
+
     with _without_initializing():
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="kvfold", trust_remote_code=False
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
+            )
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            raise UnsupportedError(  # a table of implementations of its own
+                f"transformers' {config.model_type} takes no attention implementation from outside"
+            ) from error
     for parameter in model.parameters():
         parameter.fill_(0.01)
     return model.eval().to(device)

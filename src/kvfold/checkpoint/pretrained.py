@@ -12,8 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.arch.families import FAMILIES
-from kvfold.checkpoint.source import Checkpoint, check_folder, open_checkpoint, read_config
+from kvfold.checkpoint.source import (
+    Checkpoint,
+    check_folder,
+    check_readable,
+    is_foldable,
+    open_checkpoint,
+    read_config,
+)
 from kvfold.checkpoint.tensors import FLOATING
 from kvfold.documents import shortened
 from kvfold.errors import CheckpointError, InputError, KVFoldError, UnsupportedError
@@ -28,7 +34,6 @@ _NOT_ARCHITECTURE = {
     "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation",
     "transformers_weights", "quantization_config", "dtype", "torch_dtype",
 }  # fmt: skip
-FOLDABLE = {name for family in FAMILIES for name in family.model_types}
 _INCOMPLETE = "the checkpoint is incomplete; download it again"
 _GGUF_HINT = "convert it to a Hugging Face folder with the tool that made it"
 _NO_CODE = "kvfold runs no code from checkpoints; "
@@ -79,24 +84,21 @@ def load_config(folder: Path) -> Any:
     return config
 
 
-def load_model(
-    folder: Path, dtype: "torch.dtype", config: Any = None, *, foldable: bool = True
-) -> "PreTrainedModel":
+def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> "PreTrainedModel":
     """The folder's causal language model, every weight from its files.
 
+    Of architectures that cannot be folded, transformers' report alone tells what is missing.
+
     Args:
-        config: instead of the folder's own. foldable: refuse architectures that kvfold does not
-            know; those are checked by transformers' report alone.
+        config: instead of the folder's own.
 
     Raises:
         CheckpointError: for weights that are missing or have another shape.
+        UnsupportedError: for a model whose tokens see what follows them.
     """
     from transformers import AutoModelForCausalLM
 
-    known = read_config(folder).get("model_type") in FOLDABLE
-    if foldable or known:
-        check_complete(open_checkpoint(folder))
-    check_folder(folder)
+    check_weights(folder)
     config = load_config(folder) if config is None else config
     with _in_words(f"transformers cannot open {folder}", _hint(folder)):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -111,6 +113,12 @@ def load_model(
     unset = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if unset:
         raise CheckpointError(f"{folder}: {_listed(unset)} missing from the weights", _INCOMPLETE)
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if causal and not any(causal):
+        raise UnsupportedError(
+            f"{folder} is an encoder ({config.model_type}): its tokens see what follows them",
+            "give a causal language model",
+        )
     return model
 
 
@@ -159,6 +167,18 @@ def load_gguf_tokenizer(folder: Path, name: str) -> Any:
         return AutoTokenizer.from_pretrained(
             folder, gguf_file=name, trust_remote_code=False, local_files_only=True
         )
+
+
+def check_weights(folder: Path) -> None:
+    """Check a folder's weights by its headers, as far as its architecture is known.
+
+    Raises:
+        CheckpointError: naming what it lacks.
+    """
+    if is_foldable(read_config(folder)):
+        check_complete(open_checkpoint(folder))
+    else:
+        check_readable(folder)
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
-from kvfold.arch.families import family_of
+from kvfold.arch.families import can_be_folded, family_of
 from kvfold.arch.family import Family
 from kvfold.arch.parameters import StoredNames
 from kvfold.arch.projections import AttentionWeights, Load, Shapes
@@ -180,6 +180,30 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             "fold the original checkpoint, or load it in transformers, call model.dequantize() "
             "and save_pretrained() first",
         )
+    return Checkpoint(str(folder), config, _open_weights(folder, config))
+
+
+def check_readable(source: str | Path) -> dict[str, Any]:
+    """Open a folder or hub name whose model is only to be run, foldable or not; its config.
+
+    Raises:
+        InputError: if there is no such thing. CheckpointError: if what can be seen without
+        transformers is damaged.
+    """
+    folder = resolve(source)
+    config = read_config(folder)
+    if is_foldable(config):
+        return open_checkpoint(folder).config
+    _open_weights(folder, config)
+    return config
+
+
+def is_foldable(config: Mapping[str, Any]) -> bool:
+    """Whether kvfold knows the architecture so well that it can check and fold the weights."""
+    return can_be_folded(config) and not config.get("quantization_config")
+
+
+def _open_weights(folder: Path, config: Mapping[str, Any]) -> TensorFiles:
     other = config.get("transformers_weights")
     if other not in (None, SINGLE, INDEX):
         raise UnsupportedError(
@@ -187,7 +211,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             "load it in transformers and save_pretrained() it",
         )
     check_folder(folder)
-    return Checkpoint(str(folder), config, TensorFiles(_entries(folder)))
+    return TensorFiles(_entries(folder))
 
 
 def check_folder(folder: Path) -> None:

@@ -128,7 +128,7 @@ def _load(folder: Path) -> Any:
 
     from kvfold.checkpoint.pretrained import load_model
 
-    return load_model(folder, torch.float32, foldable=False).eval()
+    return load_model(folder, torch.float32).eval()
 
 
 def _page(model: str, against: str | None, pictures: "list[Picture]") -> str:

@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.decoder import learned_positions
 from kvfold.errors import InputError
 from kvfold.names import shown
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-_LEARNED_POSITIONS = "n_positions"  # GPT-2's name for them: a model cannot go beyond
 
 
 def check_model(model: Any, name: str = "model") -> "PreTrainedModel":
@@ -24,13 +23,20 @@ def check_model(model: Any, name: str = "model") -> "PreTrainedModel":
     config = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "to_dict"):
         raise InputError(f"{name} {shown(model)}: expected a model of transformers", hint)
-    if not isinstance(getattr(config, "vocab_size", None), int):
+    if not isinstance(vocabulary(model), int):
         raise InputError(f"{name} ({type(model).__name__}) has no vocabulary", hint)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{name} ({type(model).__name__}) is on device meta: it has no weights",
                          "load it on a device that holds numbers")  # fmt: skip
     found: PreTrainedModel = model
     return found
+
+
+def vocabulary(model: Any) -> Any:
+    """How many tokens a model knows; of a model of more than text, its text half."""
+    config = model.config
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
 
 
 def check_windows(windows: Any, model: Any, name: str = "windows") -> "torch.Tensor":
@@ -55,14 +61,14 @@ def check_windows(windows: Any, model: Any, name: str = "windows") -> "torch.Ten
         raise InputError(f"{name} of shape {shape}: expected [N, T], N at least 1, T 2", hint)
     if windows.is_meta:
         raise InputError(f"{name} are on device meta: they hold no numbers", hint)
-    low, high, size = int(windows.min()), int(windows.max()), model.config.vocab_size
+    low, high, size = int(windows.min()), int(windows.max()), vocabulary(model)
     if low < 0 or high >= size:
         raise InputError(
             f"{name} hold token ids from {low} to {high}; the model has {size}, from 0",
             "use the model's own tokenizer",
         )
-    positions = getattr(model.config, _LEARNED_POSITIONS, None)
-    if isinstance(positions, int) and windows.shape[1] > positions:
+    positions = learned_positions(model.config.to_dict())
+    if positions is not None and windows.shape[1] > positions:
         raise InputError(
             f"{name} of shape {shape}: the model has {positions} positions", "use shorter windows"
         )

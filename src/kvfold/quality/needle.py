@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.errors import InputError
 from kvfold.numbers import NEEDLE
 from kvfold.progress import Progress, no_progress
+from kvfold.quality.given import vocabulary
 from kvfold.quality.text import Tokenizer, check_ids, opening_tokens
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def retrieve(
             prompts = [prompt(tokenizer, length, depth, key) for key in _keys(seed, length, depth)]
             for name, model in models:
                 for asked, answer in prompts:
-                    check_ids([*asked.tolist(), *answer.tolist()], model.config.vocab_size)
+                    check_ids([*asked.tolist(), *answer.tolist()], vocabulary(model))
                 with torch.inference_mode():
                     scores = [_score(model, *each) for each in prompts]
                 found = sum(score[0] for score in scores) / len(scores)

@@ -6,12 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from kvfold.arch.decoder import learned_positions
 from kvfold.arguments import callback, several
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint import pretrained
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
-from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
-from kvfold.checkpoint.source import open_checkpoint, read_config, resolve
+from kvfold.checkpoint.pretrained import check_weights, load_tokenizer
+from kvfold.checkpoint.source import check_readable, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
 from kvfold.numbers import iterated
 from kvfold.progress import Progress, no_progress
@@ -150,8 +151,8 @@ def check_sources(sources: Sequence[str | Path], context: int = 0) -> None:
         if is_gguf(source):
             summarize(Path(source).expanduser())
         elif Path(source).expanduser().exists():
-            positions = open_checkpoint(source).config.get("n_positions")  # GPT-2's, learned
-            if isinstance(positions, int) and context > positions:
+            positions = learned_positions(check_readable(source))
+            if positions is not None and context > positions:
                 raise InputError(
                     f"--context {context} is longer than the {positions} positions of {source}",
                     f"use at most --context {positions}",
@@ -170,7 +171,8 @@ class _Opened:
         with ExitStack() as stack:
             self._folders = ready_folders(self._request.sources, stack)
             self.tokenizer = load_tokenizer(self._folders[0])
-            self.vocabulary = read_config(self._folders[0]).get("vocab_size")
+            config = read_config(self._folders[0])
+            self.vocabulary = (config.get("text_config") or config).get("vocab_size")
             self._stack = stack.pop_all()
         return self
 
@@ -222,7 +224,7 @@ def ready_folders(sources: Sequence[str | Path], stack: ExitStack) -> list[Path]
     """
     folders = [local_folder(source, stack) for source in sources]
     for folder in folders:
-        check_complete(open_checkpoint(folder))
+        check_weights(folder)
     return folders
 
 

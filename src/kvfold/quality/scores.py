@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from math import exp
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.config import plain_config
+from kvfold.arch.decoder import describe
 from kvfold.arguments import callback, several
 from kvfold.arguments import text as words
-from kvfold.errors import InputError
+from kvfold.errors import CheckpointError, InputError
 from kvfold.names import shown
 from kvfold.progress import Progress, no_progress
-from kvfold.quality.given import check_model, check_windows
+from kvfold.quality.given import check_model, check_windows, vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +102,7 @@ def _named_model(value: object, name: str) -> "tuple[str, PreTrainedModel]":
 
 
 def _check_vocabularies(models: "Sequence[tuple[str, PreTrainedModel]]") -> None:
-    sizes = {name: model.config.vocab_size for name, model in models}
+    sizes = {name: vocabulary(model) for name, model in models}
     if len(set(sizes.values())) > 1:
         raise InputError(
             f"the models have different vocabularies: {sizes}",
@@ -169,8 +171,9 @@ def _error(samples: "torch.Tensor") -> float:
 
 
 def kv_bytes_per_token(model: "PreTrainedModel", bits: int = 16) -> int:
-    """KV cache bytes per token by the model's config."""
-    from kvfold.arch.families import family_of
-
-    config = model.config.to_dict()
-    return family_of(config).geometry(config).kv_bytes_per_token(bits)
+    """Bytes that a token adds to the KV cache, by the model's config; 0 where it knows no heads."""
+    try:
+        decoder = describe(plain_config(model.config.get_text_config(decoder=True)))
+    except CheckpointError:  # recurrent models
+        return 0
+    return decoder.kv_bytes_per_token(bits)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvfold.arch.decoder import learned_positions
 from kvfold.errors import InputError
 from kvfold.fold.stream import IMPLEMENTATION, AttentionCall
 from kvfold.names import shown
@@ -97,7 +98,8 @@ def look(model: Any, ids: torch.Tensor, layers: Sequence[int]) -> dict[int, Seen
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise InputError(f"model {shown(model)}: expected a model of transformers", "see --help")
     layers = Wholes(LAYER).check(layers, "--layer")
-    _check_ids(ids, getattr(model.config, "n_positions", None))  # GPT-2's, learned
+    config: Any = model.config
+    _check_ids(ids, learned_positions(config.to_dict()))
     modules = attention_layers(model)
     missing = [layer for layer in layers if layer not in modules]
     if missing:

@@ -13,7 +13,7 @@ The implementation alone works with every transformers cache; it then reads plai
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kvfold.errors import InputError
+from kvfold.errors import InputError, UnsupportedError
 from kvfold.transformers.attend import attend
 from kvfold.transformers.cache import KVCache, KVLayer
 from kvfold.transformers.masks import mask_of
@@ -38,12 +38,21 @@ def check_implementation(model: nn.Module) -> None:
 
     Raises:
         InputError: if the model does not use kvfold's attention.
+        UnsupportedError: if it cannot: GPT-J, Falcon and a few more do not ask transformers for
+            an implementation but have a table of their own.
     """
     used = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if used != NAME:
-        raise InputError(
-            f"the model uses {used!r} attention", "load it with attn_implementation='kvfold'"
+    if used == NAME:
+        return
+    can_be_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_be_set is not None and not can_be_set():
+        raise UnsupportedError(
+            f"{type(model).__name__} takes no attention implementation from outside",
+            "use transformers' own attention and cache for this model",
         )
+    raise InputError(
+        f"the model uses {used!r} attention", "load it with attn_implementation='kvfold'"
+    )
 
 
 enable()

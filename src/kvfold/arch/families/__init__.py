@@ -34,6 +34,15 @@ REFUSALS = {
 }
 
 
+def can_be_folded(config: Mapping[str, Any]) -> bool:
+    """Whether :func:`family_of` has a family for a config."""
+    try:
+        family_of(config)
+    except UnsupportedError:
+        return False
+    return True
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config that can be folded.
 
