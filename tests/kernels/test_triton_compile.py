@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvfold.ops.formats import FORMATS
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +32,9 @@ def test_kernels_compile(backend: str, arch: str, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
+    encoded = [name for name, fmt in FORMATS.items() if not fmt.plain]
     formats = [json.loads(line) for line in run.stdout.splitlines()]
-    assert [row["format"] for row in formats] == ["plain", "fp8", "int8", "int4"]
+    assert [row["format"] for row in formats] == ["bf16", *encoded]
     if backend == "cuda":
         for row in formats:
             assert row["wide"] >= 4, row

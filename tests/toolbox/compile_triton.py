@@ -16,8 +16,10 @@ from triton.compiler import ASTSource
 
 from kvfold.kernels.triton.append import append_kernel
 from kvfold.kernels.triton.decode import attend_kernel, merge_kernel
+from kvfold.ops.formats import FORMATS
 
-STORED = {"plain": (0, "*bf16"), "fp8": (1, "*u8"), "int8": (2, "*i8"), "int4": (3, "*u8")}
+POINTED = {"bfloat16": "*bf16", "int8": "*i8", "uint8": "*u8"}
+STORED = [name for name, fmt in FORMATS.items() if not fmt.plain or name == "bf16"]
 POINTERS = {
     "Q": "*bf16", "KS": "*bf16", "VS": "*bf16", "TABLE": "*i32", "BEGIN": "*i32", "END": "*i32",
     "LENGTH": "*i32", "START": "*i32", "FIRST": "*i32", "SLOPES": "*fp32", "MASK": "*u8",
@@ -48,12 +50,15 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], targ
 
 def attend(name: str, target: Any) -> Any:
     """Decoding for heads of 128 in one format, with everything switched on."""
-    kind, stored = STORED[name]
-    groups = {"plain": 0, "int4": 4}.get(name, 1)
+    fmt = FORMATS[name]
+    groups, width, halves = fmt.groups(128), fmt.row_bytes(128) // fmt.dtype.itemsize, fmt.bits == 4
+    stored = POINTED[fmt.stored]
     constants = {
-        "head_dim": 128, "v_head_dim": 128, "k_groups": groups, "v_groups": groups, "SPLITS": 8,
+        "head_dim": 128, "v_head_dim": 128, "k_width": width, "v_width": width,
+        "k_groups": groups, "v_groups": groups, "SPLITS": 8,
         "M": 16, "N": 64, "D": 128, "DV": 128, "K_GROUPS": max(1, groups),
-        "V_GROUPS": max(1, groups), "K_FORMAT": kind, "V_FORMAT": kind, "DOT": tl.bfloat16,
+        "V_GROUPS": max(1, groups), "K_FORMAT": fmt.code, "V_FORMAT": fmt.code, "K_HALVES": halves,
+        "V_HALVES": halves, "DOT": tl.bfloat16,
         "PRECISION": "tf32", "ONE_PAGE": True, "CAUSAL": True, "WINDOW": True, "SOFTCAP": True,
         "HAS_BEGIN": True, "HAS_START": True, "HAS_SLOPES": True, "MASK_KIND": 1,
     }  # fmt: skip
@@ -61,12 +66,13 @@ def attend(name: str, target: Any) -> Any:
 
 
 def append(name: str, target: Any) -> Any:
-    kind, stored = STORED[name]
+    fmt = FORMATS[name]
     constants = {
-        "D": 128, "GROUPS": 4, "FORMAT": kind, "ROTATION": 128 if name == "int4" else 0,
+        "D": 128, "GROUPS": max(1, fmt.groups(128)), "FORMAT": fmt.code, "PLAIN": fmt.plain,
+        "HALVES": fmt.bits == 4, "ROTATION": fmt.rotation(128),
         "ROTARY": True, "INTERLEAVED": False,
     }  # fmt: skip
-    return compiled(append_kernel, constants, {"DATA": stored}, target)
+    return compiled(append_kernel, constants, {"DATA": POINTED[fmt.stored]}, target)
 
 
 def main() -> None:

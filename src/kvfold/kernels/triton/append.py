@@ -1,39 +1,14 @@
 """Writing to a cache in one pass: rotary embedding, Hadamard rotation, quantization, store.
 
-One program takes one head's key or value of one token. What it writes is what ``ops.formats``
-encodes, byte for byte (but for which of two equal extremes an INT4 scale takes its sign from).
+One program takes one head's key or value of one token. What it writes is what the row's
+format encodes (see ``formats``).
 """
 
 import triton
 import triton.language as tl
 
 from kvfold.kernels.triton.bits import rounded_to_bf16
-
-_GROUP = tl.constexpr(32)
-_HALF_GROUP = tl.constexpr(16)
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 half to even
-
-
-@triton.jit
-def _scale_above(x):
-    """The next bfloat16 at or above x >= 0, as float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    up = ((bits + 0xFFFF) >> 16) << 16
-    return up.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _e4m3(y):
-    """float32 within ±448 -> the bits of float8 e4m3, rounded half to even."""
-    size = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    exponent = tl.maximum((size >> 23) - 127, -6)
-    quantum = ((exponent - 3 + 127) << 23).to(tl.float32, bitcast=True)
-    inverse = ((127 + 3 - exponent) << 23).to(tl.float32, bitcast=True)
-    whole = (y * inverse + _ROUNDER) - _ROUNDER  # products with powers of two are exact
-    # As float16 of 2^-8 times the number, e4m3's bits are the middle ones.
-    half = (whole * quantum * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True)
-    sign = (y.to(tl.int32, bitcast=True) < 0).to(tl.uint16)
-    return (((half >> 7) & 0x7F) | (sign << 7)).to(tl.uint8)
+from kvfold.kernels.triton.formats import encoded, encoded_halves
 
 
 @triton.jit
@@ -43,14 +18,14 @@ def append_kernel(
     TABLE, table_row, page_size, capacity, FIRST,
     COS, SIN, c_batch, c_token, rotary_dim,
     heads, tokens, dim,
-    D: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, ROTATION: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, GROUPS: tl.constexpr, FORMAT: tl.constexpr, PLAIN: tl.constexpr,
+    HALVES: tl.constexpr, ROTATION: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Write rows X ``[B, H, T, dim]`` at positions ``FIRST[b] + t``.
 
     COS, SIN: float32 ``[B, T, rotary_dim / 2]``. Positions without a page, or beyond the
-    capacity, are skipped. FORMAT: 0 plain, 1 fp8, 2 int8, 3 int4. ROTATION: size of the
-    Hadamard blocks, 0 for none.
+    capacity, are skipped. FORMAT: a cache format's code; PLAIN: without scales;
+    HALVES: of four bits, in GROUPS groups. ROTATION: size of the Hadamard blocks, 0 for none.
     """
     t, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     j = tl.load(FIRST + b) + t
@@ -80,47 +55,28 @@ def append_kernel(
 
     to = DATA + page * d_page + head * d_head + at * d_row
     scales = SCALES + page * s_page + head * s_head + at * groups
-    if FORMAT == 0:
+    if PLAIN:
         if DATA.dtype.element_ty == tl.bfloat16:
             x = rounded_to_bf16(x)  # Triton's interpreter would cut digits off
         tl.store(to + d, x.to(DATA.dtype.element_ty), mask=d < dim)
-    elif FORMAT == 3:
+    elif HALVES:
         i = tl.arange(0, D // 2)
         if ROTATION > 0:
             low, high = _rotated(x, d, i, D, ROTATION)
         else:
             low = tl.sum(tl.where(d[:, None] == 2 * i[None, :], x[:, None], 0.0), 0)
             high = tl.sum(tl.where(d[:, None] == 2 * i[None, :] + 1, x[:, None], 0.0), 0)
-        low, high = tl.reshape(low, (GROUPS, 16)), tl.reshape(high, (GROUPS, 16))
-        most = tl.maximum(tl.max(low, 1), tl.max(high, 1))
-        least = tl.minimum(tl.min(low, 1), tl.min(high, 1))
-        extreme = tl.where(most >= -least, most, least)
-        size = _scale_above(tl.abs(extreme) / 8.0)
-        scale = tl.where(extreme > 0, -size, size)
-        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(low)
-        low = (
-            tl.minimum(tl.maximum((tl.div_rn(low, divisor) + _ROUNDER) - _ROUNDER, -8.0), 7.0) + 8.0
-        )
-        high = (
-            tl.minimum(tl.maximum((tl.div_rn(high, divisor) + _ROUNDER) - _ROUNDER, -8.0), 7.0)
-            + 8.0
-        )
+        SIZE: tl.constexpr = D // 2 // GROUPS  # bytes of a group
+        low, high = tl.reshape(low, (GROUPS, SIZE)), tl.reshape(high, (GROUPS, SIZE))
+        low, high, scale = encoded_halves(low, high, FORMAT)
         both = (low.to(tl.uint8) | (high.to(tl.uint8) << 4)).to(tl.uint8)
         g = tl.arange(0, GROUPS)
-        byte = g[:, None] * _HALF_GROUP + tl.arange(0, 16)[None, :]
+        byte = g[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         tl.store(to + byte, both, mask=(g < groups)[:, None])
         tl.store(scales + g, scale.to(tl.bfloat16), mask=g < groups)
     else:
-        top = 448.0 if FORMAT == 1 else 127.0
-        most = tl.max(tl.abs(x), 0)
-        scale = _scale_above(tl.div_rn(most, tl.full([], top, tl.float32)))
-        y = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale) + tl.zeros_like(x))
-        y = tl.minimum(tl.maximum(y, -top), top)
-        if FORMAT == 1:
-            tl.store(to + d, _e4m3(y), mask=d < dim)
-        else:
-            codes = ((y + _ROUNDER) - _ROUNDER).to(tl.int8)
-            tl.store(to + d, codes, mask=d < dim)
+        codes, scale = encoded(x, FORMAT)
+        tl.store(to + d, codes, mask=d < dim)
         tl.store(scales, scale.to(tl.bfloat16))
 
 

@@ -3,9 +3,9 @@
 One program reads the keys of one split of one KV head of one sequence, once, for all query rows
 that share them (R heads x T queries, the M side of the products). Scores and sums are float32;
 products take the queries' dtype. Scales never touch single numbers where a row has one: a key's
-scale multiplies its column of scores, a value's its column of weights. INT4 has a scale per 32
-numbers and is decoded in registers; its two nibbles are two planes, which meet the even and the
-odd dimensions of the query, so nothing is interleaved.
+scale multiplies its column of scores, a value's its column of weights. Numbers of four bits have a
+scale per group and are decoded in registers; the two halves of their bytes are two planes, which
+meet the even and the odd dimensions of the query, so nothing is interleaved.
 
 Works under Triton's interpreter (``TRITON_INTERPRET=1``) on a CPU, and uses nothing that only
 one maker's GPUs have.
@@ -15,44 +15,9 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.triton.bits import rounded_to_bf16
+from kvfold.kernels.triton.formats import halves, row_scale, widened
 
-PLAIN, FP8, INT8, INT4 = 0, 1, 2, 3
-GROUP = tl.constexpr(32)  # numbers that share an INT4 scale
 _LOG2E = tl.constexpr(1.4426950408889634)
-_FP8_FACTOR = tl.constexpr(256.0)  # e4m3 bits read as float16 are 2^-8 of the number
-
-
-@triton.jit
-def _widened(raw, FORMAT: tl.constexpr, DOT: tl.constexpr):
-    """Stored numbers without their scale, exactly, in the products' dtype."""
-    if FORMAT == 1:
-        wide = raw.to(tl.uint16)
-        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-        return bits.to(tl.float16, bitcast=True).to(DOT)
-    return raw.to(DOT)
-
-
-@triton.jit
-def _row_scale(scales, at, inside, FORMAT: tl.constexpr):
-    """``[N]`` float32, the scale of each row."""
-    found = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
-    if FORMAT == 1:
-        found = found * _FP8_FACTOR
-    return found
-
-
-@triton.jit
-def _nibbles(raw, scales, at, inside, N: tl.constexpr, WIDTH: tl.constexpr, groups,
-             GROUPS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Both planes ``[N, WIDTH]`` of INT4 rows, decoded. WIDTH: bytes of a row."""
-    g = tl.arange(0, GROUPS)
-    there = inside[:, None] & (g < groups)[None, :]
-    scale = tl.load(scales + at[:, None] + g[None, :], mask=there, other=0.0).to(tl.float32)
-    wide = tl.broadcast_to(scale[:, :, None], (N, GROUPS, WIDTH // GROUPS))
-    each = tl.reshape(wide, (N, WIDTH))
-    low = ((raw & 15).to(tl.float32) - 8.0) * each
-    high = ((raw >> 4).to(tl.float32) - 8.0) * each
-    return low.to(DOT), high.to(DOT)
 
 
 @triton.jit
@@ -66,18 +31,20 @@ def attend_kernel(
     OUT, out_row, LSE, slots, slot,
     kv_heads, group, tokens, scale, softcap, left, right, sinks,
     head_dim: tl.constexpr, v_head_dim: tl.constexpr,
-    k_groups: tl.constexpr, v_groups: tl.constexpr,
+    k_width: tl.constexpr, v_width: tl.constexpr, k_groups: tl.constexpr, v_groups: tl.constexpr,
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, K_HALVES: tl.constexpr, V_HALVES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     ONE_PAGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_BEGIN: tl.constexpr, HAS_START: tl.constexpr, HAS_SLOPES: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):  # fmt: skip
     """Partial attention over one split of one part of the cache.
 
-    Q ``[B, Hq, T, D]`` by strides. K, V: pages; rows of a head lie k_row numbers (INT4: bytes)
-    apart. TABLE int32 ``[B, P]``. OUT float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2)
+    Q ``[B, Hq, T, D]`` by strides. K, V: pages; rows of a head lie k_row numbers (of four
+    bits: bytes) apart and have k_width of them. K_FORMAT: a cache format's code; K_HALVES: it has
+    four bits. TABLE int32 ``[B, P]``. OUT float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2)
     ``[B * Hq * T, slots]`` get this program's split at ``slot + split``. MASK_KIND: 0 none,
     1 zero hides, 2 added to the scores; MASK ``[B, Hq, T, S]`` by strides. Sizes of heads are
     constants: only then can Triton load rows 16 bytes at a time, and ahead of their use.
@@ -104,26 +71,22 @@ def attend_kernel(
     tiles = tl.cdiv(n_a + n_c, N)
 
     q_at = Q + b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head + token.to(tl.int64) * q_token
-    if K_FORMAT == 3:
+    if K_HALVES:
         kd = tl.arange(0, D // 2)
         known = real[:, None] & (2 * kd < head_dim)[None, :]
         q_low = tl.load(q_at[:, None] + 2 * kd[None, :], mask=known, other=0.0).to(DOT)
         known = real[:, None] & (2 * kd + 1 < head_dim)[None, :]
         q_high = tl.load(q_at[:, None] + 2 * kd[None, :] + 1, mask=known, other=0.0).to(DOT)
-        k_width = k_groups * (GROUP // 2)
     else:
         kd = tl.arange(0, D)
         known = real[:, None] & (kd < head_dim)[None, :]
         q = tl.load(q_at[:, None] + kd[None, :], mask=known, other=0.0).to(DOT)
-        k_width = head_dim
-    if V_FORMAT == 3:
+    if V_HALVES:
         vd = tl.arange(0, DV // 2)
-        v_width = v_groups * (GROUP // 2)
         acc_low = tl.zeros((M, DV // 2), tl.float32)
         acc_high = tl.zeros((M, DV // 2), tl.float32)
     else:
         vd = tl.arange(0, DV)
-        v_width = v_head_dim
         acc = tl.zeros((M, DV), tl.float32)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -146,15 +109,15 @@ def attend_kernel(
         there = inside[:, None] & (kd < k_width)[None, :]
         raw = tl.load(K + k_at[:, None] + kd[None, :], mask=there, other=0)
         ks_at = page * ks_page + kv_head * ks_head + at * k_groups
-        if K_FORMAT == 3:
-            low, high = _nibbles(raw, KS, ks_at, inside, N, D // 2, k_groups, K_GROUPS, DOT)
+        if K_HALVES:
+            low, high = halves(raw, KS, ks_at, inside, N, D // 2, k_groups, K_GROUPS, K_FORMAT, DOT)
             scores = tl.dot(q_low, tl.trans(low), input_precision=PRECISION)
             scores += tl.dot(q_high, tl.trans(high), input_precision=PRECISION)
         else:
-            keys = _widened(raw, K_FORMAT, DOT)
+            keys = widened(raw, K_FORMAT, DOT)
             scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-            if K_FORMAT != 0:
-                scores = scores * _row_scale(KS, ks_at, inside, K_FORMAT)[None, :]
+            if k_groups != 0:
+                scores = scores * row_scale(KS, ks_at, inside, K_FORMAT)[None, :]
         scores = scores * scale
         if SOFTCAP:
             # softcap tanh(x / softcap), by an exponential that cannot overflow
@@ -192,15 +155,17 @@ def attend_kernel(
         there = inside[:, None] & (vd < v_width)[None, :]
         raw = tl.load(V + v_at[:, None] + vd[None, :], mask=there, other=0)
         vs_at = page * vs_page + kv_head * vs_head + at * v_groups
-        if V_FORMAT == 3:
-            low, high = _nibbles(raw, VS, vs_at, inside, N, DV // 2, v_groups, V_GROUPS, DOT)
+        if V_HALVES:
+            low, high = halves(
+                raw, VS, vs_at, inside, N, DV // 2, v_groups, V_GROUPS, V_FORMAT, DOT
+            )
             p = p.to(DOT)
             acc_low = acc_low * fade[:, None] + tl.dot(p, low, input_precision=PRECISION)
             acc_high = acc_high * fade[:, None] + tl.dot(p, high, input_precision=PRECISION)
         else:
-            if V_FORMAT != 0:
-                p = p * _row_scale(VS, vs_at, inside, V_FORMAT)[None, :]
-            values = _widened(raw, V_FORMAT, DOT)
+            if v_groups != 0:
+                p = p * row_scale(VS, vs_at, inside, V_FORMAT)[None, :]
+            values = widened(raw, V_FORMAT, DOT)
             acc = acc * fade[:, None] + tl.dot(p.to(DOT), values, input_precision=PRECISION)
 
     divisor = tl.where(total == 0.0, 1.0, total)[:, None]
@@ -208,7 +173,7 @@ def attend_kernel(
     lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
     tl.store(LSE + place, lse, mask=real)
     to = OUT + place[:, None] * out_row
-    if V_FORMAT == 3:
+    if V_HALVES:
         first = real[:, None] & (2 * vd < v_head_dim)[None, :]
         tl.store(to + 2 * vd[None, :], acc_low / divisor, mask=first)
         second = real[:, None] & (2 * vd + 1 < v_head_dim)[None, :]

@@ -8,14 +8,7 @@ import torch
 import triton.language as tl
 
 from kvfold.kernels.triton.append import append_kernel
-from kvfold.kernels.triton.decode import (
-    FP8,
-    INT4,
-    INT8,
-    PLAIN,
-    attend_kernel,
-    merge_kernel,
-)
+from kvfold.kernels.triton.decode import attend_kernel, merge_kernel
 from kvfold.kernels.triton.splits import Gpu, choose_splits
 from kvfold.kernels.view import Angles, KVView, Rows
 from kvfold.ops.options import FIELDS, Options, limit, unflattened
@@ -24,8 +17,6 @@ from kvfold.ops.rotation import rotate
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEAST_ROWS = 16  # the smallest M of a matrix product
 MOST_ROWS = 64
-_HALVES = 32  # numbers that the append kernel splits into pairs at once
-_KINDS = {"fp8": FP8, "int8": INT8, "int4": INT4}
 # The dtype of products; the interpreter has none of bfloat16.
 _DOTS = {
     torch.float32: tl.float32,
@@ -47,7 +38,7 @@ def attend(
     can be captured in a CUDA graph and replayed as lengths grow within ``keys``.
 
     Args:
-        views: their INT4 keys are rotated; ``q`` must be given unrotated, and is rotated here.
+        views: keys of some formats are rotated; ``q`` must be given unrotated, and is rotated here.
         lengths: int32 ``[B]``; the last query stands at ``lengths[b] - 1``.
         options: their own ``lengths`` are not read.
         splits_each: of every view, to override the rule.
@@ -105,7 +96,7 @@ def append(
 
     Args:
         table: int32 ``[B, P]``; positions without a page are skipped. first: int32 ``[B]``.
-        rotated: rows are keys whose format rotates them (INT4).
+        rotated: rows are keys, and their format rotates them.
         rotary: applied before anything else.
     """
     batch, heads, tokens, dim = x.shape
@@ -113,7 +104,7 @@ def append(
         return
     none = first  # a pointer that is never followed
     cos = none if rotary is None else rotary.cos
-    width, groups = rows.fmt.stored_dim(dim), _groups(rows)
+    groups, width = _groups(rows), max(2 * LEAST_ROWS, _power(rows.fmt.stored_dim(dim)))
     append_kernel[(tokens, heads, batch)](
         x, *x.stride()[:3],
         rows.data, *rows.data.stride()[:3], *_scales(rows), groups,
@@ -122,10 +113,11 @@ def append(
         0 if rotary is None else cos.stride(0), 0 if rotary is None else cos.stride(1),
         0 if rotary is None else 2 * cos.shape[-1],
         heads, tokens, dim,
-        D=max(_HALVES, _power(width)), GROUPS=max(1, _power(width) // _HALVES),
-        FORMAT=_kind(rows), ROTATION=rows.fmt.rotation(dim) if rotated else 0,
+        D=width, GROUPS=width // rows.fmt.group if rows.fmt.grouped else 1,
+        FORMAT=rows.fmt.code, PLAIN=rows.fmt.plain, HALVES=_halves(rows),
+        ROTATION=rows.fmt.rotation(dim) if rotated else 0,
         ROTARY=rotary is not None, INTERLEAVED=rotary is not None and rotary.interleaved,
-        num_warps=1 if _kind(rows) != INT4 else 4,
+        num_warps=4 if _halves(rows) else 1,
     )  # fmt: skip
 
 
@@ -159,10 +151,12 @@ def _launch(
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
         scale, scoring.softcap or 1.0, limit(sight.left), limit(sight.right), sight.sinks,
-        head_dim=head_dim, v_head_dim=v.dim, k_groups=_groups(k), v_groups=_groups(v),
+        head_dim=head_dim, v_head_dim=v.dim, k_width=k.data.shape[-1],
+        v_width=v.data.shape[-1], k_groups=_groups(k), v_groups=_groups(v),
         SPLITS=grid[0], M=tile, N=_tile_keys(k, v),
         D=_padded(k), DV=_padded(v), K_GROUPS=_power(_groups(k)), V_GROUPS=_power(_groups(v)),
-        K_FORMAT=_kind(k), V_FORMAT=_kind(v), DOT=_DOTS[q.dtype],
+        K_FORMAT=k.fmt.code, V_FORMAT=v.fmt.code, K_HALVES=_halves(k), V_HALVES=_halves(v),
+        DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
         ONE_PAGE=view.table.shape[1] == 1, HAS_LEFT=sight.left is not None,
@@ -194,8 +188,9 @@ def _mask(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor | 
     return mask.expand(*shape[:3], mask.shape[-1]), kind
 
 
-def _kind(rows: Rows) -> int:
-    return _KINDS.get(rows.fmt.name, PLAIN)
+def _halves(rows: Rows) -> bool:
+    """Whether a byte holds two numbers."""
+    return rows.fmt.bits == 4
 
 
 def _groups(rows: Rows) -> int:
@@ -217,7 +212,7 @@ def _tile_keys(k: Rows, v: Rows) -> int:
 
 def _padded(rows: Rows) -> int:
     """Numbers of a row as the kernel's arrays have them: a power of two, at least one product."""
-    least = _HALVES if _kind(rows) == INT4 else LEAST_ROWS
+    least = 2 * LEAST_ROWS if _halves(rows) else LEAST_ROWS
     return max(least, _power(rows.fmt.stored_dim(rows.dim)))
 
 
