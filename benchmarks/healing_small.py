@@ -20,7 +20,8 @@ from typing import Any
 
 from fold_quality import machine
 from kvfold import convert, evaluate, heal
-from kvfold.demo.run import CONTEXT, split_topics
+from kvfold.demo.text import split_topics
+from kvfold.demo.training import CONTEXT
 from kvfold.files import write_text
 from kvfold.quality.text import python_topics
 from kvfold.report.picture import save

@@ -12,7 +12,10 @@ from matplotlib.image import imread
 from kvfold.cli.main import main
 from kvfold.demo import run as demo
 from kvfold.demo.plots import finding, plot_demo
-from kvfold.demo.run import DemoRow, Splits, check_out, split_topics
+from kvfold.demo.result import DemoRow
+from kvfold.demo.run import check_out
+from kvfold.demo.text import Splits, split_topics
+from kvfold.demo.training import CONTEXT, rate, train_demo_model
 from kvfold.errors import InputError
 from kvfold.quality.scores import Quality
 from kvfold.quality.text import python_topics
@@ -34,7 +37,7 @@ def threads() -> Iterator[None]:
 
 
 def trained_weights(seed: int) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = demo.train_demo_model(seed, steps=STEPS)[0].state_dict()
+    weights: dict[str, torch.Tensor] = train_demo_model(seed, steps=STEPS)[0].state_dict()
     return weights
 
 
@@ -94,7 +97,7 @@ def test_calibration_is_training_text(splits: Splits) -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    rates = [demo._rate(step, 300) for step in range(300)]
+    rates = [rate(step, 300) for step in range(300)]
     peak = rates.index(max(rates))
     assert max(rates) == 1
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
@@ -139,8 +142,8 @@ def test_demo_in_small(
     monkeypatch.setattr(demo, "STEPS", STEPS)
     monkeypatch.setattr(demo, "FOLDED_KV_HEADS", (4, 1))
     monkeypatch.setattr(demo, "FOLDS", (("mean", "mean", "none"), ("auto", "auto", "refit")))
-    monkeypatch.setattr(demo, "_CALIBRATION_TOKENS", 2 * demo.CONTEXT)
-    monkeypatch.setattr(demo, "_HELD_OUT_TOKENS", 4 * demo.CONTEXT)
+    monkeypatch.setattr(demo, "_CALIBRATION_TOKENS", 2 * CONTEXT)
+    monkeypatch.setattr(demo, "_HELD_OUT_TOKENS", 4 * CONTEXT)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr()
@@ -160,7 +163,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_train", interrupted)
+    monkeypatch.setattr("kvfold.demo.training._train", interrupted)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
     assert not list(tmp_path.iterdir())
 

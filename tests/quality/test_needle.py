@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvfold.checkpoint.pretrained import load_tokenizer
-from kvfold.demo.run import train_tokenizer
+from kvfold.demo.text import train_tokenizer
 from kvfold.errors import InputError
 from kvfold.quality.needle import DEPTHS, KEYS, prompt, retrieve
 from tests.conftest import Kvfold

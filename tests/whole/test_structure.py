@@ -11,7 +11,6 @@ ROOMS = ROOT / "src" / "kvfold"
 TESTS = ROOT / "tests"
 LEFT = [  # circles that are about to be mended
     {"kvfold.fold.heads", "kvfold.fold.statistics"},
-    {"kvfold.demo.plots", "kvfold.demo.run"},
 ]
 NO_ROOM = {"whole", "toolbox"}  # what is about the whole package, and what tests share
 

@@ -11,7 +11,7 @@ from kvfold.cli.output import say
 from kvfold.names import json_text
 
 if TYPE_CHECKING:
-    from kvfold.demo.run import DemoResult
+    from kvfold.demo.result import DemoResult
 
 
 @click.command("demo")

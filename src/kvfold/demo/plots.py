@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from kvfold.demo.run import DemoRow
+from kvfold.demo.result import DemoRow
 from kvfold.report.picture import save
 from kvfold.report.tables import size
 

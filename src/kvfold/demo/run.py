@@ -4,28 +4,24 @@ Everything it needs is on the machine already: the text is ``pydoc_data.topics``
 with Python, and the model is trained here in about a minute, on the CPU. No torch at import.
 """
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.checkpoint import places
 from kvfold.checkpoint.workspace import opened
+from kvfold.demo.result import RECORD, SOURCE, DemoResult, DemoRow
+from kvfold.demo.text import Splits, joined
+from kvfold.demo.training import BATCH, CONTEXT, STEPS, train_demo_model
 from kvfold.errors import InputError
 from kvfold.files import write_json, write_text
 from kvfold.fold.methods import AUTO
 from kvfold.progress import Progress, no_progress
-from kvfold.quality.scores import Quality, compare
-from kvfold.quality.text import Tokenizer, python_topics, token_windows
+from kvfold.quality.scores import compare
+from kvfold.quality.text import Tokenizer, token_windows
 
 if TYPE_CHECKING:
-    import torch
     from transformers import LlamaForCausalLM
 
-CONTEXT = 128
-VOCABULARY = 1024
-STEPS = 900
 FOLDED_KV_HEADS = (4, 2, 1)
 # Label, method, fit: the GQA paper's baseline; better algebra alone; algebra and fitting.
 FOLDS = (
@@ -33,78 +29,8 @@ FOLDS = (
     ("auto, no fit", AUTO, "none"),
     ("auto", AUTO, "local"),
 )
-SOURCE = "source"
-RECORD = "demo.json"
-_END = "<|endoftext|>"
-_BATCH = 8
-_WARM_UP = 50
-_PEAK_RATE = 3e-3
-_HELD_OUT_EVERY = 8
-_CALIBRATION_EVERY = 4
 _CALIBRATION_TOKENS = 96 * CONTEXT
 _HELD_OUT_TOKENS = 128 * CONTEXT
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Python's documentation, split by topic.
-
-    Attributes:
-        calibration: text of some of the training topics, never of held-out ones.
-        held_out: without the paragraphs that training topics contain as well.
-    """
-
-    training: Mapping[str, str]
-    calibration: Mapping[str, str]
-    held_out: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """One model of the demo: the source, or one of its folds."""
-
-    kv_heads: int
-    method: str
-    quality: Quality
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo measured; its files are in ``out``.
-
-    Attributes:
-        rows: the source first.
-        training_tokens: tokens the source was trained on, repetitions included.
-    """
-
-    rows: tuple[DemoRow, ...]
-    seed: int
-    parameters: int
-    training_tokens: int
-    out: Path
-
-    @property
-    def source(self) -> Path:
-        """The trained model and its tokenizer, for further commands."""
-        return self.out / SOURCE
-
-    @property
-    def plot(self) -> Path:
-        """The plot; an SVG of the same lies beside it."""
-        return self.out / "demo.png"
-
-    @property
-    def calibration(self) -> Path:
-        return self.out / "calibration.txt"
-
-    @property
-    def held_out(self) -> Path:
-        return self.out / "held-out.txt"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``--json`` and the record in the folder."""
-        paths = {name: str(getattr(self, name)) for name in ("source", "plot", "held_out")}
-        return asdict(self) | {"out": str(self.out), **paths}
 
 
 def run_demo(
@@ -128,7 +54,7 @@ def run_demo(
         work.begin({})
         model, tokenizer, splits = train_demo_model(seed, progress, STEPS)
         rows = fold_and_compare(model, tokenizer, splits, seed, progress)
-        result = DemoResult(rows, seed, model.num_parameters(), STEPS * _BATCH * CONTEXT, out)
+        result = DemoResult(rows, seed, model.num_parameters(), STEPS * BATCH * CONTEXT, out)
         folder = work.new
         model.save_pretrained(folder / SOURCE)
         tokenizer.save_pretrained(folder / SOURCE)
@@ -185,118 +111,3 @@ def fold_and_compare(
         DemoRow(kv_heads, label, quality)
         for (kv_heads, label), quality in zip(names, qualities, strict=True)
     )
-
-
-def train_demo_model(
-    seed: int = 0, progress: Progress = no_progress, steps: int = STEPS
-) -> "tuple[LlamaForCausalLM, Tokenizer, Splits]":
-    """Train the demo's source: 8 heads, 8 KV heads; the same seed gives the same weights."""
-    import torch
-
-    splits = split_topics(python_topics())
-    tokenizer = train_tokenizer(splits.training.values())
-    text = _END.join(splits.training.values())
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _new_model(tokenizer)
-    _train(model, ids, torch.Generator().manual_seed(seed), steps, progress)
-    return model.eval(), tokenizer, splits
-
-
-def split_topics(topics: Mapping[str, str]) -> Splits:
-    """Every 8th topic is held out; every 4th of the others is calibration text, too.
-
-    Topics quote each other, so held-out ones lose the paragraphs that were trained on.
-    """
-    names = sorted(topics)
-    held_out = names[::_HELD_OUT_EVERY]
-    training = {name: topics[name] for name in names if name not in held_out}
-    seen = {part for text in training.values() for part in _paragraphs(text)}
-    fresh = {
-        name: "\n\n".join(part for part in _paragraphs(topics[name]) if part not in seen)
-        for name in held_out
-    }
-    calibration = dict(list(training.items())[::_CALIBRATION_EVERY])
-    return Splits(training, calibration, {name: text for name, text in fresh.items() if text})
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [part.strip("\n") for part in text.split("\n\n") if part.strip()]
-
-
-def joined(topics: Mapping[str, str]) -> str:
-    """Topics as one text."""
-    return "\n\n".join(topics.values())
-
-
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer, small like the model."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=_END)
-
-
-def _new_model(tokenizer: Tokenizer) -> "LlamaForCausalLM":
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=16,
-        max_position_embeddings=2 * CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _train(
-    model: "LlamaForCausalLM",
-    ids: "torch.Tensor",
-    generator: "torch.Generator",
-    steps: int,
-    progress: Progress,
-) -> None:
-    """AdamW on random windows; the learning rate warms up, then falls along a cosine."""
-    import torch
-
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    offsets = torch.arange(CONTEXT)
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _PEAK_RATE * _rate(step, steps)
-        starts = torch.randint(len(ids) - CONTEXT, (_BATCH, 1), generator=generator)
-        batch = ids[starts + offsets]
-        loss = model(batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress("training", step + 1, steps)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Learning rate as a fraction of its peak."""
-    warm_up = min(_WARM_UP, steps)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))

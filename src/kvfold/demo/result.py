@@ -1,0 +1,58 @@
+"""What the demo measured, and where it keeps it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfold.quality.scores import Quality
+
+SOURCE = "source"
+RECORD = "demo.json"
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One model of the demo: the source, or one of its folds."""
+
+    kv_heads: int
+    method: str
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured; its files are in ``out``.
+
+    Attributes:
+        rows: the source first.
+        training_tokens: tokens the source was trained on, repetitions included.
+    """
+
+    rows: tuple[DemoRow, ...]
+    seed: int
+    parameters: int
+    training_tokens: int
+    out: Path
+
+    @property
+    def source(self) -> Path:
+        """The trained model and its tokenizer, for further commands."""
+        return self.out / SOURCE
+
+    @property
+    def plot(self) -> Path:
+        """The plot; an SVG of the same lies beside it."""
+        return self.out / "demo.png"
+
+    @property
+    def calibration(self) -> Path:
+        return self.out / "calibration.txt"
+
+    @property
+    def held_out(self) -> Path:
+        return self.out / "held-out.txt"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json`` and the record in the folder."""
+        paths = {name: str(getattr(self, name)) for name in ("source", "plot", "held_out")}
+        return asdict(self) | {"out": str(self.out), **paths}
