@@ -87,6 +87,7 @@ def test_refusals_say_why_and_what_to_do(model_type: str) -> None:
         ({"model_type": "cohere", "use_qk_norm": True}, "norm"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "layer number"),
         ({"model_type": "gpt_bigcode", "multi_query": False}, "interleaved"),
+        ({"model_type": "olmo", "clip_qkv": 8.0}, "clips"),
     ],
 )
 def test_variants_that_cannot_be_expressed_are_refused(

@@ -81,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", COMMON | {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
     "stablelm": ("stablelm", COMMON | {"use_qkv_bias": True, "head_dim": 8}),
     "cohere": ("cohere", COMMON | {"logit_scale": 1.0}),
+    "olmo": ("olmo", COMMON),
+    "seed_oss": ("seed_oss", COMMON | WIDE),
 }
 
 

@@ -1,8 +1,13 @@
-"""OLMo 2 and 3."""
+"""OLMo."""
 
-from kvfold.arch.family import Family
+from kvfold.arch.family import Family, unless
 
 FAMILIES = (
+    Family(
+        ("olmo",),
+        "norms without weights",
+        refuse=unless("clip_qkv", "it clips q, k and v (clip_qkv), which no gauge keeps"),
+    ),
     Family(
         ("olmo2", "olmo3"),
         unfoldable="its QK-norm runs over all heads at once, so heads cannot be folded apart",
