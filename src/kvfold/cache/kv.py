@@ -101,6 +101,7 @@ class KVCache:
         self.slack = slack
         self.formats, self.device = formats, check_device(device)
         self.lengths = [0] * batch
+        self._plain = check_options((0, 0, 0, 0), self._asked({}))  # as for most steps
         self._freed = [0] * batch  # positions below, but for sinks, are gone (sliding)
         self._capacity = 0
         if kind == "contiguous":
@@ -270,10 +271,11 @@ class KVCache:
         check_rows("q", q, len(rows), None, self.head_dim, self.device)
         check_heads(q, self.num_kv_heads)
         check_switches(return_lse=return_lse)
-        asked = self._asked(options)
         lengths = [self.lengths[b] for b in rows]
         shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
-        checked = check_options(shape, asked, _OPTIONS)
+        checked = self._plain
+        if options:
+            checked = check_options(shape, self._asked(options), _OPTIONS)
         self._check_start(checked.visibility.start)
         self._check_window(rows, q.shape[2])
         views = self._storage.views(rows, lengths)

@@ -134,14 +134,15 @@ def _checked(
         raise InputError(f"heads of no dimensions: {_shapes(q, k, v)}", _SHAPES)
     shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     checked = check_options(shape, given)
-    for name, x in checked.tensors().items():
+    tensors = checked.tensors()
+    for name, x in tensors.items():
         if x.device != q.device:
             raise InputError(f"{name} is on {x.device}, q, k and v on {q.device}")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
     return Call(
         q, (k, v), (), [], checked, k.shape[1], v.shape[3], k.shape[2],
-        torch.is_grad_enabled() and need_gradients(q, k, v, *checked.tensors().values()),
+        torch.is_grad_enabled() and need_gradients(q, k, v, *tensors.values()),
         home_name(q.device), return_lse, dropout,
     )  # fmt: skip
 

@@ -128,8 +128,9 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
 
 def append(lib: Library, k: torch.Tensor, v: torch.Tensor, view: KVView) -> None:
     """Write tokens ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` from the view's ends on."""
-    starts = _int32s(view.end)
-    size = len(view.table), view.keys.data.shape[1], k.shape[2]
+    starts, size = _int32s(view.end), k.shape[:3]
+    if len(starts) != size[0]:
+        raise InputError(f"{len(starts)} positions for {size[0]} sequences of keys")
     keys = Tensor.of(k, (*size, view.keys.dim), _KEYS)
     values = Tensor.of(v, (*size, view.values.dim), _VALUES)
     call = Append(*size, keys, values, starts.address)
