@@ -8,12 +8,24 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.backend import Call, need_gradients
+from kvfold.kernels.outside import outside_graphs
+from kvfold.kernels.pages import listed
 from kvfold.kernels.registry import attend, choose, home_name
+from kvfold.kernels.view import KVView
 from kvfold.ops.kinds import check_flag, check_tensor, is_number
-from kvfold.ops.options import ATTENTION, AttentionOptions, check_options
+from kvfold.ops.options import (
+    ATTENTION,
+    Accepted,
+    AttentionOptions,
+    CacheOptions,
+    Options,
+    check_options,
+    declared,
+)
 from kvfold.ops.signatures import with_options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OF_VIEWS = Accepted("attend_view", declared(CacheOptions))
 _SHAPES = "expected q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]"
 
 
@@ -98,6 +110,67 @@ def explain(
     return Path(backend.path, backend.why(call) or said)
 
 
+@outside_graphs(
+    "kvfold.kernels.dispatch.attend_view reads pages through their addresses: leave out"
+    " fullgraph=True"
+)
+@with_options
+def attend_view(
+    q: torch.Tensor,
+    view: KVView,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[CacheOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` over pages that somebody else keeps (``KVView.of_pages``).
+
+    Args:
+        q: ``[B, Hq, T, D]``; the last query stands at the last position of the view.
+        options: of attention; see the signature.
+        return_lse: see ``attention``.
+
+    Returns:
+        ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]``. Gradients
+        reach q, not the pages.
+
+    Raises:
+        InputError: for shapes, dtypes, devices or values that do not fit, naming them.
+
+    >>> k, v = torch.zeros(2, 5, 4, 16, 32)
+    >>> view = KVView.of_pages(k, v, torch.tensor([[3, 0]], dtype=torch.int32), [17])
+    >>> attend_view(torch.zeros(1, 8, 1, 32), view).shape
+    torch.Size([1, 8, 1, 32])
+    """
+    check_tensor("q", q)
+    check_flag("return_lse", return_lse)
+    k, v, batch, ends = view.keys, view.values, len(view.table), view.end
+    heads = k.data.shape[1]
+    if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, k.dim) or q.shape[1] % heads:
+        given = f"q {list(q.shape)}, {batch} sequences of {heads} KV heads of {k.dim}"
+        raise InputError(f"shapes do not fit: {given}", "expected q [B, Hq, T, D]")
+    if q.dtype not in _DTYPES[:3] or q.device != k.data.device:
+        raise InputError(f"q is {q.dtype} on {q.device}, the pages are on {k.data.device}")
+    there = isinstance(ends, torch.Tensor) and ends.is_cuda
+    keys = view.most if there else max(listed(ends, batch), default=0)
+    checked = check_options((batch, q.shape[1], q.shape[2], keys), options, _OF_VIEWS)
+    tensors = _on_one_device(q, checked)
+    call = Call(
+        q, None, [view], ends, checked, heads, v.dim, keys, need_gradients(q, *tensors),
+        home_name(q.device), return_lse,
+    )  # fmt: skip
+    out, lse = attend(call)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def _on_one_device(q: torch.Tensor, options: Options) -> list[torch.Tensor]:
+    """The options' tensors, which must be where q is."""
+    tensors = options.tensors()
+    for name, x in tensors.items():
+        if x.device != q.device:
+            raise InputError(f"{name} is on {x.device}, q, k and v on {q.device}")
+    return list(tensors.values())
+
+
 def _checked(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -134,15 +207,12 @@ def _checked(
         raise InputError(f"heads of no dimensions: {_shapes(q, k, v)}", _SHAPES)
     shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     checked = check_options(shape, given)
-    tensors = checked.tensors()
-    for name, x in tensors.items():
-        if x.device != q.device:
-            raise InputError(f"{name} is on {x.device}, q, k and v on {q.device}")
+    tensors = _on_one_device(q, checked)
     if not 0 <= dropout < 1:
         raise InputError(f"dropout={dropout}: expected 0 <= dropout < 1")
     return Call(
         q, (k, v), (), [], checked, k.shape[1], v.shape[3], k.shape[2],
-        torch.is_grad_enabled() and need_gradients(q, k, v, *tensors.values()),
+        torch.is_grad_enabled() and need_gradients(q, k, v, *tensors),
         home_name(q.device), return_lse, dropout,
     )  # fmt: skip
 

@@ -23,12 +23,28 @@ def decoded(
         for rows in (views[0].keys, views[0].values)
     )
     for view in views:
-        begins, ends = listed(view.begin, batch), listed(view.end, batch)
-        for b, (low, high) in enumerate(zip(begins, ends, strict=True)):
-            high = min(high, keys)
-            if low < high:
-                k[b, :, low:high], v[b, :, low:high] = read(view, b, low, high)
+        for b, low, high in ranges(view):
+            if low < min(high, keys):
+                k[b, :, low:high], v[b, :, low:high] = read(view, b, low, min(high, keys))
     return k, v
+
+
+def held(views: Sequence[KVView], lengths: list[int], keys: int) -> torch.Tensor | None:
+    """Which positions ``[B, 1, 1, keys]`` the views hold; None if they hold all below lengths."""
+    found = [range_ for view in views for range_ in ranges(view)]
+    if sum(max(0, high - low) for _, low, high in found) >= sum(lengths):
+        return None
+    there = torch.zeros(len(lengths), 1, 1, keys, dtype=torch.bool, device=CPU)
+    for b, low, high in found:
+        there[b, ..., low:high] = True
+    return there.to(views[0].keys.data.device)
+
+
+def ranges(view: KVView) -> list[tuple[int, int, int]]:
+    """Each sequence, and where what the view holds of it begins and ends."""
+    batch = len(view.table)
+    begins, ends = listed(view.begin, batch), listed(view.end, batch)
+    return list(zip(range(batch), begins, ends, strict=True))
 
 
 def listed(positions: Positions | None, batch: int) -> list[int]:

@@ -8,13 +8,18 @@ from typing import NamedTuple
 
 import torch
 
+from kvfold.errors import InputError
 from kvfold.ops.format import Format
 from kvfold.ops.formats import format_of
 
+_CPU = torch.device("cpu")
 #: Whole numbers, one of each sequence, wherever their owner keeps them: int32 ``[B]`` or a list.
 Positions = list[int] | torch.Tensor
 
-_PAGES = "expected k [P, Hkv, page_size, D] and v [P, Hkv, page_size, Dv]: pages of one dtype"
+_PAGES = (
+    "expected k [P, Hkv, page_size, D] and v [P, Hkv, page_size, Dv], of one dtype and device;"
+    " of [2, P, page_size, Hkv, D] those are pages[0].transpose(1, 2) and pages[1].transpose(1, 2)"
+)
 
 
 class Rows:
@@ -78,6 +83,68 @@ class KVView(NamedTuple):
         batch, keys = k.shape[0], k.shape[2]
         table = torch.arange(batch, dtype=torch.int32, device=k.device)[:, None]
         return cls(Rows.plain(k), Rows.plain(v), table, max(keys, 1), None, end, keys)
+
+    @classmethod
+    def of_pages(
+        cls,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        table: torch.Tensor,
+        lengths: Positions,
+        begin: Positions | None = None,
+    ) -> "KVView":
+        """Pages that somebody else keeps, as a serving engine does. Nothing is copied.
+
+        Args:
+            k: ``[P, Hkv, page_size, D]``; v: ``[P, Hkv, page_size, Dv]``; float32, float16 or
+                bfloat16, of any strides with contiguous rows.
+            table: int32 ``[B, pages]``, there or on the CPU. Pages below 0 are for positions that
+                no query sees.
+            lengths, begin: the positions ``begin[b] <= j < lengths[b]`` are there. On a GPU they
+                are not read before the kernels run: there, they must be right.
+
+        Raises:
+            InputError: for what kernels could not follow.
+
+        >>> pages = torch.zeros(2, 5, 16, 4, 32)  # keys and values, 5 pages of 16 tokens, 4 heads
+        >>> k, v = pages.transpose(2, 3)
+        >>> KVView.of_pages(k, v, torch.tensor([[3, 0]], dtype=torch.int32), [17]).most
+        32
+        """
+        _check_pages(k, v)
+        pages, _, size, _ = k.shape
+        whole = isinstance(table, torch.Tensor) and table.dtype == torch.int32 and table.dim() == 2
+        if not whole or table.device not in (k.device, _CPU):
+            raise InputError("table: expected int32 [B, pages] on the device of the pages")
+        if not table.is_cuda and table.numel() and int(table.max()) >= pages:
+            raise InputError(f"table names page {int(table.max())} of {pages}")
+        most = table.shape[1] * size
+        for name, given in (("lengths", lengths), ("begin", begin)):
+            if given is not None:
+                _check_positions(name, given, len(table), most)
+        return cls(Rows.plain(k), Rows.plain(v), table.contiguous(), size, begin, lengths, most)
+
+
+def _check_pages(k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or 0 in x.shape[1:]:
+            raise InputError(f"{name}: {getattr(x, 'shape', type(x).__name__)}", _PAGES)
+        if not has_contiguous_rows(x):
+            raise InputError(f"{name} has strides {list(x.stride())}: rows are not contiguous")
+    if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype or k.device != v.device:
+        kinds = [f"{x.dtype} {list(x.shape)} on {x.device}" for x in (k, v)]
+        raise InputError(f"k and v do not fit: {' and '.join(kinds)}", _PAGES)
+
+
+def _check_positions(name: str, given: Positions, batch: int, most: int) -> None:
+    if isinstance(given, torch.Tensor):
+        if given.dtype != torch.int32 or given.shape != (batch,):
+            raise InputError(f"{name} is {given.dtype} {list(given.shape)}: int32 [{batch}]")
+        if given.is_cuda:
+            return
+    numbers: list[int] = given if isinstance(given, list) else given.tolist()
+    if len(numbers) != batch or not all(0 <= number <= most for number in numbers):
+        raise InputError(f"{name}={numbers}: expected {batch} numbers from 0 to {most}")
 
 
 class Angles(NamedTuple):

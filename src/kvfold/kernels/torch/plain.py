@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from kvfold.kernels.backend import Call
-from kvfold.kernels.pages import decoded, listed
+from kvfold.kernels.pages import decoded, held, listed
 from kvfold.ops.mask import without_unseen
 from kvfold.ops.options import Options
 
@@ -25,9 +25,20 @@ def plain(call: Call) -> Plain:
     if call.tensors is not None:
         return Plain(call.q, *call.tensors, call.options, call.dropout)
     k, v = decoded(call.views, call.keys, call.q.dtype)
-    lengths = torch.tensor(listed(call.lengths, len(k)), dtype=torch.int32, device=k.device)
-    padded = call.options.visibility._replace(lengths=lengths)
-    return Plain(call.q, k, v, call.options._replace(visibility=padded), call.dropout)
+    lengths = listed(call.lengths, len(k))
+    ends = torch.tensor(lengths, dtype=torch.int32, device=k.device)
+    sight = call.options.visibility._replace(lengths=ends)
+    there = held(call.views, lengths, call.keys)
+    if there is not None:
+        sight = sight._replace(mask=_only(there, sight.mask))
+    return Plain(call.q, k, v, call.options._replace(visibility=sight), call.dropout)
+
+
+def _only(there: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mask, and nothing but what is there."""
+    if mask is None:
+        return there
+    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
 
 def seen_rows(call: Plain, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
