@@ -2,8 +2,8 @@
 
 A target answers every question about the folded model that can be answered before folding, and
 travels from the boundary (``--kv-heads``, ``num_kv_heads``) to whatever asks. One more kind of
-target is one more class here, a way to fold a layer to it (``fold.layer_folds``), and the methods
-that declare that they can make it.
+target is one more class here, a way to fold a layer to it (``fold.layer.LAYER_FOLDS``), and the
+methods that declare that they can make it.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class Grouped:
     num_kv_heads: int
 
     @classmethod
-    def asked(cls, num_kv_heads: object, name: str = "--kv-heads") -> "Grouped":
+    def asked(cls, num_kv_heads: object, name: str) -> "Grouped":
         """Of a number that somebody gave, which the complaint calls ``name``."""
         return cls(KV_HEADS.check(num_kv_heads, name))
 

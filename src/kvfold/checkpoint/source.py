@@ -148,6 +148,10 @@ class Checkpoint:
             self.attention_prefix(layer), self.geometry, self.names
         )
 
+    def attention_dtype(self, layer: int) -> str:
+        """Of a layer's projections; what is made of them has the same."""
+        return self.store.dtype(next(iter(self.attention_shapes(layer))))
+
     def attention(self, layer: int, load: Load | None = None) -> AttentionWeights:
         """One layer's projections, in the checkpoint's dtype.
 

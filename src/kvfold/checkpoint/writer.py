@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.arch.projections import Shapes
 from kvfold.arch.target import Target
 from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
@@ -36,15 +35,17 @@ class Shard:
         return sum(spec.nbytes for spec in self.specs)
 
 
-def folded_shapes(checkpoint: Checkpoint, target: Target) -> Shapes:
-    """The shape of every attention tensor of the folded model."""
+def attention_specs(checkpoint: Checkpoint, target: Target) -> dict[str, TensorSpec]:
+    """Every attention tensor of the folded model by name, in the dtype of its layer."""
     projections = target.projections(checkpoint.family)
     geometry = target.geometry(checkpoint.geometry)
-    shapes: Shapes = {}
+    specs: dict[str, TensorSpec] = {}
     for layer in range(geometry.num_layers):
+        dtype = checkpoint.attention_dtype(layer)
         prefix = checkpoint.attention_prefix(layer)
-        shapes |= projections.shapes(prefix, geometry, checkpoint.names)
-    return shapes
+        shapes = projections.shapes(prefix, geometry, checkpoint.names)
+        specs |= {name: TensorSpec(name, dtype, shape) for name, shape in shapes.items()}
+    return specs
 
 
 def stored_specs(checkpoint: Checkpoint) -> list[TensorSpec]:
@@ -54,16 +55,19 @@ def stored_specs(checkpoint: Checkpoint) -> list[TensorSpec]:
 
 
 def folded_specs(checkpoint: Checkpoint, target: Target) -> list[TensorSpec]:
-    """The folded model's tensors, in the source's order."""
+    """The folded model's tensors, in the source's order; those it names otherwise come last."""
     if target.is_source(checkpoint.geometry):
         return stored_specs(checkpoint)
-    family = checkpoint.family
-    shapes = folded_shapes(checkpoint, target)
-    return [
-        replace(spec, shape=shapes.get(spec.name) or family.rewritten_shape(spec.name, spec.shape))
+    attention, family = attention_specs(checkpoint, target), checkpoint.family
+    layers = range(checkpoint.geometry.num_layers)
+    replaced = {name for layer in layers for name in checkpoint.attention_shapes(layer)}
+    own = [
+        attention.get(spec.name)
+        or replace(spec, shape=family.rewritten_shape(spec.name, spec.shape))
         for spec in stored_specs(checkpoint)
-        if not family.dropped(spec.name)
+        if spec.name in attention or not (spec.name in replaced or family.dropped(spec.name))
     ]
+    return own + [spec for name, spec in attention.items() if name not in checkpoint.names]
 
 
 def plan_shards(specs: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:

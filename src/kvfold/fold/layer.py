@@ -126,8 +126,7 @@ def _stored(source: StoredLayer, target: Target, weights: AttentionWeights) -> T
     checkpoint = source.checkpoint
     projections = target.projections(checkpoint.family)
     tensors = projections.write(checkpoint.attention_prefix(source.index), weights)
-    some_name = next(iter(checkpoint.attention_shapes(source.index)))
-    dtype = torch_dtype(checkpoint.store.dtype(some_name))
+    dtype = torch_dtype(checkpoint.attention_dtype(source.index))
     return {name: as_stored(tensor, dtype) for name, tensor in tensors.items()}
 
 

@@ -18,8 +18,8 @@ from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config, r
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Shard,
+    attention_specs,
     carried_files,
-    folded_shapes,
     folded_specs,
     plan_shards,
     total_bytes,
@@ -211,7 +211,7 @@ def _check_foldable(config: Mapping[str, Any], target: Target) -> AttentionGeome
 
 def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: ConvertRequest) -> int:
     """Size of the tensors kept apart until the output is written: attention, fitted MLPs."""
-    names = set(folded_shapes(checkpoint, request.target))
+    names = set(attention_specs(checkpoint, request.target))
     if request.fit != "none":
         layers = range(checkpoint.geometry.num_layers)
         mlp = checkpoint.family.mlp_output
