@@ -1,0 +1,79 @@
+"""What models are run on, when they are run at all, and that both begin with their own weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvfold import convert
+from kvfold.checkpoint.source import Checkpoint, TensorDict
+from kvfold.fold import hidden
+from kvfold.fold.hidden import HiddenStates
+from kvfold.healing.local import heal_layers
+from kvfold.progress import no_progress
+from tests.toolbox import tiny
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"calibration_tokens": 1024, "context": 64}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_are_the_same_in_a_file(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden, "SPILL_BYTES", 100)
+    shape = (5, 4, 3)
+    in_file = HiddenStates(shape, CPU, tmp_path / "below" / "states", dtype)
+    in_memory = HiddenStates(shape, CPU, None, dtype)
+    small = HiddenStates((1, 4, 3), CPU, tmp_path / "small", dtype)
+    assert (tmp_path / "below" / "states").stat().st_size == 60 * dtype.itemsize
+    assert not (tmp_path / "small").exists(), "what is small stays in memory"
+    assert (small.windows, small.tokens) == (1, 4)
+    monkeypatch.setattr(hidden, "BATCH_TOKENS", 8)
+    values = torch.randn(shape).to(dtype)
+    for states in (in_file, in_memory):
+        batches = list(states.batches())
+        assert [len(range(5)[batch]) for batch in batches] == [2, 2, 1]
+        for batch in batches:
+            states[batch] = values[batch]
+        assert torch.equal(states[torch.tensor([4, 0])], values[[4, 0]])
+        assert torch.equal(states[slice(0, 5)], values)
+
+
+@pytest.mark.parametrize("fit", ["none", "refit"])
+def test_nothing_is_run_for_layers_that_are_done(
+    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: str
+) -> None:
+    """Killed while it writes, a run is taken up without its text."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(label: str, done: int, total: int) -> None:
+        if label == "writing":
+            raise Stop
+
+    arguments: dict[str, Any] = {"fit": fit, "calibration": [text_file], **SMALL}
+    with pytest.raises(Stop):
+        convert(llama_folder, tmp_path / "out", 2, progress=stop, **arguments)
+    monkeypatch.setattr("kvfold.fold.loop.SourcePass", None)  # calling it would fail
+    convert(llama_folder, tmp_path / "out", 2, resume=True, **arguments)
+
+
+def test_healing_runs_the_folded_model_on_its_own_embeddings(tmp_path: Path) -> None:
+    """Those of a model that was healed as a whole are not its source's any more."""
+    model = tiny.make("llama")
+    windows = tiny.tokens(8, 32, seed=5)
+    found = []
+    for scale in (1.0, 1.5):
+        state = dict(model.state_dict())
+        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] * scale
+        student = Checkpoint("folded", model.config.to_dict(), TensorDict(state))
+        folder = tmp_path / str(scale)
+        _, reports = heal_layers(
+            tiny.checkpoint_of(model), student, windows, folder, 0, no_progress
+        )
+        found.append(reports[0]["stages"][0]["error_before"])
+    assert found[0] == pytest.approx(0, abs=1e-9)
+    assert found[1] > 0.01
