@@ -21,8 +21,8 @@ import torch
 
 import kvfold.transformers as drop_in
 from fold_quality import machine, source_folder
-from kvfold.bench.here import measure_here
 from kvfold.bench.probe import Prober
+from kvfold.bench.this_machine import measure_this_machine
 from kvfold.bench.timing import measure
 from kvfold.files import append_text
 from kvfold.plan.model import read_model
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    hardware = measure_here()
+    hardware = measure_this_machine()
     small = source_folder(options.work)
     configs = {"SmolLM2-135M": json.loads((small / "config.json").read_text()), **MADE_UP}
     for name, config in configs.items():

@@ -129,7 +129,7 @@ def test_any_name_of_a_model_and_a_text(
 
 @pytest.mark.parametrize("name", NASTY, ids=ascii)
 def test_any_name_in_drawings(name: str) -> None:
-    from kvfold.bench.records import Row
+    from kvfold.bench.results import Row
     from kvfold.bench.timing import Spread
     from kvfold.report.figures import decode_times, healing_curve
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the record, the command that repeats it, versions. No torch."""
+"""What a run leaves behind: its files' names, the command that repeats it, versions. No torch."""
 
 import platform
 import shlex
@@ -7,7 +7,9 @@ from typing import Any
 
 from kvfold.requests import Flag, Option, Request, Several, options_of
 
-RECORD = "kvfold.json"
+RECORD = "kvfold.json"  # in every folder that is made
+METRICS = "healing.jsonl"  # beside it, of healing: a line for every step
+DEMO = "demo.json"  # in the demo's folder, instead
 
 
 def versions() -> dict[str, str]:

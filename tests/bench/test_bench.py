@@ -20,7 +20,7 @@ from kvfold.bench.cases import (
 from kvfold.bench.compare import change, compare_files
 from kvfold.bench.gate import Truth
 from kvfold.bench.peers import PEERS, Peer
-from kvfold.bench.records import Results, Row, load, save
+from kvfold.bench.results import Results, Row, load, save
 from kvfold.bench.timing import Spread, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvfold import convert, heal
-from kvfold.bench.records import Row
+from kvfold.bench.results import Row
 from kvfold.bench.timing import Spread, Timing
 from kvfold.report.figures import decode_times
 from kvfold.report.page import Section, Table, render

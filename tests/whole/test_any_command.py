@@ -111,9 +111,9 @@ def _no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.healing.run._Run.local", _enough)
     monkeypatch.setattr("kvfold.bench.attention.measure", _enough)
     monkeypatch.setattr("kvfold.bench.model._prefill", _enough)
-    monkeypatch.setattr("kvfold.bench.here._ROUNDS", 1)
-    monkeypatch.setattr("kvfold.bench.here._BYTES", 1 << 20)
-    monkeypatch.setattr("kvfold.bench.here._SIZE", 64)
+    monkeypatch.setattr("kvfold.bench.this_machine._ROUNDS", 1)
+    monkeypatch.setattr("kvfold.bench.this_machine._BYTES", 1 << 20)
+    monkeypatch.setattr("kvfold.bench.this_machine._SIZE", 64)
 
 
 # What makes a command run at all; every option is added to it.

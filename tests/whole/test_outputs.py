@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvfold.bench.records import Results, Row, check_save, save
+from kvfold.bench.results import Results, Row, check_save, save
 from kvfold.bench.timing import Timing
 from kvfold.errors import InputError
 from kvfold.files import WriteError

@@ -10,7 +10,8 @@ from kvfold.bench.buffers import Rotation, Rows, copies, reader, threads
 from kvfold.bench.cases import AttentionCase, AttentionRequest, dtype_of
 from kvfold.bench.gate import Truth, Verdict
 from kvfold.bench.peers import PEERS, Peer
-from kvfold.bench.records import OK, SKIPPED, WRONG, Results, Row, is_cold, machine
+from kvfold.bench.results import OK, SKIPPED, WRONG, Results, Row
+from kvfold.bench.this_machine import described, is_cold
 from kvfold.bench.timing import DEFAULT_MIN_TIME, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import KVFoldError
@@ -47,14 +48,13 @@ class Competitor:
 def run_attention(
     request: AttentionRequest,
     *,
-    command: str = "",
     min_time: float = DEFAULT_MIN_TIME,
     progress: Progress = no_progress,
 ) -> Results:
     """Measure every case of a request.
 
     Args:
-        command: to be kept with the results. min_time: seconds per sample, at least.
+        min_time: seconds per sample, at least.
 
     >>> run_attention(AttentionRequest(contexts=[512], kv_heads=[1]))  # doctest: +SKIP
     """
@@ -64,7 +64,7 @@ def run_attention(
             progress("cases", index, len(cases))
             rows += _run_case(case, request, min_time)
         progress("cases", len(cases), len(cases))
-        return Results(command_line(request, brief=True), machine(count), tuple(rows))
+        return Results(command_line(request, brief=True), described(count), tuple(rows))
 
 
 def _run_case(case: AttentionCase, request: AttentionRequest, min_time: float) -> list[Row]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfold.bench.records import Row, load
+from kvfold.bench.results import Row, load
 from kvfold.bench.timing import Spread
 from kvfold.errors import InputError
 

@@ -27,7 +27,8 @@ from kvfold.bench.contestant import (
     walk,
 )
 from kvfold.bench.model_cases import GATE_STEPS, ModelRequest
-from kvfold.bench.records import OK, SKIPPED, WRONG, Results, Row, is_cold, machine
+from kvfold.bench.results import OK, SKIPPED, WRONG, Results, Row
+from kvfold.bench.this_machine import described, is_cold
 from kvfold.bench.timing import Timing, measure, ratio
 from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.errors import UnsupportedError
@@ -108,7 +109,7 @@ def run_model(request: ModelRequest, *, progress: Progress = no_progress) -> Res
             progress("cases", index, len(cases))
             rows += _run_case(models, request, context, batch)
         progress("cases", len(cases), len(cases))
-        return Results(command_line(request, brief=True), machine(count), tuple(rows))
+        return Results(command_line(request, brief=True), described(count), tuple(rows))
 
 
 def _load(path: str, stack: ExitStack) -> Loaded:

@@ -18,7 +18,7 @@ import torch
 from kvfold.arch.decoder import learned_positions
 from kvfold.arch.layers import FULL, LATENT, SLIDING
 from kvfold.bench.cases import check_memory
-from kvfold.bench.records import last_level_cache
+from kvfold.bench.this_machine import last_level_cache
 from kvfold.bench.timing import measure
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.plan.model import Model

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvfold.bench import words
+from kvfold.bench import readable
 from kvfold.bench.cases import AttentionRequest
 from kvfold.bench.model_cases import ModelRequest
 from kvfold.cli.options import Location
@@ -16,7 +16,7 @@ from kvfold.names import printable
 
 if TYPE_CHECKING:
     from kvfold.bench.compare import Change
-    from kvfold.bench.records import Results, Row
+    from kvfold.bench.results import Results, Row
 
 _SHOWN: list[Callable[[Any], Any]] = [
     click.option("--save", type=Location(), help="Add the rows to a file (JSON lines)."),
@@ -96,7 +96,7 @@ def compare(before: Path, after: Path, markdown: bool, as_json: bool) -> None:
 
 
 def _check_output(save: Path | None, markdown: bool, as_json: bool) -> None:
-    from kvfold.bench.records import check_save
+    from kvfold.bench.results import check_save
     from kvfold.errors import InputError
 
     check_save(save)
@@ -112,7 +112,7 @@ def _finish(
     tables: "Callable[[Results, bool], None]",
 ) -> None:
     """Keep and print the results; complain of those that are wrong."""
-    from kvfold.bench.records import save
+    from kvfold.bench.results import save
     from kvfold.errors import RunError
 
     if path is not None:
@@ -148,8 +148,8 @@ def _attention_tables(results: "Results", markdown: bool) -> None:
                     row.implementation,
                     size(row.kv_bytes),
                     *_speed(row),
-                    words.times(row.vs_own_bf16),
-                    words.times(row.vs_best_peer),
+                    readable.times(row.vs_own_bf16),
+                    readable.times(row.vs_best_peer),
                 ]
             )
             before = heads
@@ -158,14 +158,14 @@ def _attention_tables(results: "Results", markdown: bool) -> None:
 
 
 def _attention_caption(results: "Results", rows: "list[Row]") -> str:
-    bandwidth = words.median([row.bandwidth for row in rows if row.bandwidth])
+    bandwidth = readable.median([row.bandwidth for row in rows if row.bandwidth])
     cold = {True: "cold", False: "not cold", None: "cache size unknown"}[rows[0].cold]
     return (
         "Hkv: KV heads. step: median ± half the interquartile range. floor: the share of the step "
         "that reading the KV once takes, at the bandwidth measured in the same run "
         f"({bandwidth / 1e9:.1f} GB/s). vs bf16: speed as a multiple of kvfold bf16's; vs peer: "
         "of the fastest peer's (bf16 tensors). "
-        f"Caches {cold}; {words.machine(results)}"
+        f"Caches {cold}; {readable.machine(results)}"
     )
 
 
@@ -183,10 +183,10 @@ def _model_tables(results: "Results", markdown: bool) -> None:
                 [
                     name if name != before or markdown else "",
                     row.implementation,
-                    words.seconds(row.first_token.median) if row.first_token else "",
-                    words.per_second(speed, row.case["batch"]) if speed else row.status.upper(),
-                    words.percent(row.floor_fraction),
-                    words.times(row.vs_first),
+                    readable.seconds(row.first_token.median) if row.first_token else "",
+                    readable.per_second(speed, row.case["batch"]) if speed else row.status.upper(),
+                    readable.percent(row.floor_fraction),
+                    readable.times(row.vs_first),
                     size(row.kv_bytes),
                     f"{row.kv_bytes / expected:.2f}" if expected else "",
                     f"{row.top1:.0%}" if row.top1 is not None else "",
@@ -198,14 +198,14 @@ def _model_tables(results: "Results", markdown: bool) -> None:
 
 
 def _model_caption(results: "Results", rows: "list[Row]") -> str:
-    bandwidth = words.median([row.bandwidth for row in rows if row.bandwidth])
+    bandwidth = readable.median([row.bandwidth for row in rows if row.bandwidth])
     return (
         "model (query heads:KV heads). first: time to the first token, one prefill. tokens/s: "
         "median ± half the interquartile range. floor: the share of a step that reading weights "
         f"and KV once takes, at the bandwidth measured in the same run ({bandwidth / 1e9:.1f} "
         "GB/s). ratio: speed as a multiple of the first row's. KV: bytes allocated; of KV: as a "
         "multiple of what the tokens need. top-1: the same choice as sdpa's. "
-        f"{words.machine(results)}"
+        f"{readable.machine(results)}"
     )
 
 
@@ -215,8 +215,8 @@ def _print_changes(changes: "tuple[Change, ...]", markdown: bool) -> None:
         [
             c.case if markdown or c.case not in cases[max(0, i - 1) : i] else "",
             c.implementation,
-            words.fraction(c.before),
-            words.fraction(c.after),
+            readable.fraction(c.before),
+            readable.fraction(c.after),
             f"{c.ratio:.2f}×" if c.ratio else "",
             c.verdict,
         ]
@@ -258,6 +258,6 @@ def _speed(row: "Row") -> list[str]:
     if row.seconds is None:
         return [row.status.upper(), ""]
     return [
-        f"{words.seconds(row.seconds.median)} {words.spread(row.seconds)}",
-        words.percent(row.floor_fraction),
+        f"{readable.seconds(row.seconds.median)} {readable.spread(row.seconds)}",
+        readable.percent(row.floor_fraction),
     ]

@@ -13,6 +13,7 @@ from kvfold.cli.output import emit, say
 from kvfold.cli.parse import asks
 from kvfold.cli.signals import resumable
 from kvfold.healing.request import HealRequest
+from kvfold.record import METRICS
 
 if TYPE_CHECKING:
     from kvfold.checkpoint.workspace import Workspace
@@ -77,7 +78,6 @@ def heal_and_show(
 
 def draw(folder: Path) -> None:
     """Put the curve of the run beside its metrics."""
-    from kvfold.healing.record import METRICS
     from kvfold.healing.watch import read_metrics
     from kvfold.report.healing import plot_healing
 

@@ -53,9 +53,9 @@ def _machine(request: PlanRequest) -> "Hardware":
 
     own = {"memory": request.memory, "bandwidth": request.bandwidth, "flops": request.flops}
     if request.gpu == "here":
-        from kvfold.bench.here import measure_here
+        from kvfold.bench.this_machine import measure_this_machine
 
-        return corrected(measure_here(), **own)
+        return corrected(measure_this_machine(), **own)
     return hardware_of(request.gpu, **own)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from kvfold.quality.scores import Quality
 
 SOURCE = "source"
-RECORD = "demo.json"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.checkpoint import places
 from kvfold.checkpoint.workspace import opened
-from kvfold.demo.result import RECORD, SOURCE, DemoResult, DemoRow
+from kvfold.demo.result import SOURCE, DemoResult, DemoRow
 from kvfold.demo.text import Splits, joined
 from kvfold.demo.training import BATCH, CONTEXT, STEPS, train_demo_model
 from kvfold.errors import InputError
@@ -18,6 +18,7 @@ from kvfold.fold.methods import AUTO
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.scores import compare
 from kvfold.quality.text import Tokenizer, token_windows
+from kvfold.record import DEMO
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -49,7 +50,7 @@ def run_demo(
     from kvfold.demo.plots import plot_demo
 
     check_out(out, force)
-    with opened(out, older=RECORD) as work:
+    with opened(out, older=DEMO) as work:
         work.start({}, force=force)
         work.begin({})
         model, tokenizer, splits = train_demo_model(seed, progress, STEPS)
@@ -63,7 +64,7 @@ def run_demo(
             (result.held_out, splits.held_out),
         ):
             write_text(folder / path.name, joined(topics))
-        write_json(folder / RECORD, result.as_dict())
+        write_json(folder / DEMO, result.as_dict())
         plot_demo(result.rows, folder / result.plot.name, seed)
         work.publish()
     return result
@@ -77,12 +78,12 @@ def check_out(out: Path, force: bool) -> None:
     """
     if out.exists() and not force:
         raise InputError(f"{out} exists already", "name another folder with --out, or add --force")
-    if out.exists() and not (out / RECORD).is_file():
+    if out.exists() and not (out / DEMO).is_file():
         raise InputError(
             f"{out} is not a folder of an earlier demo; --force replaces only those",
             "name another folder with --out",
         )
-    places.check_out(out, (), force, older=RECORD)
+    places.check_out(out, (), force, older=DEMO)
 
 
 def fold_and_compare(

@@ -118,8 +118,8 @@ class Distillation:
         }
 
     def backward(self, batch: Batch) -> tuple[float, float]:
-        """Gradients of the loss over this process's rows; the sums of loss and KL."""
-        own = batch[self.world.rows(len(batch))]
+        """Gradients of the loss over this process's sequences; the sums of loss and KL."""
+        own = batch[self.world.share(len(batch))]
         size = self.request.micro_batch
         # Processes average their gradients, so each scales its sum by their number.
         scale = self.world.size / batch.targets
@@ -186,7 +186,7 @@ class Distillation:
     def _scores(self, batch: Batch) -> list[float]:
         totals = torch.zeros(4, dtype=torch.float64)
         world = self.world
-        # Sharded models need every process in every forward pass, so the last rows may be
+        # Sharded models need every process in every forward pass, so the last sequences may be
         # read twice; they count once.
         for number in range(-(-len(batch) // world.size)):
             index = number * world.size + world.rank

@@ -33,8 +33,8 @@ class Batch:
     positions: torch.Tensor
     valid: torch.Tensor
 
-    def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(self.ids[rows], self.positions[rows], self.valid[rows])
+    def __getitem__(self, part: slice) -> "Batch":
+        return Batch(self.ids[part], self.positions[part], self.valid[part])
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,6 +1,6 @@
 """One process or many: PyTorch's own DDP and FSDP2 under ``torchrun``.
 
-Every process packs the same batches and takes its own rows of each, so the order of the text
+Every process packs the same batches and takes its own part of each, so the order of the text
 does not depend on how many there are, and the loss is that of a single process but for rounding.
 """
 
@@ -50,8 +50,8 @@ class World:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
-    def rows(self, sequences: int) -> slice:
-        """This process's rows of a batch of ``sequences``."""
+    def share(self, sequences: int) -> slice:
+        """This process's part of a batch of ``sequences``."""
         share = sequences // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 

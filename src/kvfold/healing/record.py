@@ -9,9 +9,7 @@ from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.record import read_record, summary
 from kvfold.healing.request import HealRequest
 from kvfold.quality.scores import Quality
-from kvfold.record import RECORD, command_line, versions
-
-METRICS = "healing.jsonl"
+from kvfold.record import METRICS, RECORD, command_line, versions
 
 
 def heal_record(

@@ -31,7 +31,7 @@ from kvfold.healing.models import (
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
 from kvfold.healing.parallel import World, distribute, launched_rank, world
 from kvfold.healing.placing import check_places, healed_tensors, take_trained
-from kvfold.healing.record import METRICS, heal_record, model_card, read_healing
+from kvfold.healing.record import heal_record, model_card, read_healing
 from kvfold.healing.request import (
     CHANGEABLE,
     OPTIONS,
@@ -45,7 +45,7 @@ from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import python_topics, read_texts, token_windows
-from kvfold.record import RECORD
+from kvfold.record import METRICS, RECORD
 
 _WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way
 HELD_OUT = "held-out"
@@ -199,8 +199,8 @@ class _Models:
         check_complete(self.folded)
         check_places(self.folded)
         check_complete(open_checkpoint(self.teacher_folder))
-        self.words = self.folded.config.get("vocab_size")
-        self.tokens = Tokens(load_tokenizer(self.folder), self.words)
+        self.vocabulary = self.folded.config.get("vocab_size")
+        self.tokens = Tokens(load_tokenizer(self.folder), self.vocabulary)
         self.corpora: list[tuple[str, Corpus, float]] = [
             (source.name, open_corpus(source, request.seed), source.weight)
             for source in request.texts
@@ -220,7 +220,7 @@ class _Models:
                 texts = {"Python documentation": "\n\n".join(python_topics().values())}
         size = max(request.held_out_tokens, request.context)
         return {
-            name: token_windows(self.tokens.tokenizer, text, request.context, size, self.words)
+            name: token_windows(self.tokens.tokenizer, text, request.context, size, self.vocabulary)
             for name, text in texts.items()
         }
 
@@ -251,9 +251,9 @@ class _Run:
         teacher = open_checkpoint(self.teacher_folder)
 
         def run() -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-            windows, kept = self._local_windows(), self.partial / "layers"
+            windows, layers = self._local_windows(), self.partial / "layers"
             progress = self.progress if self.peers.first else no_progress
-            return heal_layers(teacher, self.folded, windows, kept, self.request.seed, progress)
+            return heal_layers(teacher, self.folded, windows, layers, self.request.seed, progress)
 
         result = run() if self.peers.first else None
         self.peers.barrier()
@@ -312,11 +312,11 @@ class _Run:
         )
 
     def _watched(self) -> dict[str, Batch]:
-        rows = max(1, _WATCHED_TOKENS // self.request.context)
+        sequences = max(1, _WATCHED_TOKENS // self.request.context)
         texts = {name: pack([[w] for w in ids.tolist()]) for name, ids in self.others.items()}
         if self.held_out is not None:
             texts = {HELD_OUT: self.held_out, **texts}
-        return {name: _spread(batch, rows) for name, batch in texts.items()}
+        return {name: _spread(batch, sequences) for name, batch in texts.items()}
 
     # -- results ----------------------------------------------------------------------------
 
@@ -349,7 +349,7 @@ class _Run:
             for name, windows in texts.items():
                 pair = compare(models, windows, name, self.progress)
                 results[name] += pair[1:] if results[name] else pair
-        return [quality for rows in results.values() for quality in rows]
+        return [quality for scores in results.values() for quality in scores]
 
 
 def _alternating(corpora: list[Corpus]) -> Iterator[str]:
@@ -364,7 +364,7 @@ def _alternating(corpora: list[Corpus]) -> Iterator[str]:
                 yield text
 
 
-def _spread(batch: Batch, rows: int) -> Batch:
-    """So many rows, evenly spread."""
-    index = torch.arange(min(rows, len(batch))) * len(batch) // min(rows, len(batch))
+def _spread(batch: Batch, count: int) -> Batch:
+    """So many sequences, evenly spread."""
+    index = torch.arange(min(count, len(batch))) * len(batch) // min(count, len(batch))
     return Batch(batch.ids[index], batch.positions[index], batch.valid[index])

@@ -16,6 +16,7 @@ from kvfold.checkpoint.records import METRICS_ROW
 from kvfold.documents import shortened
 from kvfold.errors import CheckpointError, InputError, RunError
 from kvfold.files import append_text, write_text
+from kvfold.record import METRICS
 
 Row = dict[str, Any]
 Watch = Callable[[Row], None]
@@ -35,8 +36,8 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self._path = path
         rows = read_metrics(path) if path.is_file() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] < resume_step]
-        write_text(path, "".join(kept))
+        before = [json.dumps(row) + "\n" for row in rows if row["step"] < resume_step]
+        write_text(path, "".join(before))
 
     def __call__(self, row: Row) -> None:
         append_text(self._path, json.dumps(row) + "\n")
@@ -67,7 +68,7 @@ def tensorboard(folder: Path) -> Watch:
     except ImportError as error:
         raise InputError(
             "--tensorboard needs the tensorboard library, which is not installed",
-            "pip install 'kvfold[heal]', or read the metrics.jsonl that is always written",
+            f"pip install 'kvfold[heal]', or read the {METRICS} that is always written",
         ) from error
     writers: list[Any] = []  # made with the first step: a run that is refused leaves no file
 
@@ -93,16 +94,16 @@ class Guard:
     history: list[float] = field(default_factory=list)
     _high: int = 0
 
-    def check(self, step: int, loss: float, norm: float, kept: str) -> None:
+    def check(self, step: int, loss: float, norm: float, last_save: str) -> None:
         """Look at a step before its update is applied.
 
         Args:
-            norm: the gradient's, before clipping. kept: says where the last checkpoint is.
+            norm: the gradient's, before clipping. last_save: says where the last checkpoint is.
 
         Raises:
             RunError: if the loss is no number, or has stayed at several times its recent median.
         """
-        hint = f"{kept}; --resume with a lower --lr goes on from there"
+        hint = f"{last_save}; --resume with a lower --lr goes on from there"
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunError(
                 f"healing diverged at step {step}: loss {loss:g}, gradient norm {norm:g}", hint

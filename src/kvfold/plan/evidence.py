@@ -1,6 +1,7 @@
 """What kvfold has measured about quality: all that a recommendation may say about it.
 
-Every number is one of ``benchmarks/README.md``, which has its command, machine and date.
+Every number is one of ``benchmarks/README.md`` or ``LOG.md``, which have its command, machine and
+date.
 """
 
 from dataclasses import dataclass

@@ -77,8 +77,8 @@ def score_texts(request: EvalRequest, progress: Progress = no_progress) -> list[
         ]
         models = opened.models()
         results: list[Quality] = []
-        for path, rows in zip(request.texts, windows, strict=True):
-            results += compare(models, rows, Path(path).name, progress)
+        for path, each in zip(request.texts, windows, strict=True):
+            results += compare(models, each, Path(path).name, progress)
         return results
 
 

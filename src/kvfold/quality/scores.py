@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.arch.config import plain_config
 from kvfold.arch.decoder import describe
 from kvfold.arguments import callback, several
-from kvfold.arguments import text as words
+from kvfold.arguments import text as check_text
 from kvfold.errors import CheckpointError, InputError
 from kvfold.names import shown
 from kvfold.progress import Progress, no_progress
@@ -77,7 +77,7 @@ def compare(
         raise InputError("no models to compare", "the first is the one to compare with")
     _check_vocabularies(models)
     windows = check_windows(windows, models[0][1])
-    words(text, "text")
+    check_text(text, "text")
     callback(progress, "progress")
     samples: list[list[dict[str, torch.Tensor]]] = [[] for _ in models]
     with torch.inference_mode():
@@ -90,15 +90,15 @@ def compare(
             progress(f"evaluating on {text}", index + 1, len(windows))
     first = torch.stack([sample["nll"] for sample in samples[0]])
     return [
-        _summary(name, text, model, rows, first)
-        for (name, model), rows in zip(models, samples, strict=True)
+        _summary(name, text, model, scored, first)
+        for (name, model), scored in zip(models, samples, strict=True)
     ]
 
 
 def _named_model(value: object, name: str) -> "tuple[str, PreTrainedModel]":
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise InputError(f"{name} {shown(value)}: expected pairs", 'models=[("a name", model)]')
-    return words(value[0], name), check_model(value[1], name)
+    return check_text(value[0], name), check_model(value[1], name)
 
 
 def _check_vocabularies(models: "Sequence[tuple[str, PreTrainedModel]]") -> None:
@@ -136,13 +136,13 @@ def _summary(
     name: str,
     text: str,
     model: "PreTrainedModel",
-    rows: "list[dict[str, torch.Tensor]]",
+    scored: "list[dict[str, torch.Tensor]]",
     first: "torch.Tensor",
 ) -> Quality:
     import torch
 
-    nll = torch.stack([row["nll"] for row in rows])
-    kl = torch.stack([row["kl"] for row in rows])
+    nll = torch.stack([window["nll"] for window in scored])
+    kl = torch.stack([window["kl"] for window in scored])
     lost = nll - first
     mean, loss = float(nll.mean()), float(lost.mean())
     return Quality(
@@ -160,7 +160,7 @@ def _summary(
         kl_error=_error(kl.mean(-1)),
         kl_p95=float(kl.flatten().quantile(0.95)),
         kl_p99=float(kl.flatten().quantile(0.99)),
-        top1=float(torch.stack([row["top1"] for row in rows]).mean()),
+        top1=float(torch.stack([window["top1"] for window in scored]).mean()),
         kv_bytes_per_token=kv_bytes_per_token(model),
     )
 

@@ -15,7 +15,7 @@ from kvfold.report.labels import any_letters, label
 from kvfold.report.tables import size
 
 if TYPE_CHECKING:
-    from kvfold.bench.records import Row
+    from kvfold.bench.results import Row
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,12 +26,12 @@ def captured_energy(layers: Sequence[dict[str, Any]]) -> str:
     """Energy kept of keys and values, layer by layer."""
     figure, axes = _new()
     index = [layer["layer"] for layer in layers]
-    for name, words, colour, marker in (
+    for name, legend, colour, marker in (
         ("captured_key", "keys", COLOURS[0], "o"),
         ("captured_value", "values", COLOURS[1], "s"),
     ):
         kept = [100 * layer[name] for layer in layers]
-        axes.plot(index, kept, color=colour, marker=marker, label=words)
+        axes.plot(index, kept, color=colour, marker=marker, label=legend)
     axes.set_ylim(top=101)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, "layer", "energy kept, %")
@@ -73,12 +73,12 @@ def kv_memory(source: int, folded: int) -> str:
     """Cache size against context for both models; bytes per token in 16 bits."""
     figure, axes = _new()
     contexts = [2**power for power in range(10, 18)]
-    for per_token, words, colour, marker in (
+    for per_token, legend, colour, marker in (
         (source, "source", COLOURS[1], "s"),
         (folded, "folded", COLOURS[0], "o"),
     ):
         held = [per_token * context for context in contexts]
-        axes.plot(contexts, held, color=colour, marker=marker, label=words)
+        axes.plot(contexts, held, color=colour, marker=marker, label=legend)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(_tokens))

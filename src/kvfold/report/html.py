@@ -14,7 +14,7 @@ from kvfold.documents import open_regular
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_text
 from kvfold.healing.watch import read_metrics
-from kvfold.record import RECORD
+from kvfold.record import DEMO, METRICS, RECORD
 from kvfold.report.figures import (
     captured_energy,
     decode_times,
@@ -27,10 +27,10 @@ from kvfold.report.page import Figure, Section, Table, embedded, render
 from kvfold.report.tables import size
 
 if TYPE_CHECKING:
-    from kvfold.bench.records import Row
+    from kvfold.bench.results import Row
     from kvfold.bench.timing import Spread
 
-METRICS, DEMO, _PLOT = "healing.jsonl", "demo.json", "demo.svg"
+_PLOT = "demo.svg"
 _LARGEST_PLOT = 1 << 23  # bytes; the demo's own has 60,000
 
 
@@ -199,7 +199,7 @@ def _of_demo(run: Path) -> Section:
 
 
 def _of_bench(path: Path) -> list[Section]:
-    from kvfold.bench.records import load
+    from kvfold.bench.results import load
 
     rows = load(path)
     parts: list[Table | Figure | str] = []

@@ -2,7 +2,7 @@
 
 import statistics
 
-from kvfold.bench.records import Results
+from kvfold.bench.results import Results
 from kvfold.bench.timing import Spread
 
 

@@ -1,8 +1,7 @@
-"""Rows of results, and the files that keep them. No torch, except to name the machine."""
+"""Rows of results, and the files that keep them. No torch."""
 
 import json
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -91,54 +90,6 @@ class Results:
         """One for each row, complete in itself."""
         head = {"command": self.command, "machine": self.machine}
         return [asdict(row) | head for row in self.rows]
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What ran it."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
-    import transformers
-
-    from kvfold.kernels.cpu.library import library
-
-    kernels = library()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name() or platform.processor() or platform.machine(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "kernels": kernels.isa if kernels else "not built",
-        "threads": threads,
-        "last_level_cache": last_level_cache(),
-        "kvfold": version("kvfold"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-
-
-def last_level_cache() -> int | None:
-    """Bytes of the last-level cache, None where the system does not tell."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="utf-8").strip()
-        if text[-1:] == "K" and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * 1024)
-    return max(sizes, default=None)
-
-
-def is_cold(working_set: int) -> bool | None:
-    """Whether so many bytes in turn leave nothing of use in the last-level cache."""
-    cache = last_level_cache()
-    return None if cache is None else working_set >= 2 * cache
 
 
 def check_save(path: Path | None) -> None:
