@@ -1,7 +1,11 @@
 """Names of checkpoints and of transformers' modules, in both directions."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
+from kvfold.arch.families import BY_TYPE
 from kvfold.arch.parameters import StoredNames
 from tests.toolbox import tiny
 
@@ -20,6 +24,21 @@ def test_names_go_there_and_back(case: str, with_base: bool) -> None:
     assert [names.find(name) for name in own] == stored
     assert names.find(f"{base}.nothing.weight") is None
     assert names.find("nothing.weight") is None
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_experts_are_stored_one_by_one(case: str, tmp_path: Path) -> None:
+    """What transformers writes is what the module's tensors are made of, shapes too."""
+    model = tiny.build(case, tiny.UNFOLDABLE[case])
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    names = StoredNames("model", stored, BY_TYPE[case].renamed)
+    state = model.state_dict()
+    made_of = {name: names.parts(name, tuple(tensor.shape)) for name, tensor in state.items()}
+    together = {part: shape for parts in made_of.values() for part, shape in parts.items()}
+    assert together == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    assert all(names.to_module(part) == name for name, parts in made_of.items() for part in parts)
+    assert max(len(parts) for parts in made_of.values()) > 4
 
 
 @pytest.mark.parametrize("case", [*tiny.CASES, "gpt2"])

@@ -17,9 +17,11 @@ CACHED = {
     "gptj": 2 * 6 * 16,
     "falcon": 2 * 1 * 16,
     "qwen3_moe": 2 * 2 * 32,
+    "mixtral": 2 * 2 * 16,
     "deepseek_v3": 2 * (16 + 8),
     "mamba": 0,
 }
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +84,38 @@ def test_only_folding_refuses(
     assert "cannot be folded" in run.err
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name", "message"),
+    [
+        ("gpt_neox", "gpt_neox.layers.1.mlp.dense_h_to_4h.weight", "missing from the weights"),
+        ("qwen3_moe", EXPERT, f"{EXPERT} is missing"),
+    ],
+)
 def test_missing_weights_are_told(
-    kvfold: Kvfold, folders: dict[str, Path], text_file: Path, tmp_path: Path
+    model_type: str,
+    name: str,
+    message: str,
+    kvfold: Kvfold,
+    folders: dict[str, Path],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     """Nothing is filled with random numbers, whoever knows the architecture."""
+    run = kvfold("eval", without(name, folders[model_type], tmp_path), "--text", text_file)
+    assert run.code == 2
+    assert message in run.err
+
+
+def without(name: str, folder: Path, tmp_path: Path) -> Path:
+    """A copy of a model's folder that lacks a tensor."""
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path / "damaged"
-    shutil.copytree(folders["gpt_neox"], folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    run = kvfold("eval", folder, "--text", text_file, "--context", 32)
-    assert run.code == 2
-    assert "missing from the weights" in run.err
+    copy = tmp_path / "damaged"
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
 
 
 def test_encoders_are_refused(kvfold: Kvfold, text_file: Path, tmp_path: Path) -> None:

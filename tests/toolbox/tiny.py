@@ -95,6 +95,7 @@ UNFOLDABLE: dict[str, dict[str, Any]] = {
     "qwen3_moe": COMMON | WIDE | {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     },
+    "mixtral": COMMON | {"num_local_experts": 4},
     "deepseek_v3": COMMON | {
         "num_key_value_heads": 6, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_group": 2,

@@ -9,12 +9,9 @@ from typing import Any
 
 from kvfold.arch.config import CONFIG
 from kvfold.arch.experts import Experts
-from kvfold.arch.families import BY_TYPE
-from kvfold.arch.family import Family
+from kvfold.arch.families import described_as
 from kvfold.arch.layers import Layer, layer_types, read_layers, window_of
-from kvfold.arch.sizes import UNDECLARED, Config, optional
-
-_UNDECLARED = Family(("unknown",), keys=UNDECLARED)
+from kvfold.arch.sizes import Config, optional
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def describe(config: Config) -> Decoder:
     CONFIG.check(dict(config), "config.json")
     text = config.get("text_config") or config
     model_type = str(text.get("model_type", config.get("model_type", "unknown")))
-    family = BY_TYPE.get(model_type, _UNDECLARED)
+    family = described_as({"model_type": model_type})
     sizes = family.sizes(text)
     inner = _intermediate_size(text) or 4 * sizes.hidden_size
     return Decoder(
@@ -69,14 +66,12 @@ def describe(config: Config) -> Decoder:
 def learned_positions(config: Config) -> int | None:
     """How many positions a model has learned, if it cannot go beyond; rotary ones have no end."""
     text = config.get("text_config") or config
-    family = BY_TYPE.get(str(text.get("model_type")), _UNDECLARED)
-    return optional(text, *family.learned_positions)
+    return optional(text, *described_as(text).learned_positions)
 
 
 def typed_layers(config: Config, count: int) -> list[tuple[str, int | None]]:
     """transformers' word for the attention of each of the first ``count`` layers, its window."""
-    family = BY_TYPE.get(str(config.get("model_type")), _UNDECLARED)
-    types = layer_types(config, count, family.unlisted_layers)
+    types = layer_types(config, count, described_as(config).unlisted_layers)
     return [(layer_type, window_of(config, layer_type)) for layer_type in types]
 
 

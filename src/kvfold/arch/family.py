@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.arch.config import CONFIG
 from kvfold.arch.experts import ReadExperts, usual_experts
 from kvfold.arch.layers import Unlisted, all_alike
+from kvfold.arch.parameters import Renamed
 from kvfold.arch.projections import Projections, SeparateProjections
 from kvfold.arch.sizes import Config, ConfigKeys, Sizes
 from kvfold.errors import CheckpointError
@@ -62,6 +63,8 @@ class Family:
     Attributes:
         model_types: values of ``model_type`` that share this layout.
         layer, attention: module paths; ``{layer}`` is the layer number.
+        renamed: tensors below a layer that checkpoints store otherwise than transformers' module
+            has them, such as experts one by one.
         mlp_output: the MLP's last linear layer below ``layer``, if there is just one.
         post_norm: the attention's output is normalised before it joins the residual stream.
         residual_scale: config key of the factor on each block's output, if any.
@@ -83,6 +86,7 @@ class Family:
     notes: str = ""
     layer: str = "model.layers.{layer}"
     attention: str = "self_attn"
+    renamed: tuple[Renamed, ...] = ()
     mlp_output: str | None = "mlp.down_proj"
     projections: Projections = SeparateProjections()
     rotary: Rotary = Rotary()

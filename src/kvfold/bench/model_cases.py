@@ -8,7 +8,7 @@ from typing import Any
 from kvfold.arch.decoder import describe, learned_positions
 from kvfold.bench.cases import DTYPES, USUAL_DTYPES, TimedRequest, check_cases, check_memory
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.source import check_readable, peek_config, read_config
+from kvfold.checkpoint.source import open_weights, peek_config, read_config
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
 from kvfold.requests import Model, Place, Several, option
@@ -87,7 +87,7 @@ class ModelRequest(TimedRequest):
             return
         config: dict[str, Any] = peek_config(path)
         if Path(path).expanduser().exists():
-            check_readable(path)
+            open_weights(path)
         positions = learned_positions(config)
         if positions is not None and max(self.contexts) + self.steps > positions:
             raise InputError(

@@ -12,14 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.checkpoint.source import (
-    Checkpoint,
-    check_folder,
-    check_readable,
-    is_foldable,
-    open_checkpoint,
-    read_config,
-)
+from kvfold.checkpoint.source import Checkpoint, Weights, check_folder, open_weights, read_config
 from kvfold.checkpoint.tensors import FLOATING
 from kvfold.documents import shortened
 from kvfold.errors import CheckpointError, InputError, KVFoldError, UnsupportedError
@@ -175,10 +168,11 @@ def check_weights(folder: Path) -> None:
     Raises:
         CheckpointError: naming what it lacks.
     """
-    if is_foldable(read_config(folder)):
-        check_complete(open_checkpoint(folder))
-    else:
-        check_readable(folder)
+    weights = open_weights(folder)
+    if isinstance(weights, Checkpoint):
+        check_complete(weights)
+    elif weights.checkable:
+        _check_tensors(weights)
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -191,26 +185,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
         CheckpointError: naming the tensors that are missing, or have another shape.
         UnsupportedError: for one that is not stored in floating point.
     """
-    model = skeleton(checkpoint)
-    names = checkpoint.stored_names
-    needed: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        needed.setdefault(id(tensor), []).append(name)  # tied tensors are one
-    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    missing = [
-        tied[0]
-        for tied in needed.values()
-        if not any(names.find(name) for name in tied)
-        and not any(pattern.search(tied[0]) for pattern in ignored)
-    ]
-    if missing:
-        raise CheckpointError(f"{checkpoint.label}: {_listed(missing)} missing", _INCOMPLETE)
-    for name, tensor in state.items():
-        found = names.find(name)
-        if found:
-            _check(checkpoint, found, tuple(tensor.shape))
-    taken = {names.find(name) for name in state}
+    taken = _check_tensors(checkpoint)
     for layer in range(checkpoint.geometry.num_layers):
         stray = sorted(checkpoint.attention_shapes(layer).keys() - taken)
         if stray:
@@ -220,21 +195,47 @@ def check_complete(checkpoint: Checkpoint) -> None:
             )
 
 
-def skeleton(checkpoint: Checkpoint) -> Any:
+def _check_tensors(weights: Weights) -> set[str]:
+    """Compare headers with the model's own tensors; the names of those that it takes."""
+    model = skeleton(weights)
+    names = weights.stored_names
+    needed: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        needed.setdefault(id(tensor), []).append(name)  # tied tensors are one
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    parts = {name: names.parts(name, tuple(tensor.shape)) for name, tensor in state.items()}
+    missing = [
+        tied[0] if len(parts[tied[0]]) == 1 else min(parts[tied[0]].keys() - weights.names)
+        for tied in needed.values()
+        if not any(parts[name].keys() <= weights.names for name in tied)
+        and not any(pattern.search(tied[0]) for pattern in ignored)
+    ]
+    if missing:
+        raise CheckpointError(f"{weights.label}: {_listed(missing)} missing", _INCOMPLETE)
+    wanted = {stored: shape for each in parts.values() for stored, shape in each.items()}
+    taken = wanted.keys() & weights.names
+    for stored in wanted:
+        if stored in taken:
+            _check(weights, stored, wanted[stored])
+    return taken
+
+
+def skeleton(weights: Weights) -> Any:
     """The model of a config without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    arguments = {k: v for k, v in checkpoint.config.items() if k not in _NOT_ARCHITECTURE}
-    what = f"transformers cannot build a model of the config of {checkpoint.label}"
+    arguments = {k: v for k, v in weights.config.items() if k not in _NOT_ARCHITECTURE}
+    what = f"transformers cannot build a model of the config of {weights.label}"
     with _in_words(what, "is this the config of a language model? download it again"):
         config = AutoConfig.for_model(**arguments)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    found, dtype = checkpoint.store.shape(name), checkpoint.store.dtype(name)
+def _check(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    found, dtype = weights.store.shape(name), weights.store.dtype(name)
     if found != shape:
         raise CheckpointError(
             f"config.json implies {name} of shape {list(shape)}, the file has {list(found)}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
-from kvfold.arch.families import can_be_folded, family_of
+from kvfold.arch.families import can_be_folded, described_as, family_of
 from kvfold.arch.family import Family
 from kvfold.arch.parameters import StoredNames
 from kvfold.arch.projections import AttentionWeights, Load, Shapes
@@ -90,27 +90,46 @@ class TensorDict:
 
 
 @dataclass
-class Checkpoint:
-    """A checkpoint whose shapes have been checked; its tensors load when asked for.
+class Weights:
+    """A model's tensors and what they are called, whether it can be folded or not.
 
     Attributes:
-        label: what messages call it. config: ``config.json``. family, geometry: derived from
-        it. store: the tensors. stored_names: their names beside those of transformers' module.
+        label: what messages call it. config: ``config.json``. store: the tensors.
+        stored_names: their names beside those of transformers' module.
     """
 
     label: str
     config: dict[str, Any]
     store: TensorSource = field(repr=False)
+    stored_names: StoredNames = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.names = set(self.store.names())
+        family = described_as(self.config)
+        self.stored_names = StoredNames(family.base, self.names, family.renamed)
+
+    @property
+    def checkable(self) -> bool:
+        """Whether the names of all its tensors are known."""
+        return bool(self.stored_names.renamed) and not self.config.get("quantization_config")
+
+
+@dataclass
+class Checkpoint(Weights):
+    """A checkpoint whose shapes have been checked; its tensors load when asked for.
+
+    Attributes:
+        family, geometry: derived from the config.
+    """
+
     family: Family = field(init=False)
     geometry: AttentionGeometry = field(init=False)
-    stored_names: StoredNames = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.family = family_of(self.config)
         self.geometry = self.family.geometry(self.config)
-        self.names = set(self.store.names())
+        super().__post_init__()
         self._checked: set[str] = set()
-        self.stored_names = StoredNames(self.family.base, self.names)
         _check_shapes(self)
 
     def tensor(self, name: str) -> "torch.Tensor":
@@ -184,11 +203,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             "fold the original checkpoint, or load it in transformers, call model.dequantize() "
             "and save_pretrained() first",
         )
-    return Checkpoint(str(folder), config, _open_weights(folder, config))
+    return Checkpoint(str(folder), config, _open_files(folder, config))
 
 
-def check_readable(source: str | Path) -> dict[str, Any]:
-    """Open a folder or hub name whose model is only to be run, foldable or not; its config.
+def open_weights(source: str | Path) -> Weights:
+    """Open a folder or hub name whose model is only to be run: a checkpoint, if it can be folded.
 
     Raises:
         InputError: if there is no such thing. CheckpointError: if what can be seen without
@@ -196,18 +215,12 @@ def check_readable(source: str | Path) -> dict[str, Any]:
     """
     folder = resolve(source)
     config = read_config(folder)
-    if is_foldable(config):
-        return open_checkpoint(folder).config
-    _open_weights(folder, config)
-    return config
+    if can_be_folded(config) and not config.get("quantization_config"):
+        return open_checkpoint(folder)
+    return Weights(str(folder), config, _open_files(folder, config))
 
 
-def is_foldable(config: Mapping[str, Any]) -> bool:
-    """Whether kvfold knows the architecture so well that it can check and fold the weights."""
-    return can_be_folded(config) and not config.get("quantization_config")
-
-
-def _open_weights(folder: Path, config: Mapping[str, Any]) -> TensorFiles:
+def _open_files(folder: Path, config: Mapping[str, Any]) -> TensorFiles:
     other = config.get("transformers_weights")
     if other not in (None, SINGLE, INDEX):
         raise UnsupportedError(

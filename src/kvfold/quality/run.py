@@ -12,7 +12,7 @@ from kvfold.arguments import source as source_name
 from kvfold.checkpoint import pretrained
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
 from kvfold.checkpoint.pretrained import check_weights, load_tokenizer
-from kvfold.checkpoint.source import check_readable, read_config, resolve
+from kvfold.checkpoint.source import open_weights, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
 from kvfold.numbers import iterated
 from kvfold.progress import Progress, no_progress
@@ -151,7 +151,7 @@ def check_sources(sources: Sequence[str | Path], context: int = 0) -> None:
         if is_gguf(source):
             summarize(Path(source).expanduser())
         elif Path(source).expanduser().exists():
-            positions = learned_positions(check_readable(source))
+            positions = learned_positions(open_weights(source).config)
             if positions is not None and context > positions:
                 raise InputError(
                     f"--context {context} is longer than the {positions} positions of {source}",

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvfold.arch.family import Family
+from kvfold.arch.sizes import UNDECLARED
 from kvfold.errors import UnsupportedError
 
+_UNDECLARED = Family(("unknown",), keys=UNDECLARED)
 _SEE = "`kvfold families` lists what can be folded"
 
 
@@ -32,6 +34,11 @@ REFUSALS = {
     for name, family in BY_TYPE.items()
     if family.unfoldable
 }
+
+
+def described_as(config: Mapping[str, Any]) -> Family:
+    """The family that describes a config, or what most are like where none is declared."""
+    return BY_TYPE.get(str(config.get("model_type")), _UNDECLARED)
 
 
 def can_be_folded(config: Mapping[str, Any]) -> bool:

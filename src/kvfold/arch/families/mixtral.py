@@ -1,5 +1,17 @@
 """Mixtral."""
 
 from kvfold.arch.family import Family
+from kvfold.arch.parameters import Renamed
 
-FAMILIES = (Family(("mixtral",), unfoldable="mixture-of-experts layers are not supported"),)
+_EXPERT = "block_sparse_moe.experts.{expert}"
+FAMILIES = (
+    Family(
+        ("mixtral",),
+        renamed=(
+            Renamed("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
+            Renamed("mlp.experts.gate_up_proj", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight")),
+            Renamed("mlp.experts.down_proj", (f"{_EXPERT}.w2.weight",)),
+        ),
+        unfoldable="mixture-of-experts layers are not supported",
+    ),
+)
