@@ -9,6 +9,7 @@ import json
 import sys
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -17,16 +18,19 @@ from triton.compiler import ASTSource
 from kvfold.kernels.triton.append import append_kernel
 from kvfold.kernels.triton.decode import attend_kernel, merge_kernel
 from kvfold.ops.formats import FORMATS
+from kvfold.ops.options import FIELDS
 
 POINTED = {"bfloat16": "*bf16", "int8": "*i8", "uint8": "*u8"}
 STORED = [name for name, fmt in FORMATS.items() if not fmt.plain or name == "bf16"]
+_TYPES = {torch.int32: "*i32", torch.float32: "*fp32"}
 POINTERS = {
     "Q": "*bf16", "KS": "*bf16", "VS": "*bf16", "TABLE": "*i32", "BEGIN": "*i32", "END": "*i32",
-    "LENGTH": "*i32", "START": "*i32", "FIRST": "*i32", "SLOPES": "*fp32", "MASK": "*u8",
-    "LSE": "*fp32", "SINKS": "*fp32", "PARTS": "*fp32", "PART_LSE": "*fp32", "COS": "*fp32",
+    "LENGTH": "*i32", "FIRST": "*i32", "MASK": "*u8",
+    "LSE": "*fp32", "PARTS": "*fp32", "PART_LSE": "*fp32", "COS": "*fp32",
     "SIN": "*fp32", "X": "*bf16", "SCALES": "*bf16",
+    **{n.upper(): _TYPES[k.dtype] for n, k in FIELDS.items() if k.dtype is not None},
 }  # fmt: skip
-FLOATS = ("scale", "softcap")
+FLOATS = [name for name, kind in FIELDS.items() if kind.schema == "float?"]
 ALIGNED = ("_page", "_head", "_row", "_batch", "_token")  # strides that 16 divides
 
 
@@ -59,9 +63,9 @@ def attend(name: str, target: Any) -> Any:
         "M": 16, "N": 64, "D": 128, "DV": 128, "K_GROUPS": max(1, groups),
         "V_GROUPS": max(1, groups), "K_FORMAT": fmt.code, "V_FORMAT": fmt.code, "K_HALVES": halves,
         "V_HALVES": halves, "DOT": tl.bfloat16,
-        "PRECISION": "tf32", "ONE_PAGE": True, "CAUSAL": True, "WINDOW": True, "SOFTCAP": True,
-        "HAS_BEGIN": True, "HAS_START": True, "HAS_SLOPES": True, "MASK_KIND": 1,
+        "PRECISION": "tf32", "ONE_PAGE": True, "MASK_KIND": 1,
     }  # fmt: skip
+    constants |= {n: True for n in attend_kernel.arg_names if n.startswith("HAS_")}
     return compiled(attend_kernel, constants, {"K": stored, "V": stored, "OUT": "*fp32"}, target)
 
 
@@ -79,7 +83,7 @@ def main() -> None:
     backend, arch = sys.argv[1:]
     nvidia = backend == "cuda"
     target = GPUTarget(backend, int(arch) if nvidia else arch, 32 if nvidia else 64)
-    constants = {"SLOTS": 16, "DV": 128, "HAS_LSE": True, "HAS_SINKS": True}
+    constants = {"SLOTS": 16, "DV": 128, "HAS_SINK_LOGITS": True}
     compiled(merge_kernel, constants, {"OUT": "*bf16"}, target)
     for name in STORED:
         append(name, target)

@@ -7,7 +7,7 @@ import torch
 
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.view import Angles, KVView, Positions
-from kvfold.ops.options import Options
+from kvfold.ops.options import FIELDS, Options
 
 # Queries this many times fewer than keys are a decoding step: bound by memory, not arithmetic.
 _DECODE_RATIO = 4
@@ -61,6 +61,16 @@ class Backend:
 
     name: str
     path: str = "kernel"
+
+    @property
+    def knows(self) -> frozenset[str]:
+        """The options that it can do something about: names of ``ops.options.FIELDS``."""
+        return frozenset(FIELDS)
+
+    def lacks(self, options: Options) -> str | None:
+        """What was asked for that it does not know; None if it knows everything."""
+        names = options.beyond(self.knows)
+        return f"{self.name} has no {' and no '.join(names)}" if names else None
 
     def why_not(self, call: Call) -> str | None:
         """Why it cannot, or should not, compute this; None if it does."""

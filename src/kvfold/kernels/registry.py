@@ -28,7 +28,7 @@ def choose(call: Call) -> tuple[Backend, str]:
     """The first backend that has nothing against the call, and what the one before it had."""
     said = ""
     for backend in LADDER:
-        reason = backend.why_not(call)
+        reason = backend.why_not(call) or backend.lacks(call.options)
         if reason is None:
             return backend, said
         said = reason
@@ -38,7 +38,7 @@ def choose(call: Call) -> tuple[Backend, str]:
 def attend(call: Call) -> Found:
     """Compute it: the output, and the log-sum-exp if it was asked for."""
     for backend in LADDER:  # as ``choose`` does, which would take a fiftieth of a step's time
-        if backend.why_not(call) is None:
+        if backend.why_not(call) is None and backend.lacks(call.options) is None:
             return backend.attend(call)
     raise AssertionError("the last backend takes everything")
 

@@ -28,19 +28,33 @@ class Kind:
             numbers of a tensor; operators look at those again when they run.
         fits: refuses a value that does not fit, and gives it as kernels take it.
         schema: its type as an argument of a PyTorch operator.
-        dtype: of its tensors as kernels read them.
+        dtype: of its tensors as kernels read them, which have one number for every sequence
+            (``along`` 0) or query head (1).
         none: the number that tells kernels there is none.
+        most: larger numbers mean as much; sums with them do not overflow.
     """
 
     typed: Callable[[str, Any, Shape], None]
     fits: Callable[[str, Any, Shape], Any]
     schema: str = ""
     dtype: torch.dtype | None = None
-    none: int = 0
+    along: int = 0
+    none: float = 0.0
+    most: int | None = None
 
     @property
     def is_tensor(self) -> bool:
         return self.schema == "Tensor?"
+
+    def number(self, x: float | None) -> float:
+        """A number as kernels take it."""
+        if x is None:
+            return self.none
+        return x if self.most is None or x < self.most else self.most
+
+    def stored(self, x: torch.Tensor) -> torch.Tensor:
+        """One number for every sequence, or head, as kernels read them."""
+        return x.detach().resolve_neg().to(self.dtype).contiguous()
 
 
 def check_flag(name: str, x: object) -> None:
@@ -172,10 +186,12 @@ def _spread(name: str, x: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 FLAG = Kind(_flag, _as_it_is)
 WINDOW = Kind(_limits, _as_it_is)  # looked at together with ``causal``
-LIMIT = Kind(_whole, _as_it_is, "SymInt?", none=-1)  # how many keys a window leaves on one side
+LIMIT = Kind(
+    _whole, _as_it_is, "SymInt?", none=-1, most=1 << 30
+)  # how many keys a window leaves on one side
 COUNT = Kind(_whole, _not_negative, "SymInt")
 NUMBER = Kind(_real, _finite, "float?")
 POSITIVE = Kind(_real, _positive, "float?")
 PER_SEQUENCE = Kind(_positions, _as_it_is, "Tensor?", torch.int32)
-PER_HEAD = Kind(_tensor, _each_head, "Tensor?", torch.float32)
+PER_HEAD = Kind(_tensor, _each_head, "Tensor?", torch.float32, along=1)
 MASK = Kind(_tensor, _spread, "Tensor?")

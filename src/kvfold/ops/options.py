@@ -194,6 +194,8 @@ class Options(NamedTuple):
 
     def beyond(self, known: frozenset[str]) -> list[str]:
         """Names of what was asked for and is not among the fields that somebody knows."""
+        if len(known) == len(FIELDS):
+            return []
         named = zip(_DEFAULTS.items(), self.flat(), strict=True)
         return [name for (name, none), x in named if x is not none and name not in known]
 
@@ -309,8 +311,3 @@ def reach(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     else:
         left, right = window - 1, 0
     return left, 0 if causal else right
-
-
-def limit(keys: int | None) -> int:
-    """``left`` or ``right`` as kernels take it: -1 is none, and sums with it do not overflow."""
-    return -1 if keys is None else min(keys, 1 << 30)

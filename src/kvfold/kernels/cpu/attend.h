@@ -170,9 +170,9 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
     const int64_t position = length - call.tokens + t;
     if (call.softcap > 0)
       for (int j = 0; j < count; ++j) x[j] = call.softcap * LOG2E * std::tanh(x[j] / call.softcap);
-    if (call.slopes)
+    if (call.alibi_slopes)
       for (int j = 0; j < count; ++j)
-        x[j] -= call.slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
+        x[j] -= call.alibi_slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
     if (call.mask) {
       const float* mask = call.mask + unit.b * call.mask_batch_stride +
                           head * call.mask_head_stride + t * call.mask_token_stride + first;

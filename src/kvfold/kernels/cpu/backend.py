@@ -4,7 +4,7 @@ import torch
 
 from kvfold.errors import RunError
 from kvfold.kernels.backend import Call, Found, Kernels
-from kvfold.kernels.cpu.call import KernelCall, append
+from kvfold.kernels.cpu.call import KNOWN, KernelCall, append
 from kvfold.kernels.cpu.library import Library, library, why_missing
 from kvfold.kernels.cpu.rows import attend_rows
 from kvfold.kernels.limits import BLOCK, MAX_DIM, MAX_TOKENS
@@ -16,6 +16,7 @@ class Cpu(Kernels):
 
     name = "cpu"
     max_dim = MAX_DIM
+    knows = KNOWN
 
     def here(self, device: torch.device) -> bool:
         return device.type == "cpu" and library() is not None

@@ -10,11 +10,17 @@ from kvfold.kernels.cpu.library import Append, Attend, Library, Part, Side, Tens
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
 from kvfold.kernels.layout import Layout
 from kvfold.kernels.view import KVView, Positions, Rows, readable
-from kvfold.ops.options import Options, Scoring, Visibility, limit
+from kvfold.ops.kinds import MASK
+from kvfold.ops.options import FIELDS, Options
+
+#: The options that the kernels know: those that their call has a field for.
+KNOWN = frozenset(FIELDS).intersection(name for name, _ in Attend._fields_) | {"lengths"}
 
 _QUERIES, _OUT, _LSE = Buffer("q"), Buffer("out"), Buffer("lse", torch.float32)
-_START, _MASK = Buffer("start", torch.int32), Buffer("mask", torch.float32)
-_SLOPES, _SINKS = (Buffer(name, torch.float32) for name in ("alibi_slopes", "sink_logits"))
+_BUFFERS = {n: Buffer(n, kind.dtype or torch.float32) for n, kind in FIELDS.items()}
+_TAKEN = [(i, n, FIELDS[n]) for i, n in enumerate(FIELDS) if n in KNOWN - {"lengths"}]
+_NUMBERS = [each for each in _TAKEN if not each[2].is_tensor]
+_TENSORS = [each for each in _TAKEN if each[2].is_tensor]
 
 _KEYS, _VALUES = Buffer("k"), Buffer("v")
 _ROWS = Buffer("rows")
@@ -55,41 +61,42 @@ class KernelCall:
         if len(lengths) != call.batch:
             raise InputError(f"{len(lengths)} lengths for {call.batch} sequences of queries")
         call.length = self.lengths.address
-        sight, scoring = options
-        call.scale = call.head_dim**-0.5 if scoring.scale is None else scoring.scale
-        call.softcap = scoring.softcap or 0.0
-        call.left, call.right = limit(sight.left), limit(sight.right)
-        call.sinks = sight.sinks
-        self._hide(sight, scoring, keys)
+        self._ask(options, keys)
 
     def kept(self, x: Kept) -> Kept:
         """Keep what C reads alive until the call has run."""
         self._kept.append(x)
         return x
 
-    def _hide(self, sight: Visibility, scoring: Scoring, keys: int) -> None:
-        """Set the tensors that hide or bias scores."""
-        call, start, mask, slopes = self._call, sight.start, sight.mask, scoring.alibi_slopes
-        if start is not None:
-            first = self.kept(start.to(torch.int32).contiguous())
-            call.start = _START.address(first, (call.batch,))
-        if slopes is not None:
-            call.slopes = self._per_head(slopes, _SLOPES)
-        if scoring.sink_logits is not None:
-            call.sink_logits = self._per_head(scoring.sink_logits, _SINKS)
-        if mask is not None:
-            shape = (call.batch, call.num_heads, call.tokens, keys)
-            full = _additive(mask)
-            if full.shape[-1] != keys:
-                full = full.expand(*full.shape[:-1], keys).contiguous()
-            view = self.kept(full).expand(shape)
-            call.mask = _MASK.row_address(view, shape)
-            strides = view.stride()
-            call.mask_batch_stride, call.mask_head_stride, call.mask_token_stride = strides[:3]
+    def _ask(self, options: Options, keys: int) -> None:
+        """Set the field of every option."""
+        call, flat = self._call, options.flat()
+        call.scale = call.head_dim**-0.5
+        for i, name, kind in _NUMBERS:
+            x = flat[i]
+            if x is not None or kind.none:
+                setattr(call, name, kind.number(x))
+        for i, name, kind in _TENSORS:
+            x = flat[i]
+            if x is None:
+                continue
+            if kind is MASK:
+                self._bias(x, keys)
+            else:
+                each = self.kept(kind.stored(x))
+                count = call.batch if kind.along == 0 else call.num_heads
+                setattr(call, name, _BUFFERS[name].address(each, (count,)))
 
-    def _per_head(self, numbers: torch.Tensor, buffer: Buffer) -> int:
-        each = self.kept(numbers.detach().resolve_neg().float().contiguous())
-        return buffer.address(each, (self._call.num_heads,))
+    def _bias(self, mask: torch.Tensor, keys: int) -> None:
+        call = self._call
+        shape = (call.batch, call.num_heads, call.tokens, keys)
+        full = _additive(mask)
+        if full.shape[-1] != keys:
+            full = full.expand(*full.shape[:-1], keys).contiguous()
+        view = self.kept(full).expand(shape)
+        call.mask = _BUFFERS["mask"].row_address(view, shape)
+        strides = view.stride()
+        call.mask_batch_stride, call.mask_head_stride, call.mask_token_stride = strides[:3]
 
     def _positions(self, given: Positions) -> Int32s:
         """What views may share goes over once, and lives until the call has run."""

@@ -1,5 +1,5 @@
-// The C interface between Python (ctypes) and the kernels. Mirrored in library.py; limits.py reads
-// the limits here.
+// The C interface between Python (ctypes) and the kernels. header.py reads constants and structs
+// here: numbers of fixed size, pointers, structs, arrays of a stated length.
 #pragma once
 #include <cstdint>
 
@@ -58,7 +58,7 @@ struct KvfAttend {
   float scale, softcap;        // softcap 0: none
   int32_t left, right, sinks;  // keys seen before and after a query's own; -1: no limit
   const float* sink_logits;    // [Hq] joins the softmax's denominator, or null
-  const float* slopes;         // [Hq] ALiBi, or null
+  const float* alibi_slopes;   // [Hq] ALiBi, or null
   const float* mask;           // additive, or null; strides in elements, keys contiguous
   int64_t mask_batch_stride, mask_head_stride, mask_token_stride;
   int32_t num_parts;

@@ -2,17 +2,7 @@
 
 import ctypes
 import os
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char_p,
-    c_double,
-    c_float,
-    c_int32,
-    c_int64,
-    c_void_p,
-)
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +10,8 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.cpu.build import NAME
+from kvfold.kernels.cpu.header import fields_of
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
-from kvfold.kernels.limits import MAX_PARTS
 from kvfold.ops.formats import format_of
 
 _TABLE = Buffer("page table", torch.int32)
@@ -30,33 +20,13 @@ _TABLE = Buffer("page table", torch.int32)
 class Side(Structure):
     """``KvfSide``: keys or values of a store."""
 
-    _fields_ = [
-        ("format", c_int32),
-        ("packed", c_int32),
-        ("dim", c_int32),
-        ("rotation", c_int32),
-        ("data", c_void_p),
-        ("page_stride", c_int64),
-        ("head_stride", c_int64),
-        ("row_stride", c_int64),
-        ("scales", c_void_p),
-        ("scale_page_stride", c_int64),
-        ("scale_head_stride", c_int64),
-    ]
+    _fields_ = fields_of("KvfSide")
 
 
 class Part(Structure):
     """``KvfPart``: a store and which positions of each sequence it holds."""
 
-    _fields_ = [
-        ("k", Side),
-        ("v", Side),
-        ("table", c_void_p),
-        ("table_stride", c_int64),
-        ("page_size", c_int32),
-        ("begin", c_void_p),
-        ("end", c_void_p),
-    ]
+    _fields_ = fields_of("KvfPart", {"KvfSide": Side})
 
     @classmethod
     def of(
@@ -86,13 +56,7 @@ class Part(Structure):
 class Tensor(Structure):
     """``KvfTensor``: ``[B, H, T, dim]``."""
 
-    _fields_ = [
-        ("data", c_void_p),
-        ("format", c_int32),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("token_stride", c_int64),
-    ]
+    _fields_ = fields_of("KvfTensor")
 
     @classmethod
     def of(cls, x: torch.Tensor, shape: tuple[int, ...], buffer: Buffer) -> "Tensor":
@@ -105,49 +69,13 @@ class Tensor(Structure):
 class Attend(Structure):
     """``KvfAttend``: one call of attention."""
 
-    _fields_ = [
-        ("batch", c_int32),
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("tokens", c_int32),
-        ("head_dim", c_int32),
-        ("v_head_dim", c_int32),
-        ("q", Tensor),
-        ("out", Tensor),
-        ("lse", c_void_p),
-        ("start", c_void_p),
-        ("length", c_void_p),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("left", c_int32),
-        ("right", c_int32),
-        ("sinks", c_int32),
-        ("sink_logits", c_void_p),
-        ("slopes", c_void_p),
-        ("mask", c_void_p),
-        ("mask_batch_stride", c_int64),
-        ("mask_head_stride", c_int64),
-        ("mask_token_stride", c_int64),
-        ("num_parts", c_int32),
-        ("parts", Part * MAX_PARTS),
-        ("threads", c_int32),
-        ("chunk", c_int32),
-    ]
+    _fields_ = fields_of("KvfAttend", {"KvfTensor": Tensor, "KvfPart": Part})
 
 
 class Append(Structure):
     """``KvfAppend``: rows to be written."""
 
-    _fields_ = [
-        ("batch", c_int32),
-        ("num_kv_heads", c_int32),
-        ("tokens", c_int32),
-        ("k", Tensor),
-        ("v", Tensor),
-        ("first", c_void_p),
-        ("part", Part),
-        ("threads", c_int32),
-    ]
+    _fields_ = fields_of("KvfAppend", {"KvfTensor": Tensor, "KvfPart": Part})
 
 
 class Library:

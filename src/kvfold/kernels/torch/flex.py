@@ -20,6 +20,12 @@ class Flex(Backend):
     """Many queries on a GPU, and scores that PyTorch's other fused kernels cannot have."""
 
     name = path = "flex"
+    knows = frozenset(
+        {
+            *("left", "right", "sinks", "start", "lengths"),
+            *("scale", "softcap", "alibi_slopes", "sink_logits"),
+        }
+    )
 
     def why_not(self, call: Call) -> str | None:
         q, (sight, scoring) = call.q, call.options

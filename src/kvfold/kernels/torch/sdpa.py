@@ -6,6 +6,7 @@ from kvfold.kernels.backend import Backend, Call, Found
 from kvfold.kernels.torch.plain import Plain, plain, seen_rows
 from kvfold.kernels.torch.sink import LEAST_SCALE, with_sink
 from kvfold.ops.mask import seen_and_bias
+from kvfold.ops.options import Visibility
 from kvfold.ops.tracing import constant, decided
 
 
@@ -13,6 +14,7 @@ class Sdpa(Backend):
     """Many queries, or gradients: PyTorch's fused kernels."""
 
     name = path = "sdpa"
+    knows = frozenset({*Visibility._fields, "scale", "alibi_slopes", "sink_logits"})
 
     def why_not(self, call: Call) -> str | None:
         q, scoring = call.q, call.options.scoring

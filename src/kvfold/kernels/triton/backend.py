@@ -18,6 +18,12 @@ class Triton(Kernels):
     max_dim = 256  # larger heads do not fit the registers
     replays = True
 
+    @property
+    def knows(self) -> frozenset[str]:
+        from kvfold.kernels.triton.options import KNOWN
+
+        return KNOWN
+
     def here(self, device: torch.device) -> bool:
         return device.type == "cuda" and _has_triton()
 

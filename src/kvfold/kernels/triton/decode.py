@@ -26,19 +26,20 @@ def attend_kernel(
     K, k_page, k_head, k_row, KS, ks_page, ks_head,
     V, v_page, v_head, v_row, VS, vs_page, vs_head,
     TABLE, table_row, page_size,
-    BEGIN, END, LENGTH, START, SLOPES,
+    BEGIN, END, LENGTH,
     MASK, mask_batch, mask_head, mask_token, mask_key,
     OUT, out_row, LSE, slots, slot,
-    kv_heads, group, tokens, scale, softcap, left, right, sinks,
+    kv_heads, group, tokens,
+    START, ALIBI_SLOPES, scale, softcap, left, right, sinks,  # options, by name
     head_dim: tl.constexpr, v_head_dim: tl.constexpr,
     k_width: tl.constexpr, v_width: tl.constexpr, k_groups: tl.constexpr, v_groups: tl.constexpr,
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, K_HALVES: tl.constexpr, V_HALVES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_PAGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_BEGIN: tl.constexpr, HAS_START: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    MASK_KIND: tl.constexpr,
+    ONE_PAGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_BEGIN: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_ALIBI_SLOPES: tl.constexpr, MASK_KIND: tl.constexpr,
 ):  # fmt: skip
     """Partial attention over one split of one part of the cache.
 
@@ -119,13 +120,13 @@ def attend_kernel(
             if k_groups != 0:
                 scores = scores * row_scale(KS, ks_at, inside, K_FORMAT)[None, :]
         scores = scores * scale
-        if SOFTCAP:
+        if HAS_SOFTCAP:
             # softcap tanh(x / softcap), by an exponential that cannot overflow
             e = tl.exp2(tl.abs(scores) * (-2.0 * _LOG2E / softcap))
             bent = softcap * (1.0 - e) / (1.0 + e)
             scores = tl.where(scores < 0, -bent, bent)
-        if HAS_SLOPES:
-            slope = tl.load(SLOPES + head, mask=real, other=0.0)
+        if HAS_ALIBI_SLOPES:
+            slope = tl.load(ALIBI_SLOPES + head, mask=real, other=0.0)
             scores -= slope[:, None] * tl.abs(position[:, None] - j[None, :]).to(tl.float32)
         seen = inside[None, :] & real[:, None]
         if HAS_RIGHT:
@@ -184,8 +185,8 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    PARTS, part_row, PART_LSE, slots, SINKS, heads, tokens, OUT, LSE, v_head_dim,
-    SLOTS: tl.constexpr, DV: tl.constexpr, HAS_SINKS: tl.constexpr,
+    PARTS, part_row, PART_LSE, slots, heads, tokens, OUT, LSE, v_head_dim, SINK_LOGITS,
+    SLOTS: tl.constexpr, DV: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Put the splits of one query row together: the split-KV identity (see ``ops.merge``).
 
@@ -195,13 +196,13 @@ def merge_kernel(
     s, d = tl.arange(0, SLOTS), tl.arange(0, DV)
     lse = tl.load(PART_LSE + row * slots + s, mask=s < slots, other=float("-inf"))
     top = tl.max(lse, 0)
-    if HAS_SINKS:
-        sink = tl.load(SINKS + row // tokens % heads) * _LOG2E
+    if HAS_SINK_LOGITS:
+        sink = tl.load(SINK_LOGITS + row // tokens % heads) * _LOG2E
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(lse - base)
     total = tl.sum(weight, 0)
-    if HAS_SINKS:
+    if HAS_SINK_LOGITS:
         total += tl.exp2(sink - base)
     there = (s < slots)[:, None] & (d < v_head_dim)[None, :]
     parts = tl.load(PARTS + (row * slots + s)[:, None] * part_row + d[None, :], mask=there, other=0)

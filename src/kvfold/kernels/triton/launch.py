@@ -9,9 +9,10 @@ import triton.language as tl
 
 from kvfold.kernels.triton.append import append_kernel
 from kvfold.kernels.triton.decode import attend_kernel, merge_kernel
+from kvfold.kernels.triton.options import arguments, ready
 from kvfold.kernels.triton.splits import Gpu, choose_splits
 from kvfold.kernels.view import Angles, KVView, Rows
-from kvfold.ops.options import FIELDS, Options, limit, unflattened
+from kvfold.ops.options import Options
 from kvfold.ops.rotation import rotate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,7 +66,7 @@ def attend(
         batch * heads * tokens, slots, v_head_dim, dtype=torch.float32, device=q.device
     )
     part_lse = torch.empty(scratch.shape[:2], dtype=torch.float32, device=q.device)
-    options = _ready(options, q.device)
+    options = ready(options, views[0].keys.dim, q.device)
     slot = 0
     for view, count in zip(views, splits, strict=True):
         grid = (count, tiles, batch * kv_heads)
@@ -74,10 +75,8 @@ def attend(
         slot += count
     merge_kernel[(scratch.shape[0],)](
         scratch, scratch.stride(1), part_lse, slots,
-        lse if options.scoring.sink_logits is None else options.scoring.sink_logits, heads, tokens,
-        out, lse, v_head_dim,
-        SLOTS=_power(slots), DV=_power(v_head_dim),
-        HAS_SINKS=options.scoring.sink_logits is not None,
+        heads, tokens, out, lse, v_head_dim,
+        SLOTS=_power(slots), DV=_power(v_head_dim), **arguments(merge_kernel, options, lse),
     )  # fmt: skip
     return out, lse
 
@@ -136,21 +135,16 @@ def _launch(
     _, heads, tokens, head_dim = q.shape
     kv_heads = k.data.shape[1]
     none = lengths  # a pointer that is never followed
-    sight, scoring = options
-    mask, kind = _mask(sight.mask, q.shape)
-    scale = scoring.scale if scoring.scale is not None else k.dim**-0.5
+    mask, kind = _mask(options.visibility.mask, q.shape)
     attend_kernel[grid](
         q, *q.stride()[:3],
         k.data, *k.data.stride()[:3], *_scales(k), v.data, *v.data.stride()[:3], *_scales(v),
         view.table, view.table.stride(0), view.page_size,
         none if view.begin is None else view.begin, view.end, lengths,
-        none if sight.start is None else sight.start,
-        none if scoring.alibi_slopes is None else scoring.alibi_slopes,
         none if mask is None else mask, *(mask.stride()[:3] if mask is not None else (0, 0, 0)),
         int(mask is not None and mask.shape[-1] > 1),
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
-        scale, scoring.softcap or 1.0, limit(sight.left), limit(sight.right), sight.sinks,
         head_dim=head_dim, v_head_dim=v.dim, k_width=k.data.shape[-1],
         v_width=v.data.shape[-1], k_groups=_groups(k), v_groups=_groups(v),
         SPLITS=grid[0], M=tile, N=_tile_keys(k, v),
@@ -159,22 +153,10 @@ def _launch(
         DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        ONE_PAGE=view.table.shape[1] == 1, HAS_LEFT=sight.left is not None,
-        HAS_RIGHT=sight.right is not None, SOFTCAP=scoring.softcap is not None,
-        HAS_BEGIN=view.begin is not None, HAS_START=sight.start is not None,
-        HAS_SLOPES=scoring.alibi_slopes is not None, MASK_KIND=kind,
+        ONE_PAGE=view.table.shape[1] == 1, HAS_BEGIN=view.begin is not None, MASK_KIND=kind,
+        **arguments(attend_kernel, options, none),
         num_warps=4, num_stages=3,
     )  # fmt: skip
-
-
-def _ready(options: Options, device: torch.device) -> Options:
-    """With tensors of the dtypes that the kernels read, where they run."""
-
-    values = [
-        x if x is None or kind.dtype is None else x.detach().to(device, kind.dtype).contiguous()
-        for x, kind in zip(options.flat(), FIELDS.values(), strict=True)
-    ]
-    return unflattened(values)
 
 
 def _mask(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor | None, int]:
