@@ -12,8 +12,7 @@ from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.errors import RunError
 
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.[^.]+\.weight")
-# Rotary tables and GPT-2's causal masks lie in older files; models compute them today.
-_TABLE = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+_ROTARY_TABLE = "rotary_emb.inv_freq"  # lies in older files; models compute it today
 _BUG = "this is a bug of kvfold: please report it with the checkpoint's name"
 
 
@@ -78,7 +77,7 @@ def own_names(folded: Checkpoint, model: Any) -> dict[str, str]:
     find = folded.stored_names.find
     own = {stored: name for name in model.state_dict() if (stored := find(name))}
     for name in sorted(folded.names - own.keys()):
-        if not _TABLE.search(name):
+        if not (name.endswith(_ROTARY_TABLE) or folded.family.dropped(name)):
             raise RunError(
                 f"{folded.label} holds {name}, for which its model has no place: it cannot heal",
                 "remove that tensor: load the model in transformers and save_pretrained() it",

@@ -39,6 +39,11 @@ def _is_mlp(name: str) -> bool:
     return name.endswith((".mlp.c_fc.weight", ".mlp.c_proj.weight"))
 
 
+def _is_causal_mask(name: str) -> bool:
+    """Older files hold them; models compute them."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
 FAMILIES = (
     Family(
         ("gpt2",),
@@ -55,7 +60,7 @@ FAMILIES = (
         target_projections=FusedProjections("c_attn", "c_proj"),
         rewrite=lambda name, tensor: tensor.T.contiguous() if _is_mlp(name) else tensor,
         rewritten_shape=lambda name, shape: shape[::-1] if _is_mlp(name) else shape,
-        dropped=lambda name: name.endswith((".attn.bias", ".attn.masked_bias")),  # causal masks
+        dropped=_is_causal_mask,
     ),
     Family(
         ("gpt_bigcode",),
@@ -71,5 +76,6 @@ FAMILIES = (
             None if config.get("multi_query", True) else "its heads are stored interleaved"
         ),
         target=lambda config, num_kv_heads: dict(config),
+        dropped=_is_causal_mask,
     ),
 )
