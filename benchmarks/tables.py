@@ -20,7 +20,7 @@ from typing import Any
 from kvfold.files import write_text
 
 FOLDER = Path(__file__).parent
-PAGES = (FOLDER / "README.md", FOLDER / "LOG.md")
+PAGES = (FOLDER / "README.md", FOLDER / "LOG.md", FOLDER.parent / "README.md")
 PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -85,6 +85,28 @@ def attention(file: str, by: str, columns: tuple[str, ...], **case: int) -> str:
     names = [f"kvfold {name}" for name in ("bf16", "int8", "int4")] + list(columns)
     body = ((str(n), *(cell(found.get((n, name))) for name in names), own(n)) for n in heads)
     return table((by, *names, "int8, int4 over own bf16"), body, 0) + measured(rows)
+
+
+def decoding() -> str:
+    """The short table of the README."""
+    rows = results("attention", "case.num_kv_heads", "case.context", "implementation")
+    found = {(r["case"]["num_kv_heads"], r["implementation"]): r
+             for r in rows if r["case"]["context"] == 16384}  # fmt: skip
+    heads = sorted({count for count, _ in found}, reverse=True)
+
+    def cells(count: int) -> Iterator[str]:
+        bf16, int8, int4 = (found[count, f"kvfold {name}"] for name in ("bf16", "int8", "int4"))
+        seconds = [row["seconds"]["median"] for row in (found[count, "repeat"], bf16)]
+        best = [f"{row['vs_best_peer']['median']:.1f}" for row in (bf16, int8, int4)]
+        yield str(count)
+        yield f"{bf16['floor_fraction']['median']:.0%}"
+        yield best[0]
+        yield f"{seconds[0] / seconds[1]:.0f}"
+        yield from best[1:]
+
+    columns = ("bf16: of floor", "× PyTorch's best", "× repeated K, V",
+               "int8: × PyTorch's best", "int4: × PyTorch's best")  # fmt: skip
+    return table(("KV heads", *columns), map(cells, heads), 0)
 
 
 def prompts() -> str:
@@ -187,6 +209,36 @@ def folding() -> str:
     return f"{table(heads, map(cells, rows), 2)}\n\n{source}documentation." + measured(rows)
 
 
+LABELS = {
+    "random-none": "`random` (arXiv 2305.13245)",
+    "first-none": "`first` (arXiv 2305.13245)",
+    "mean-none": "`mean` (arXiv 2305.13245)",
+    "aligned-none": "`aligned`",
+    "pca-none": "`pca`, closed form",
+    "pca-refit": "`pca` + refit",
+    "auto-local": "**`auto`** (default: `pca` + fit + refit)",
+}
+
+
+def kept() -> str:
+    """The short table of the README, healing included."""
+
+    def took(seconds: float) -> str:
+        return "seconds" if seconds < 60 else f"{seconds / 60:.0f} min"
+
+    def cells(what: str, scores: Iterable[Row], time: str) -> tuple[str, ...]:
+        lost = (f"{s['nats_lost']:.2f} ± {s['nats_lost_error']:.2f}" for s in scores)
+        return what, *lost, time
+
+    folded = results("fold_quality", "method", "fit")
+    body = [cells(LABELS[f"{r['method']}-{r['fit']}"], r["scores"], took(r["run"]["seconds"]))
+            for r in folded]  # fmt: skip
+    healed = [row for row in results("healing", "name", "text") if row["name"] == "healed"]
+    what = "**`auto`, then healed** with 200,000 tokens"
+    body.append(cells(what, healed, f"+ {took(healed[0]['seconds'])}"))
+    return table(("", "handbook", "documentation", "time"), body)
+
+
 def energies() -> str:
     rows = [row for row in results("fold_quality", "method", "fit") if row["fit"] == "none"]
     layers = enumerate(zip(*(row["captured"] for row in rows), strict=True))
@@ -239,6 +291,8 @@ def memory() -> str:
 
 WAYS = ("sdpa", "sdpa-grouped", "repeat", "matmul")
 TABLES: dict[str, Callable[[], str]] = {
+    "decoding": decoding,
+    "kept": kept,
     "decode-16k": lambda: attention("attention", "KV heads", WAYS, context=16384),
     "decode-4k": lambda: attention("attention", "KV heads", WAYS, context=4096),
     "decode-heads-of-64": lambda: attention(
