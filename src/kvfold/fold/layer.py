@@ -107,10 +107,9 @@ def fold_layer(
     Args:
         statistics: None folds by the weights alone.
     """
-    heads = source.heads()
     if statistics is None:
-        hidden_size = source.checkpoint.geometry.hidden_size
-        statistics = LayerStatistics.without_data(hidden_size, heads.k.device)
+        statistics = LayerStatistics.without_data(source.checkpoint.geometry.hidden_size)
+    heads = source.heads(statistics.moment.device)
     fold = LAYER_FOLDS[type(plan.target)](heads, plan.target, statistics)
     methods = methods_for(plan.method, plan.target)
     candidates = ((method, *fold.by(method, plan.seed + source.index)) for method in methods)

@@ -28,11 +28,9 @@ class LayerStatistics:
     key_moments: torch.Tensor | None = None
 
     @classmethod
-    def without_data(
-        cls, hidden_size: int, device: torch.device | None = None
-    ) -> "LayerStatistics":
+    def without_data(cls, hidden_size: int) -> "LayerStatistics":
         """Independent inputs of unit size: what is assumed without calibration."""
-        identity = torch.ones(hidden_size + 1, dtype=torch.float64, device=device)
+        identity = torch.ones(hidden_size + 1, dtype=torch.float64, device="cpu")
         return cls(identity, identity)
 
 

@@ -42,9 +42,13 @@ class StoredLayer:
         dim = rotary.dim(self.checkpoint.config, geometry.head_dim, self.index)
         return Pairs(dim, rotary.interleaved)
 
-    def heads(self) -> LayerHeads:
-        """In float64."""
-        weights = self.checkpoint.attention(self.index, self.tensor)
+    def heads(self, device: torch.device | None = None) -> LayerHeads:
+        """In float64, on the device where they are folded."""
+
+        def load(name: str) -> torch.Tensor:
+            return self.tensor(name).to(device)
+
+        weights = self.checkpoint.attention(self.index, load)
         prefix = self.checkpoint.attention_prefix(self.index)
-        norm = norm_weights(self.checkpoint.family.qk_norm, prefix, self.tensor)
+        norm = norm_weights(self.checkpoint.family.qk_norm, prefix, load)
         return LayerHeads.of(weights, self.pairs, norm)
