@@ -5,11 +5,7 @@ from typing import Any
 
 import pytest
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvfold.arch.config import plain_config
@@ -68,7 +64,9 @@ def test_windows_are_those_of_transformers_own_cache() -> None:
         except (KeyError, ValueError):  # needs layers that its own module makes, or more entries
             continue
         for own, layer in zip(layers, decoder.layers, strict=False):  # the last may share one
-            if type(own) is LinearAttentionLayer:
+            if layer.shared:
+                assert not isinstance(own, DynamicLayer), config.model_type
+            elif type(own).__name__ == "LinearAttentionLayer":
                 assert layer.kind == RECURRENT, config.model_type
             elif type(own) in (DynamicLayer, DynamicSlidingWindowLayer):
                 assert layer.kind != RECURRENT, config.model_type
@@ -98,6 +96,13 @@ def test_kinds_of_layers(config: dict[str, Any], kinds: list[str]) -> None:
     decoder = describe({**sizes, **config})
     assert [layer.kind for layer in decoder.layers] == kinds
     assert all(layer.kv_numbers() == 0 for layer in decoder.layers if layer.kind == RECURRENT)
+
+
+def test_layers_that_share_keep_nothing() -> None:
+    config = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3}
+    whole, last = describe(config), describe({**config, "num_kv_shared_layers": 1})
+    assert [layer.shared for layer in last.layers] == [False, False, True]
+    assert 3 * last.kv_bytes_per_token() == 2 * whole.kv_bytes_per_token()
 
 
 def test_lists_that_are_too_short_are_told() -> None:

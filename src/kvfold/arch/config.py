@@ -74,7 +74,8 @@ class Config(TypedDict, total=False):
     no_rope_layers: Annotated[list[int], MaxLen(MOST_LAYERS)] | None
     no_rope_layer_interval: Count | None
     sliding_window: Positions | None
-    sliding_window_pattern: Count | None
+    sliding_window_pattern: Count | str | None  # EXAONE 4 spells a period: LLLG
+    num_kv_shared_layers: Count | None
     use_sliding_window: bool | None
     attention_chunk_size: Positions | None
     max_position_embeddings: Positions | None

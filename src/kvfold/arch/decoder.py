@@ -10,7 +10,7 @@ from typing import Any
 from kvfold.arch.config import CONFIG
 from kvfold.arch.experts import Experts
 from kvfold.arch.families import described_as
-from kvfold.arch.layers import Layer, layer_types, read_layers, window_of
+from kvfold.arch.layers import Layer, cached_layers, layer_types, read_layers, window_of
 from kvfold.arch.sizes import Config, optional
 
 
@@ -70,9 +70,10 @@ def learned_positions(config: Config) -> int | None:
 
 
 def typed_layers(config: Config, count: int) -> list[tuple[str, int | None]]:
-    """transformers' word for the attention of each of the first ``count`` layers, its window."""
+    """transformers' word for the attention of each layer that has a cache, and its window."""
     types = layer_types(config, count, described_as(config).unlisted_layers)
-    return [(layer_type, window_of(config, layer_type)) for layer_type in types]
+    own = cached_layers(config, count)
+    return [(layer_type, window_of(config, layer_type)) for layer_type in types[:own]]
 
 
 def _intermediate_size(config: Config) -> int | None:

@@ -1,7 +1,7 @@
 """The layers of a decoder: what each keeps of the tokens it has seen. No torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfold.arch.config import CONFIG
 from kvfold.arch.sizes import Config, Sizes, check_length, optional, required
@@ -28,6 +28,7 @@ class Layer:
             of ``latent`` numbers a token, for all heads, ``rotary`` of them rotated and apart;
             ``recurrent``: no keys and values, or a state of one size.
         query_rank: of queries that are made in two steps, the size between; else 0.
+        shared: it attends to the keys and values of an earlier layer.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Layer:
     latent: int = 0
     rotary: int = 0
     query_rank: int = 0
+    shared: bool = False
 
     @property
     def has_kv_heads(self) -> bool:
@@ -51,6 +53,8 @@ class Layer:
         KV heads are shared out; where there are fewer than GPUs, each has a copy of one. A latent
         vector cannot be shared out.
         """
+        if self.shared:
+            return 0
         if not self.has_kv_heads:
             return self.latent
         return -(-self.num_kv_heads // shards) * (self.head_dim + self.v_head_dim)
@@ -104,11 +108,18 @@ def read_layers(config: Config, sizes: Sizes, unlisted: Unlisted) -> tuple[Layer
         CheckpointError: if the config lacks a size, or contradicts itself.
     """
     types = layer_types(config, sizes.num_layers, unlisted)
-    layer = _latent if config.get("kv_lora_rank") else _layer
-    return tuple(
-        _recurrent(sizes) if layer_type in _RECURRENT_TYPES else layer(config, sizes, layer_type)
+    read = _latent if config.get("kv_lora_rank") else _layer
+    layers = [
+        _recurrent(sizes) if layer_type in _RECURRENT_TYPES else read(config, sizes, layer_type)
         for layer_type in types
-    )
+    ]
+    own = cached_layers(config, sizes.num_layers)
+    return (*layers[:own], *(replace(layer, shared=True) for layer in layers[own:]))
+
+
+def cached_layers(config: Config, count: int) -> int:
+    """How many of so many layers keep keys and values: the last may share (Gemma 3n)."""
+    return count - min(optional(config, "num_kv_shared_layers") or 0, count)
 
 
 def _layer(config: Config, sizes: Sizes, layer_type: str) -> Layer:

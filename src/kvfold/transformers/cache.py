@@ -288,9 +288,7 @@ class KVCache(DynamicCache):  # type: ignore[misc]
 
 def _windows(config: PretrainedConfig) -> Iterable[int | None]:
     """The sliding window of every layer that has a cache, None for full attention."""
-    # The last layers of some models (Gemma 3n) read the cache of an earlier one.
-    count = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    for layer_type, window in typed_layers(plain_config(config), count):
+    for layer_type, window in typed_layers(plain_config(config), config.num_hidden_layers):
         if layer_type not in (FULL_TYPE, SLIDING_TYPE, CHUNKED_TYPE):
             raise UnsupportedError(
                 f"a layer of type {layer_type!r} keeps no keys and values",
