@@ -23,6 +23,7 @@ from kvfold.plan.request import PlanRequest
 from kvfold.quality.request import EvalRequest
 from kvfold.quality.run import find_needles
 from kvfold.record import command_line
+from kvfold.report.request import LookRequest
 from kvfold.requests import (
     Choice,
     Flag,
@@ -43,6 +44,7 @@ REQUESTS: list[type[Request]] = [
     ConvertRequest,
     EvalRequest,
     HealRequest,
+    LookRequest,
     PlanRequest,
 ]
 EACH = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
