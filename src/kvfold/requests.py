@@ -266,9 +266,14 @@ class Request:
             self.fill(**{name: declared.check(getattr(self, name))})
 
     def fill(self, **values: Any) -> None:
-        """Put what was worked out in place of what was not given, while the request is made."""
+        """Put what was worked out in place of what was given, while the request is made."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def fill_in(self, name: str, default: Callable[[], Any]) -> None:
+        """Work out what was not given, and only that."""
+        if getattr(self, name) is None:
+            self.fill(**{name: default()})
 
 
 def options_of(request: type[Request]) -> dict[str, Option]:

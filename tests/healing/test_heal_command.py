@@ -8,6 +8,8 @@ import pytest
 
 from kvfold import heal
 from kvfold.checkpoint.workspace import Workspace
+from kvfold.errors import KVFoldError
+from kvfold.healing.request import HealRequest
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
 from tests.toolbox.commands import complaint
@@ -182,3 +184,13 @@ def test_what_can_be_checked_is_checked_once(
     small = ("--context", 64, "--stages", "local", "--local-tokens", 1024)
     assert kvfold(*command, *small, "--held-out-tokens", 256).code == 0
     assert len(seen) == 2
+
+
+def test_what_is_given_is_not_worked_out(folded: Path, source: Path, tmp_path: Path) -> None:
+    """A damaged record matters only where the default stages are read from it."""
+    damaged = Path(shutil.copytree(folded, tmp_path / "damaged"))
+    (damaged / "kvfold.json").write_text("{")
+    asked: dict[str, Any] = {"folded": damaged, "teacher": source, "texts": ["text"]}
+    assert HealRequest.asked(**asked, stages=["kl"]).stages == ("kl",)
+    with pytest.raises(KVFoldError, match=r"kvfold\.json"):
+        HealRequest.asked(**asked)

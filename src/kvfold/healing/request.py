@@ -164,14 +164,12 @@ class HealRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found: dict[str, object] = {
-            "stages": _default_stages(self.folded),
-            "context": _default_context(self.folded),
-            "micro_batch": 1,
-            "save_tokens": (tenth := max(1, self.tokens // 10)),
-            "eval_tokens": tenth,
-        }
-        self.fill(**{name: made for name, made in found.items() if getattr(self, name) is None})
+        tenth = max(1, self.tokens // 10)
+        self.fill_in("stages", lambda: _default_stages(self.folded))
+        self.fill_in("context", lambda: _default_context(self.folded))
+        self.fill_in("micro_batch", lambda: 1)
+        self.fill_in("save_tokens", lambda: tenth)
+        self.fill_in("eval_tokens", lambda: tenth)
         _check_together(self)
         self.fill(batch_tokens=max(self.batch_tokens, self.context))
 
