@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kvfold.plan import evidence
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -60,6 +62,20 @@ def test_tables_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         name for page in tables.PAGES for _, name, _ in tables.PLACE.findall(page.read_text())
     ]
     assert sorted(placed) == sorted(tables.TABLES)
+
+
+def test_plans_tell_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers in ``kvfold.plan.evidence`` are those of the results."""
+    results = script("tables", monkeypatch).results
+    healing = {(row["name"], row["text"]): row for row in results("healing", "name", "text")}
+    for told, name in zip(evidence.FOLDED, ("folded", "healed"), strict=True):
+        texts = (healing[name, f"{text}.txt"] for text in ("handbook", "documentation"))
+        assert (told.similar, told.other) == tuple(round(row["nats_lost"], 2) for row in texts)
+    caches = results("cache_quality", "text", "cache")
+    for name, said in evidence.CACHES.items():
+        rows = [row for row in caches if row["cache"] == f"kvfold {name}"]
+        kl, ratio = (max(row[score] for row in rows) for score in ("kl", "perplexity_ratio"))
+        assert said in (f"KL {kl:.4f} nats per token", f"perplexity times {ratio:.3f}")
 
 
 def commands(name: str) -> list[list[str]]:
