@@ -11,7 +11,7 @@ from kvfold.kernels.backend import Call, need_gradients
 from kvfold.kernels.outside import outside_graphs
 from kvfold.kernels.pages import listed
 from kvfold.kernels.registry import attend, choose, home_name
-from kvfold.kernels.view import KVView
+from kvfold.kernels.view import KVView, Positions
 from kvfold.ops.kinds import check_flag, check_tensor, is_number
 from kvfold.ops.options import (
     ATTENTION,
@@ -118,6 +118,7 @@ def explain(
 def attend_view(
     q: torch.Tensor,
     view: KVView,
+    lengths: Positions | None = None,
     *,
     return_lse: bool = False,
     **options: Unpack[CacheOptions],
@@ -125,7 +126,8 @@ def attend_view(
     """``attention`` over pages that somebody else keeps (``KVView.of_pages``).
 
     Args:
-        q: ``[B, Hq, T, D]``; the last query stands at the last position of the view.
+        q: ``[B, Hq, T, D]``; the last query stands at position ``lengths[b] - 1``.
+        lengths: int32 ``[B]`` or a list; by default, where the view ends.
         options: of attention; see the signature.
         return_lse: see ``attention``.
 
@@ -143,13 +145,16 @@ def attend_view(
     """
     check_tensor("q", q)
     check_flag("return_lse", return_lse)
-    k, v, batch, ends = view.keys, view.values, len(view.table), view.end
+    k, v, batch = view.keys, view.values, len(view.table)
+    ends = view.end if lengths is None else lengths
     heads = k.data.shape[1]
     if q.dim() != 4 or (q.shape[0], q.shape[3]) != (batch, k.dim) or q.shape[1] % heads:
         given = f"q {list(q.shape)}, {batch} sequences of {heads} KV heads of {k.dim}"
         raise InputError(f"shapes do not fit: {given}", "expected q [B, Hq, T, D]")
     if q.dtype not in _DTYPES[:3] or q.device != k.data.device:
         raise InputError(f"q is {q.dtype} on {q.device}, the pages are on {k.data.device}")
+    if len(ends) != batch:
+        raise InputError(f"{len(ends)} lengths for {batch} sequences", "give lengths=")
     there = isinstance(ends, torch.Tensor) and ends.is_cuda
     keys = view.most if there else max(listed(ends, batch), default=0)
     checked = check_options((batch, q.shape[1], q.shape[2], keys), options, _OF_VIEWS)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvfold.kernels.backend import Call
 from kvfold.kernels.layout import Layout
 from kvfold.kernels.view import KVView, Positions, Rows
 from kvfold.ops.formats import decode, encode
@@ -29,15 +30,17 @@ def decoded(
     return k, v
 
 
-def held(views: Sequence[KVView], lengths: list[int], keys: int) -> torch.Tensor | None:
-    """Which positions ``[B, 1, 1, keys]`` the views hold; None if they hold all below lengths."""
-    found = [range_ for view in views for range_ in ranges(view)]
-    if sum(max(0, high - low) for _, low, high in found) >= sum(lengths):
+def held(call: Call) -> torch.Tensor | None:
+    """Which positions ``[B, 1, 1, keys]`` the views hold; None if they hold all there are."""
+    lengths = listed(call.lengths, len(call.q))
+    there = torch.zeros(len(lengths), 1, 1, call.keys, dtype=torch.bool, device=CPU)
+    for view in call.views:
+        for b, low, high in ranges(view):
+            there[b, ..., low:high] = True
+    inside = torch.arange(call.keys, device=CPU) < torch.tensor(lengths, device=CPU)[:, None]
+    if bool((there | ~inside[:, None, None]).all()):
         return None
-    there = torch.zeros(len(lengths), 1, 1, keys, dtype=torch.bool, device=CPU)
-    for b, low, high in found:
-        there[b, ..., low:high] = True
-    return there.to(views[0].keys.data.device)
+    return there.to(call.q.device)
 
 
 def ranges(view: KVView) -> list[tuple[int, int, int]]:

@@ -38,9 +38,10 @@ template <class F, bool KEY>
 static void append_side(const KvfAppend& call, int b, int head) {
   const KvfPart& part = call.part;
   const KvfTensor& from = KEY ? call.k : call.v;
+  const int32_t* table = pages_of(part, b, head);
   for (int t = 0; t < call.tokens; ++t) {
     const int position = call.first[b] + t;
-    const int32_t page = part.table[b * part.table_stride + position / part.page_size];
+    const int32_t page = table[position / part.page_size];
     if (page < 0) continue;
     const int slot = position % part.page_size;
     append_row<F, KEY>(KEY ? part.k : part.v, page, head, slot, from, row_of(from, b, head, t));

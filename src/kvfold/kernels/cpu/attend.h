@@ -58,10 +58,10 @@ struct Range {
   int32_t low, high;
 };
 
-// What the sequence's queries can see of a part: at most the sinks and the window.
-static int visible(const KvfAttend& call, const KvfPart& part, int b, Range out[2]) {
+// What a KV head's queries can see of a part: at most the sinks and the window.
+static int visible(const KvfAttend& call, const KvfPart& part, int b, int head, Range out[2]) {
   const int start = call.start ? call.start[b] : 0, length = call.length[b];
-  int low = part.begin ? part.begin[b] : 0, high = part.end[b];
+  int low = begin_of(part, b, head), high = end_of(part, b, head);
   if (low < start) low = start;
   if (high > length) high = length;
   int count = 0;
@@ -85,9 +85,10 @@ static void make_plan(Plan& plan) {
   int64_t keys = 0;
   Range ranges[2];
   for (int b = 0; b < call.batch; ++b)
-    for (int p = 0; p < call.num_parts; ++p)
-      for (int i = 0, n = visible(call, call.parts[p], b, ranges); i < n; ++i)
-        keys += (int64_t)(ranges[i].high - ranges[i].low) * heads;
+    for (int head = 0; head < heads; ++head)
+      for (int p = 0; p < call.num_parts; ++p)
+        for (int i = 0, n = visible(call, call.parts[p], b, head, ranges); i < n; ++i)
+          keys += ranges[i].high - ranges[i].low;
   // About eight units a thread even out what they take; short ones would cost more than they give.
   int64_t chunk = call.chunk > 0 ? call.chunk : keys / (8 * (call.threads > 0 ? call.threads : 1));
   if (call.chunk <= 0 && chunk < 256) chunk = 256;
@@ -98,7 +99,7 @@ static void make_plan(Plan& plan) {
       HeadWork& work = plan.heads[(size_t)b * heads + head];
       work.first = count;
       for (int p = 0; p < call.num_parts; ++p)
-        for (int i = 0, n = visible(call, call.parts[p], b, ranges); i < n; ++i)
+        for (int i = 0, n = visible(call, call.parts[p], b, head, ranges); i < n; ++i)
           for (int64_t low = ranges[i].low; low < ranges[i].high;) {
             int64_t high = low / TILE * TILE + chunk;
             if (high + chunk / 4 > ranges[i].high) high = ranges[i].high;

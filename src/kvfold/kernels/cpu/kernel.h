@@ -90,3 +90,12 @@ double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads);  // sums; 
 int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror
 }
 #pragma GCC visibility pop
+
+// How a part is read: the pages of a sequence as a KV head has them, and which positions it holds.
+static inline const int32_t* pages_of(const KvfPart& part, int b, int /* head */) {
+  return part.table + b * part.table_stride;
+}
+static inline int32_t begin_of(const KvfPart& part, int b, int /* head */) {
+  return part.begin ? part.begin[b] : 0;
+}
+static inline int32_t end_of(const KvfPart& part, int b, int /* head */) { return part.end[b]; }

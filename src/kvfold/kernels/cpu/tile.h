@@ -46,7 +46,7 @@ static void collect_rows(const KvfPart& part, const Unit& unit, int position, ui
                          uint8_t* to, uint16_t* scales) {
   const KvfSide& side = KEY ? part.k : part.v;
   const int groups = scale_groups<F>(side.dim);
-  const int32_t* table = part.table + unit.b * part.table_stride;
+  const int32_t* table = pages_of(part, unit.b, unit.head);
   const uint8_t* rows[BLOCK];
   int found = 0;
   clear_block<F, KEY>(side.dim, to, scales);
@@ -73,7 +73,7 @@ struct Walk {
   int block, blocks;  // in the page
 
   Walk(const KvfPart& part, const Unit& unit, int position)
-      : page(part.table + unit.b * part.table_stride + position / part.page_size),
+      : page(pages_of(part, unit.b, unit.head) + position / part.page_size),
         block(position % part.page_size / BLOCK), blocks(part.page_size / BLOCK) {}
 
   void step() {

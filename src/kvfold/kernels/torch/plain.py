@@ -28,7 +28,7 @@ def plain(call: Call) -> Plain:
     lengths = listed(call.lengths, len(k))
     ends = torch.tensor(lengths, dtype=torch.int32, device=k.device)
     sight = call.options.visibility._replace(lengths=ends)
-    there = held(call.views, lengths, call.keys)
+    there = held(call)
     if there is not None:
         sight = sight._replace(mask=_only(there, sight.mask))
     return Plain(call.q, k, v, call.options._replace(visibility=sight), call.dropout)

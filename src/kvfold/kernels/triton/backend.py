@@ -92,8 +92,9 @@ def _sent(
     """
     given = [lengths, *(x for view in views for x in (view.begin, view.end))]
     lists = {id(x): x for x in given if isinstance(x, list)}
-    numbers = _there(torch.tensor(list(lists.values()), dtype=torch.int32, device="cpu"), device)
-    ready = dict(zip(lists, numbers, strict=True))
+    flat = torch.tensor([n for x in lists.values() for n in x], dtype=torch.int32, device="cpu")
+    pieces = _there(flat, device).split([len(x) for x in lists.values()])
+    ready = dict(zip(lists, pieces, strict=True))
     tables = {id(view.table): view.table for view in views}
     tables = {key: _there(table, device) for key, table in tables.items()}
 

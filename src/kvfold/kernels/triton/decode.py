@@ -57,6 +57,7 @@ def attend_kernel(
     head, token = kv_head * group + row // tokens, row % tokens
 
     # Which positions anybody here may see: [a, a + n_a), and with a window [c, c + n_c) too.
+    table = TABLE + b * table_row
     length = tl.load(LENGTH + b)
     begin = tl.load(BEGIN + b) if HAS_BEGIN else 0
     start = tl.load(START + b) if HAS_START else 0
@@ -98,10 +99,10 @@ def attend_kernel(
         j = tl.where(i < n_a, a + i, c + i - n_a)
         inside = i < n_a + n_c
         if ONE_PAGE:
-            page = tl.load(TABLE + b * table_row).to(tl.int64) + tl.zeros((N,), tl.int64)
+            page = tl.load(table).to(tl.int64) + tl.zeros((N,), tl.int64)
             at = j.to(tl.int64)
         else:
-            page = tl.load(TABLE + b * table_row + j // page_size, mask=inside, other=-1)
+            page = tl.load(table + j // page_size, mask=inside, other=-1)
             page = page.to(tl.int64)
             inside = inside & (page >= 0)
             at = (j % page_size).to(tl.int64)
