@@ -5,10 +5,17 @@ from typing import Any
 import pytest
 import torch
 
+from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.kernels.dispatch import attend_view
 from kvfold.kernels.view import KVView
-from tests.toolbox.attention_cases import naive, noise, skip_without_kernels
+from tests.toolbox.attention_cases import (
+    allowed_error,
+    filled,
+    naive,
+    noise,
+    skip_without_kernels,
+)
 
 BACKENDS = ("cpu", "triton", "torch")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -137,3 +144,52 @@ def test_what_kernels_could_not_follow_is_refused(change: dict[str, Any], words:
 def test_queries_that_do_not_fit_are_refused(q: torch.Tensor, words: str) -> None:
     with pytest.raises(InputError, match=words):
         attend_view(q, KVView.of_pages(GOOD, GOOD, TABLE, [8, 3]))
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 20, "sinks": 4, "tokens": 3}], ids=["", "window"]
+)
+def test_each_kv_head_may_have_pages_and_positions_of_its_own(
+    dtype: str, options: dict[str, Any]
+) -> None:
+    """Where a cache lies, as its own table has it; each head sees some of it, as in float64."""
+    options = dict(options)
+    lengths, tokens = [70, 70], options.pop("tokens", 1)
+    cache = KVCache(
+        2, 32, batch=2, dtype=dtype, kind="paged", page_size=16, exact_first=0, exact_recent=0
+    )
+    filled(cache, 70)
+    (whole,) = cache._storage.views([0, 1], lengths)
+    begins, ends = [0, 16, 33, 5], [70, 40, 70, 21]
+    table = whole.table[:, None].repeat(1, 2, 1)
+    for at, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        b, head = divmod(at, 2)
+        page = torch.arange(table.shape[2]) * 16
+        table[b, head, (page + 16 <= begin) | (page >= end)] = -1
+    q = noise(2, 4, tokens, 32, seed=9)
+    k, v = cache.tensors(torch.float32)
+    j = torch.arange(70)
+    seen = torch.stack([(j >= b) & (j < e) for b, e in zip(begins, ends, strict=True)])
+    mask = seen.view(2, 2, 1, 70).repeat_interleave(2, 1)
+    truth, true_lse = naive(q, k, v, mask=mask, **options)
+    for kind in (list, torch.Tensor):
+        given = [x if kind is list else torch.tensor(x, dtype=torch.int32) for x in (begins, ends)]
+        view = whole._replace(table=table, begin=given[0], end=given[1])
+        out, lse = attend_view(q, view, lengths, return_lse=True, **options)
+        close = allowed_error(cache, q, k, v)
+        torch.testing.assert_close(out.double(), truth, rtol=0, atol=close)
+        torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=max(close, 2 * CLOSE))
+
+
+def test_tables_of_each_head_are_checked() -> None:
+    table = TABLE[:, None].repeat(1, 2, 1)
+    view = KVView.of_pages(GOOD, GOOD, table, [8, 3, 0, 5])
+    assert view.per_head
+    with pytest.raises(InputError, match="4 numbers"):
+        KVView.of_pages(GOOD, GOOD, table, [8, 3])
+    with pytest.raises(InputError, match="int32"):
+        KVView.of_pages(GOOD, GOOD, table[:, :1], [8, 3])
+    with pytest.raises(InputError, match="4 lengths for 2 sequences"):
+        attend_view(noise(2, 4, 1, 32), view)

@@ -24,23 +24,44 @@ def decoded(
         for rows in (views[0].keys, views[0].values)
     )
     for view in views:
-        for b, low, high in ranges(view):
-            if low < min(high, keys):
-                k[b, :, low:high], v[b, :, low:high] = read(view, b, low, min(high, keys))
+        for own, part in by_head(view):
+            for b, low, high in ranges(part):
+                if low < min(high, keys):
+                    k[b, own, low:high], v[b, own, low:high] = read(part, b, low, min(high, keys))
     return k, v
 
 
 def held(call: Call) -> torch.Tensor | None:
-    """Which positions ``[B, 1, 1, keys]`` the views hold; None if they hold all there are."""
+    """Which positions ``[B, Hq or 1, 1, keys]`` views hold; None if they hold all there are."""
     lengths = listed(call.lengths, len(call.q))
-    there = torch.zeros(len(lengths), 1, 1, call.keys, dtype=torch.bool, device=CPU)
+    there = torch.zeros(len(lengths), call.num_kv_heads, 1, call.keys, dtype=torch.bool, device=CPU)
     for view in call.views:
-        for b, low, high in ranges(view):
-            there[b, ..., low:high] = True
+        for own, part in by_head(view):
+            for b, low, high in ranges(part):
+                there[b, own, :, low:high] = True
     inside = torch.arange(call.keys, device=CPU) < torch.tensor(lengths, device=CPU)[:, None]
     if bool((there | ~inside[:, None, None]).all()):
         return None
-    return there.to(call.q.device)
+    group = call.q.shape[1] // call.num_kv_heads
+    return there.repeat_interleave(group, 1).to(call.q.device)
+
+
+def by_head(view: KVView) -> list[tuple[slice, KVView]]:
+    """Views with one table and range for each sequence, and the KV heads that they are of."""
+    if not view.per_head:
+        return [(slice(None), view)]
+    batch, heads = view.table.shape[:2]
+    found = []
+    for head in range(heads):
+        own = slice(head, head + 1)
+        ends = listed(view.end, batch * heads)[head::heads]
+        begins = listed(view.begin, batch * heads)[head::heads]
+        keys, values = view.keys.of_heads(own), view.values.of_heads(own)
+        table = view.table[:, head]
+        found.append(
+            (own, view._replace(keys=keys, values=values, table=table, begin=begins, end=ends))
+        )
+    return found
 
 
 def ranges(view: KVView) -> list[tuple[int, int, int]]:

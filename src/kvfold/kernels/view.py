@@ -50,6 +50,11 @@ class Rows:
         self.packed, self.rotation = packed, rotation
         self.known: object = None
 
+    def of_heads(self, heads: slice) -> "Rows":
+        """Those of some KV heads."""
+        scales = None if self.scales is None else self.scales[:, heads]
+        return Rows(self.fmt, self.data[:, heads], scales, self.dim, self.packed, self.rotation)
+
     @classmethod
     def plain(cls, x: torch.Tensor) -> "Rows":
         """Numbers as they are, ``[P, Hkv, page_size, D]``."""
@@ -63,7 +68,8 @@ class KVView(NamedTuple):
     ``table[b, j // page_size]``; a page below 0 holds nothing.
 
     Attributes:
-        table: int32 ``[B, pages]``.
+        table: int32 ``[B, pages]``; or ``[B, Hkv, pages]``, for each KV head its own, and then
+            ``begin`` and ``end`` are ``[B * Hkv]``, sequence after sequence.
         begin: None is 0 for every sequence.
         most: positions that any sequence holds here at most, or may hold when a CUDA graph is
             replayed.
@@ -76,6 +82,11 @@ class KVView(NamedTuple):
     begin: Positions | None
     end: Positions
     most: int
+
+    @property
+    def per_head(self) -> bool:
+        """Whether each KV head has a table and a range of its own."""
+        return self.table.dim() == 3
 
     @classmethod
     def of_tensors(cls, k: torch.Tensor, v: torch.Tensor, end: Positions) -> "KVView":
@@ -99,7 +110,7 @@ class KVView(NamedTuple):
             k: ``[P, Hkv, page_size, D]``; v: ``[P, Hkv, page_size, Dv]``; float32, float16 or
                 bfloat16, of any strides with contiguous rows.
             table: int32 ``[B, pages]``, there or on the CPU. Pages below 0 are for positions that
-                no query sees.
+                no query sees. ``[B, Hkv, pages]``: of each KV head; so are then the positions.
             lengths, begin: the positions ``begin[b] <= j < lengths[b]`` are there. On a GPU they
                 are not read before the kernels run: there, they must be right.
 
@@ -112,16 +123,20 @@ class KVView(NamedTuple):
         32
         """
         _check_pages(k, v)
-        pages, _, size, _ = k.shape
-        whole = isinstance(table, torch.Tensor) and table.dtype == torch.int32 and table.dim() == 2
+        pages, heads, size, _ = k.shape
+        whole = isinstance(table, torch.Tensor) and table.dtype == torch.int32
+        whole = whole and (table.dim() == 2 or (table.dim() == 3 and table.shape[1] == heads))
         if not whole or table.device not in (k.device, _CPU):
-            raise InputError("table: expected int32 [B, pages] on the device of the pages")
+            raise InputError(
+                "table: expected int32 [B, pages] on the device of the pages",
+                f"or [B, {heads}, pages] for each KV head",
+            )
         if not table.is_cuda and table.numel() and int(table.max()) >= pages:
             raise InputError(f"table names page {int(table.max())} of {pages}")
-        most = table.shape[1] * size
+        most = table.shape[-1] * size
         for name, given in (("lengths", lengths), ("begin", begin)):
             if given is not None:
-                _check_positions(name, given, len(table), most)
+                _check_positions(name, given, table.shape[:-1].numel(), most)
         return cls(Rows.plain(k), Rows.plain(v), table.contiguous(), size, begin, lengths, most)
 
 

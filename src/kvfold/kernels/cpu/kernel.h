@@ -34,13 +34,15 @@ struct KvfSide {
 
 // A store of keys and values: tokens begin[b] <= position < end[b] of each sequence b, at
 // page table[b][position / page_size], slot position % page_size. Entries < 0 hold nothing.
+// Each KV head may have its own; strides in numbers, 0 for those that all heads share.
 struct KvfPart {
   KvfSide k, v;
   const int32_t* table;
-  int64_t table_stride;
+  int64_t table_stride, table_head_stride;
   int32_t page_size;
   const int32_t* begin;  // null: 0
   const int32_t* end;
+  int32_t range_stride, range_head_stride;  // of begin and end
 };
 
 struct KvfTensor {  // [B, H, T, dim], the last dimension contiguous; strides in elements
@@ -92,10 +94,12 @@ int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror
 #pragma GCC visibility pop
 
 // How a part is read: the pages of a sequence as a KV head has them, and which positions it holds.
-static inline const int32_t* pages_of(const KvfPart& part, int b, int /* head */) {
-  return part.table + b * part.table_stride;
+static inline const int32_t* pages_of(const KvfPart& part, int b, int head) {
+  return part.table + b * part.table_stride + head * part.table_head_stride;
 }
-static inline int32_t begin_of(const KvfPart& part, int b, int /* head */) {
-  return part.begin ? part.begin[b] : 0;
+static inline int32_t begin_of(const KvfPart& part, int b, int head) {
+  return part.begin ? part.begin[b * part.range_stride + head * part.range_head_stride] : 0;
 }
-static inline int32_t end_of(const KvfPart& part, int b, int /* head */) { return part.end[b]; }
+static inline int32_t end_of(const KvfPart& part, int b, int head) {
+  return part.end[b * part.range_stride + head * part.range_head_stride];
+}

@@ -38,19 +38,22 @@ class Part(Structure):
         begin: Int32s | None,
         end: Int32s,
     ) -> "Part":
-        """A part for as many sequences as ``table`` int32 ``[B, pages]`` has rows.
+        """A part of ``table`` int32 ``[B, pages]`` and B ranges, or one for each KV head.
 
         What it points to must outlive the calls that read it.
 
         Raises:
             InputError: if the table is another kind of tensor, or the ranges are not B.
         """
-        shape = table.shape
-        rows = _TABLE.row_address(table, shape)
-        if not len(end) == shape[0] == (shape[0] if begin is None else len(begin)):
+        shape, strides = table.shape, table.stride()
+        rows, each, step = _TABLE.row_address(table, shape), 1, 0
+        if len(shape) == 3:
+            each, step = shape[1], 1
+        if not len(end) == shape[0] * each == (len(end) if begin is None else len(begin)):
             raise InputError(f"{len(end)} ranges of positions for {shape[0]} sequences")
         first = None if begin is None else begin.address
-        return cls(k, v, rows, table.stride()[0], page_size, first, end.address)
+        table_head = strides[1] if step else 0
+        return cls(k, v, rows, strides[0], table_head, page_size, first, end.address, each, step)
 
 
 class Tensor(Structure):

@@ -25,8 +25,8 @@ def attend_kernel(
     Q, q_batch, q_head, q_token,
     K, k_page, k_head, k_row, KS, ks_page, ks_head,
     V, v_page, v_head, v_row, VS, vs_page, vs_head,
-    TABLE, table_row, page_size,
-    BEGIN, END, LENGTH,
+    TABLE, table_row, table_head, page_size,
+    range_row, range_head, BEGIN, END, LENGTH,
     MASK, mask_batch, mask_head, mask_token, mask_key,
     OUT, out_row, LSE, slots, slot,
     kv_heads, group, tokens,
@@ -45,10 +45,11 @@ def attend_kernel(
 
     Q ``[B, Hq, T, D]`` by strides. K, V: pages; rows of a head lie k_row numbers (of four
     bits: bytes) apart and have k_width of them. K_FORMAT: a cache format's code; K_HALVES: it has
-    four bits. TABLE int32 ``[B, P]``. OUT float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2)
-    ``[B * Hq * T, slots]`` get this program's split at ``slot + split``. MASK_KIND: 0 none,
-    1 zero hides, 2 added to the scores; MASK ``[B, Hq, T, S]`` by strides. Sizes of heads are
-    constants: only then can Triton load rows 16 bytes at a time, and ahead of their use.
+    four bits. TABLE int32 ``[B, P]`` or, by strides, ``[B, Hkv, P]``; BEGIN and END likewise. OUT
+    float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2) ``[B * Hq * T, slots]`` get this program's
+    split at ``slot + split``. MASK_KIND: 0 none, 1 zero hides, 2 added to the scores; MASK ``[B,
+    Hq, T, S]`` by strides. Sizes of heads are constants: only then can Triton load rows 16 bytes
+    at a time, and ahead of their use.
     """
     split, tile = tl.program_id(0), tl.program_id(1)
     b, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
@@ -57,11 +58,12 @@ def attend_kernel(
     head, token = kv_head * group + row // tokens, row % tokens
 
     # Which positions anybody here may see: [a, a + n_a), and with a window [c, c + n_c) too.
-    table = TABLE + b * table_row
+    table = TABLE + b * table_row + kv_head * table_head
+    range_at = b * range_row + kv_head * range_head
     length = tl.load(LENGTH + b)
-    begin = tl.load(BEGIN + b) if HAS_BEGIN else 0
+    begin = tl.load(BEGIN + range_at) if HAS_BEGIN else 0
     start = tl.load(START + b) if HAS_START else 0
-    end = tl.minimum(tl.load(END + b), length)
+    end = tl.minimum(tl.load(END + range_at), length)
     a = tl.maximum(begin, start)
     a_end = tl.maximum(end, a)
     c, c_end = a_end, a_end

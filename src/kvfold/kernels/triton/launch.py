@@ -134,12 +134,13 @@ def _launch(
     k, v = view.keys, view.values
     _, heads, tokens, head_dim = q.shape
     kv_heads = k.data.shape[1]
-    none = lengths  # a pointer that is never followed
+    none, own = lengths, view.per_head  # a pointer that is never followed
     mask, kind = _mask(options.visibility.mask, q.shape)
     attend_kernel[grid](
         q, *q.stride()[:3],
         k.data, *k.data.stride()[:3], *_scales(k), v.data, *v.data.stride()[:3], *_scales(v),
-        view.table, view.table.stride(0), view.page_size,
+        view.table, view.table.stride(0), view.table.stride(1) if own else 0, view.page_size,
+        *((kv_heads, 1) if own else (1, 0)),
         none if view.begin is None else view.begin, view.end, lengths,
         none if mask is None else mask, *(mask.stride()[:3] if mask is not None else (0, 0, 0)),
         int(mask is not None and mask.shape[-1] > 1),
@@ -153,7 +154,7 @@ def _launch(
         DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        ONE_PAGE=view.table.shape[1] == 1, HAS_BEGIN=view.begin is not None, MASK_KIND=kind,
+        ONE_PAGE=view.table.shape[-1] == 1, HAS_BEGIN=view.begin is not None, MASK_KIND=kind,
         **arguments(attend_kernel, options, none),
         num_warps=4, num_stages=3,
     )  # fmt: skip
