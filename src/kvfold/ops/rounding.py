@@ -28,3 +28,16 @@ def scaled_to(rows: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tenso
     """Rows with their largest number at or just below ``top``, and their scales ``[..., 1]``."""
     scales = scale_above(rows.abs().amax(-1, keepdim=True) / top)
     return divided(rows, scales.float()), scales
+
+
+def grouped(rows: torch.Tensor, group: int) -> torch.Tensor:
+    """Rows ``[..., D]`` as ``[..., groups, group]``, the last group filled with zeros."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % group))
+    return padded.unflatten(-1, (-1, group))
+
+
+def signed_scales(groups: torch.Tensor, top: float) -> torch.Tensor:
+    """Scales ``[..., 1]`` that give each group's number of largest size ``-top``, or just above."""
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    size = scale_above(extreme.abs() / top)
+    return torch.where(extreme > 0, -size, size)

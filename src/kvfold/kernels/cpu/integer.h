@@ -111,7 +111,7 @@ static INLINE float largest_scale(const Tile& tile, int group) {
 }
 
 // Weights times scales as integers up to 255 * 256, in units of what cannot be exceeded.
-// Scales may be negative: Int4 gives their sign to the values.
+// Scales may be negative: FourBits gives their sign to the values.
 static INLINE void split_weights(int rows, const float* p, const float* tops, const Tile& tile,
                                  int group, Planes& planes) {
   const float scale_top = largest_scale(tile, group);

@@ -18,13 +18,10 @@ _GROUP = 32
 def _encode(rows: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
     import torch
 
-    from kvfold.ops.rounding import divided, scale_above, whole
+    from kvfold.ops.rounding import divided, grouped, signed_scales, whole
 
-    padding = -rows.shape[-1] % _GROUP
-    groups = torch.nn.functional.pad(rows, (0, padding)).unflatten(-1, (-1, _GROUP))
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    size = scale_above(extreme.abs() / 8)
-    scales = torch.where(extreme > 0, -size, size)
+    groups = grouped(rows, _GROUP)
+    scales = signed_scales(groups, 8)
     codes = (whole(divided(groups, scales.float()), -8, 7) + 8).to(torch.uint8).flatten(-2)
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales[..., 0]
 
