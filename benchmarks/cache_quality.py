@@ -31,7 +31,7 @@ from kvfold.quality.text import token_windows
 CONTEXT, PROMPT, PIECE = 4096, 3072, 16
 TEXTS = ("handbook", "documentation")
 RESULTS = Path(__file__).with_suffix(".jsonl")
-OURS: tuple[Any, ...] = ("bf16", "fp32", "fp16", "fp8", "int8", ("int8", "int4"), "int4")
+OURS: tuple[Any, ...] = ("bf16", "fp32", "fp16", "fp8", "int8", ("int8", "int4"), "int4", "nl4")
 
 
 def caches(config: Any) -> dict[str, Callable[[], Any]]:

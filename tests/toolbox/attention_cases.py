@@ -208,12 +208,12 @@ def contents(cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def one_byte_weights(cache: KVCache, v: torch.Tensor) -> float:
-    """Six standard deviations of what weights of one byte do to an output over INT4 values.
+    """Six standard deviations of what weights of one byte do to an output over values of four bits.
 
     A weight is off by up to half of a step, at most 16 / 255 of the mean weight 1 / S, at random;
     S of them, times values, add up as random numbers do.
     """
-    if FOUND is None or not kernels().isa.startswith("avx512_") or cache.formats[1].name != "int4":
+    if FOUND is None or not kernels().isa.startswith("avx512_") or cache.formats[1].bits != 4:
         return 0.0
     size = float(v.float().square().mean().sqrt()) if v.numel() else 0.0
     return 6 * 16 / 255 / math.sqrt(12 * max(16, v.shape[-2])) * size
@@ -237,7 +237,7 @@ def allowed_error(
     if len(stores(cache)) > 1:
         names += ["bf16"]
     best = kernels().isa.startswith("avx512_")
-    integers = best and any(name.startswith("int") for name in names)
+    integers = best and any(name.startswith(("int", "nl")) for name in names)
     own = q.dtype is torch.bfloat16
     brains = own and kernels().isa == "avx512_bf16" and "bf16" in names
     dim = 32 * -(-cache.head_dim // 32)

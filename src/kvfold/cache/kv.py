@@ -47,7 +47,7 @@ class KVCache:
     Args:
         num_kv_heads, head_dim, v_head_dim: of the layer; ``v_head_dim`` defaults to ``head_dim``.
         batch: number of sequences. They may have different lengths.
-        dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8`` or ``int4`` (see
+        dtype: ``fp32``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ``int4`` or ``nl4`` (see
             ``kvfold.ops.formats``), or a pair for keys and values: ``("int8", "int4")``.
         kind: ``contiguous``: one run of memory per sequence, which grows by half when it is full
             unless ``max_length`` reserves it at once. ``paged``: pages of ``page_size`` tokens,
@@ -58,7 +58,7 @@ class KVCache:
             ``slack * bytes_per_token`` bytes a sequence.
         page_size: tokens per page; multiples of 16 are read fastest.
         exact_first, exact_recent: tokens kept in bfloat16 at both ends when keys or values are
-            INT4; 0 switches that off. At most 32 tokens more than ``exact_recent`` are.
+            of four bits; 0 switches that off. At most 32 tokens more than ``exact_recent`` are.
         device: where keys and values are kept; the CPU by default.
 
     Raises:

@@ -14,8 +14,9 @@
 #include "formats/fp8.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
+#include "formats/nl4.h"
 
-#define KVF_FORMATS(DO) DO(Fp32) DO(Fp16) DO(Bf16) DO(Fp8) DO(Int8) DO(Int4)
+#define KVF_FORMATS(DO) DO(Fp32) DO(Fp16) DO(Bf16) DO(Fp8) DO(Int8) DO(Int4) DO(Nl4)
 
 namespace KVF_NAMESPACE {
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from kvfold.ops.formats import FORMATS
 
 _FP8, _INT8, _INT4 = (tl.constexpr(FORMATS[name].code) for name in ("fp8", "int8", "int4"))
+_NL4 = tl.constexpr(FORMATS["nl4"].code)
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 half to even
 _FP8_FACTOR = tl.constexpr(256.0)  # e4m3 bits read as float16 are 2^-8 of the number
 
@@ -51,8 +52,11 @@ def halves(raw, scales, at, inside, N: tl.constexpr, WIDTH: tl.constexpr, groups
 @triton.jit
 def _of_half(code, FORMAT: tl.constexpr):
     """The numbers, without their scale, that codes of four bits stand for."""
-    tl.static_assert(FORMAT == _INT4)
-    return code.to(tl.float32) - 8.0
+    tl.static_assert((FORMAT == _INT4) | (FORMAT == _NL4))
+    c = code.to(tl.float32) - 8.0
+    if FORMAT == _NL4:
+        c = _nl4_level(c)
+    return c
 
 
 @triton.jit
@@ -74,20 +78,44 @@ def encoded(x, FORMAT: tl.constexpr):
 @triton.jit
 def encoded_halves(low, high, FORMAT: tl.constexpr):
     """Codes of the even and the odd numbers ``[GROUPS, bytes]``, and each group's scale."""
-    tl.static_assert(FORMAT == _INT4)
+    tl.static_assert((FORMAT == _INT4) | (FORMAT == _NL4))
     most = tl.maximum(tl.max(low, 1), tl.max(high, 1))
     least = tl.minimum(tl.min(low, 1), tl.min(high, 1))
     extreme = tl.where(most >= -least, most, least)
-    size = _scale_above(tl.abs(extreme) / 8.0)
+    if FORMAT == _INT4:
+        size = _scale_above(tl.abs(extreme) / 8.0)
+    else:
+        size = _scale_above(tl.div_rn(tl.abs(extreme), tl.zeros_like(extreme) + 127.0))
     scale = tl.where(extreme > 0, -size, size)
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(low)
-    return _int4_code(low, divisor), _int4_code(high, divisor), scale
+    if FORMAT == _INT4:
+        low, high = _int4_code(low, divisor), _int4_code(high, divisor)
+    else:
+        low, high = _nl4_code(low, divisor), _nl4_code(high, divisor)
+    return low, high, scale
 
 
 @triton.jit
 def _int4_code(x, divisor):
     whole = (tl.div_rn(x, divisor) + _ROUNDER) - _ROUNDER
     return tl.minimum(tl.maximum(whole, -8.0), 7.0) + 8.0
+
+
+@triton.jit
+def _nl4_level(c):
+    """The whole number nearest to ``c (12.75 + 25/512 c²)``; all before rounding is exact."""
+    return (c * (12.75 + c * c * 0.048828125) + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def _nl4_code(x, divisor):
+    """How many of the fifteen middles between levels lie below ``x / divisor``."""
+    y = tl.div_rn(x, divisor)
+    code = tl.zeros_like(y)
+    for c in tl.static_range(-8, 7):
+        low, high = _nl4_level(tl.zeros_like(y) + c), _nl4_level(tl.zeros_like(y) + (c + 1))
+        code += (y > (low + high) * 0.5).to(tl.float32)
+    return code
 
 
 @triton.jit
