@@ -84,6 +84,18 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(FOUND is None, reason="the CPU kernels were not built")
+def test_a_library_of_other_formats_is_refused() -> None:
+    """A format is a number to it: one that it does not have would be read as another."""
+    assert FOUND is not None
+    told = python(
+        "from kvfold.ops.formats import FORMATS; FORMATS['int3'] = FORMATS['int4'];"
+        "from kvfold.kernels.cpu.library import library, why_missing as w; print(library(), w())"
+    )
+    assert told.stdout.startswith("None "), told.stderr
+    assert "was built from other sources" in told.stdout
+
+
+@pytest.mark.skipif(FOUND is None, reason="the CPU kernels were not built")
 def test_the_environment_chooses_the_instruction_set() -> None:
     told = python(
         "from kvfold.kernels.cpu.library import library; print(library().isa)",

@@ -12,7 +12,7 @@ from kvfold.errors import InputError
 from kvfold.kernels.cpu.build import NAME
 from kvfold.kernels.cpu.header import fields_of
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
-from kvfold.ops.formats import format_of
+from kvfold.ops.formats import FORMATS, format_of
 
 _TABLE = Buffer("page table", torch.int32)
 
@@ -96,10 +96,20 @@ class Library:
         self._c.kvf_read.argtypes = [c_void_p, c_int64, c_int32]
         self._c.kvf_read.restype = c_double
         self._c.kvf_sizeof.restype = c_int64
-        for index, mirror in enumerate((Side, Part, Tensor, Attend, Append)):
-            if self._c.kvf_sizeof(index) != ctypes.sizeof(mirror):
-                raise OSError(f"{path.name} was built from other sources; reinstall kvfold")
+        if not self._is_of_these_sources():
+            raise OSError(f"{path.name} was built from other sources; reinstall kvfold")
         self._share_threads()
+
+    def _is_of_these_sources(self) -> bool:
+        """Whether it has the same structs and formats: it would misread others' memory."""
+        structs = Side, Part, Tensor, Attend, Append
+        if any(self._c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
+            return False
+        if not hasattr(self._c, "kvf_formats"):
+            return False
+        self._c.kvf_formats.restype = c_char_p
+        formats: bytes = self._c.kvf_formats()
+        return formats.decode().split() == list(FORMATS)
 
     def _share_threads(self) -> None:
         """Run on PyTorch's own OpenMP threads: two pools would wait on each other's cores."""
