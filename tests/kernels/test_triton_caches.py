@@ -11,7 +11,7 @@ from kvfold.cache.fixed import FixedKVCache
 from kvfold.errors import InputError
 from kvfold.kernels.registry import home
 from kvfold.ops.rope import Rotary
-from tests.toolbox.attention_cases import contents, naive, noise
+from tests.toolbox.attention_cases import contents, naive, noise, qkv
 from tests.toolbox.triton_cases import CLOSE, DEVICE, check
 
 pytestmark = pytest.mark.usefixtures("triton")
@@ -166,3 +166,16 @@ def test_a_step_is_captured_and_replayed_as_the_cache_grows() -> None:
         wanted = plain.attend(q)
         assert isinstance(wanted, torch.Tensor)
         torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.01)
+
+
+def test_a_fixed_cache_takes_every_option_but_its_own() -> None:
+    q, k, v = (x.to(DEVICE) for x in qkv(2, (4, 2), 2, 20, (16, 16)))
+    cache = FixedKVCache(2, 16, max_length=32, batch=2, dtype="fp32", device=DEVICE)
+    cache.append(k, v)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.2])
+    truth, _ = naive(q.cpu(), k.cpu(), v.cpu(), alibi_slopes=slopes)
+    out = cache.attend(q, alibi_slopes=slopes.to(DEVICE))
+    torch.testing.assert_close(out.cpu().double(), truth, rtol=0, atol=CLOSE)
+    for own in ("window", "sinks", "lengths"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{own}'"):
+            cache.attend(q, **{own: 3})  # type: ignore[arg-type]

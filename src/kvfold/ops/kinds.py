@@ -167,17 +167,23 @@ def _each_head(name: str, x: torch.Tensor, shape: Shape) -> torch.Tensor:
     return x
 
 
+def _broadcasts(x: torch.Tensor, shape: Shape) -> bool:
+    if not torch.compiler.is_compiling():  # PyTorch's own way takes longer than a small step
+        pairs = zip(x.shape[::-1], shape[::-1], strict=False)
+        return x.dim() <= 4 and all(size in (1, wanted) for size, wanted in pairs)
+    try:
+        return torch.broadcast_shapes(x.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        return False
+
+
 def _spread(name: str, x: torch.Tensor, shape: Shape) -> torch.Tensor:
     if x.dtype != torch.bool and not x.is_floating_point():
         raise InputError(
             f"{name} is {x.dtype}, expected bool or a float type",
             "a 0/1 mask becomes boolean by mask.bool()",
         )
-    try:
-        fits = torch.broadcast_shapes(x.shape, shape) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not _broadcasts(x, shape):
         raise InputError(
             f"{name} has shape {list(x.shape)}, which does not broadcast to {list(shape)}"
         )

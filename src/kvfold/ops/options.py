@@ -215,8 +215,14 @@ class Accepted(NamedTuple):
     def refuse_others(self, given: Mapping[str, Any]) -> None:
         """As Python does with arguments that a function does not have."""
         for name in given:
-            if name not in self.options:
-                raise TypeError(f"{self.function}() got an unexpected keyword argument {name!r}")
+            self.option(name)
+
+    def option(self, name: str) -> Option:
+        """The declaration of an option that the function has."""
+        found = self.options.get(name)
+        if found is None:
+            raise TypeError(f"{self.function}() got an unexpected keyword argument {name!r}")
+        return found
 
 
 ATTENTION = Accepted("attention", declared(AttentionOptions))
@@ -249,12 +255,11 @@ def check_options(
     """
     if not given:
         return _PLAIN
-    accepted.refuse_others(given)
     eager = not torch.compiler.is_compiling()
     sights: dict[str, Any] = {}
     scores: dict[str, Any] = {}
     for name, x in given.items():
-        option = accepted.options[name]
+        option = accepted.option(name)
         if x is None and option.default is None:
             continue
         kind = option.kind
