@@ -259,8 +259,8 @@ def check_options(
     sights: dict[str, Any] = {}
     scores: dict[str, Any] = {}
     for name, x in given.items():
-        option = accepted.option(name)
-        if x is None and option.default is None:
+        option = accepted.options.get(name) or accepted.option(name)
+        if x is option.default:  # None, mostly
             continue
         kind = option.kind
         if eager:
