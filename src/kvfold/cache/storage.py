@@ -120,11 +120,9 @@ class ExactEnds(Uniform):
     def views(self, rows: list[int], lengths: list[int]) -> list[KVView]:
         begins, tails = [self.first] * len(rows), [self.tails[b] for b in rows]
         heads = [min(self.first, length) for length in lengths]
-        return [
-            self.main.view(rows, begins, tails),
-            self.ends.view(rows, None, heads, self.first),
-            self.ends.view(rows, tails, lengths, self.recent + _MOVED_AT_ONCE),
-        ]
+        k, v, table, size, *_ = ends = self.ends.view(rows, None, heads, self.first)
+        recent = KVView(k, v, table, size, tails, lengths, self.recent + _MOVED_AT_ONCE)
+        return [self.main.view(rows, begins, tails), ends, recent]
 
     def truncate(self, b: int, length: int) -> None:
         super().truncate(b, length)

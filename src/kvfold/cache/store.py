@@ -61,6 +61,7 @@ class Store:
         self.references = [0] * shape.reserve
         self._free = list(range(shape.reserve - 1, -1, -1))
         self.table = _empty_table(shape.batch, 0)
+        self._all = list(range(shape.batch))  # the sequences
         self._sides: tuple[Rows, Rows] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Store:
             self.references[page] += 1
         for page in old[old >= 0].tolist():
             self._drop_page(page)
-        self.table = table
+        self.table, self._all = table, list(range(len(sequences)))
 
     def write(self, k: torch.Tensor, v: torch.Tensor, first: int, rows: list[int]) -> None:
         """Write tokens ``[B, Hkv, T, D]`` of sequences ``rows`` from position ``first`` on.
@@ -222,8 +223,7 @@ class Store:
         """
         if self._sides is None:
             self._sides = self.keys.rows(), self.values.rows()
-        everything = sequences == list(range(self.table.shape[0]))
-        table = self.table if everything else self.table[sequences]
+        table = self.table if sequences == self._all else self.table[sequences]
         most = table.shape[1] * self.page_size if most is None else most
         return KVView(*self._sides, table, self.page_size, begin, end, most)
 

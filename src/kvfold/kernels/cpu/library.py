@@ -46,13 +46,15 @@ class Part(Structure):
             InputError: if the table is another kind of tensor, or the ranges are not B.
         """
         shape, strides = table.shape, table.stride()
-        rows, each, step = _TABLE.row_address(table, shape), 1, 0
+        rows, ranges, each, table_head, step = _TABLE.row_address(table, shape), shape[0], 1, 0, 0
         if len(shape) == 3:
-            each, step = shape[1], 1
-        if not len(end) == shape[0] * each == (len(end) if begin is None else len(begin)):
+            each, table_head, step = shape[1], strides[1], 1
+            ranges *= each
+        first = None
+        if begin is not None:
+            first = begin.address
+        if len(end) != ranges or (begin is not None and len(begin) != ranges):
             raise InputError(f"{len(end)} ranges of positions for {shape[0]} sequences")
-        first = None if begin is None else begin.address
-        table_head = strides[1] if step else 0
         return cls(k, v, rows, strides[0], table_head, page_size, first, end.address, each, step)
 
 
