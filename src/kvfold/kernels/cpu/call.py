@@ -50,7 +50,7 @@ class KernelCall:
         keys: int,
     ) -> None:
         self._q = readable(q)
-        self.lengths = _int32s(lengths)
+        self.lengths = Int32s(lengths)
         self._numbers = {id(lengths): self.lengths}
         self._kept: list[object] = []
         self._call = call = Attend()
@@ -102,7 +102,8 @@ class KernelCall:
         """What views may share goes over once, and lives until the call has run."""
         found = self._numbers.get(id(given))
         if found is None:
-            found = self._numbers[id(given)] = _int32s(given)
+            found = Int32s(given)
+            self._numbers[id(given)] = found
         return found
 
     def run(
@@ -135,9 +136,10 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
 
 def append(lib: Library, k: torch.Tensor, v: torch.Tensor, view: KVView) -> None:
     """Write tokens ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` from the view's ends on."""
-    starts, size = _int32s(view.end), k.shape[:3]
-    if len(starts) != size[0]:
-        raise InputError(f"{len(starts)} positions for {size[0]} sequences of keys")
+    size = k.shape[:3]
+    starts = Int32s(view.end)
+    if starts.count != size[0]:
+        raise InputError(f"{starts.count} positions for {size[0]} sequences of keys")
     keys = Tensor.of(k, (*size, view.keys.dim), _KEYS)
     values = Tensor.of(v, (*size, view.values.dim), _VALUES)
     call = Append(*size, keys, values, starts.address)
@@ -189,7 +191,3 @@ def _packed_side(rows: Rows, page_size: int, key: bool) -> Side:
         side.scales = _SCALES.address(scales, (*data.shape[:2], layout.page_scales))
         side.scale_page_stride, side.scale_head_stride, _ = scales.stride()
     return side
-
-
-def _int32s(positions: Positions) -> Int32s:
-    return Int32s(positions if isinstance(positions, list) else positions.tolist())

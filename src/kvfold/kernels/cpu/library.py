@@ -53,8 +53,8 @@ class Part(Structure):
         first = None
         if begin is not None:
             first = begin.address
-        if len(end) != ranges or (begin is not None and len(begin) != ranges):
-            raise InputError(f"{len(end)} ranges of positions for {shape[0]} sequences")
+        if end.count != ranges or (begin is not None and begin.count != ranges):
+            raise InputError(f"{end.count} ranges of positions for {shape[0]} sequences")
         return cls(k, v, rows, strides[0], table_head, page_size, first, end.address, each, step)
 
 

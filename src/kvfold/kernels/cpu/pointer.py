@@ -67,14 +67,14 @@ class Int32s:
     2
     """
 
-    __slots__ = ("_memory", "address")
+    __slots__ = ("_memory", "address", "count")
 
     def __init__(self, numbers: Iterable[int]) -> None:
         try:
             self._memory = array("i", numbers)
         except OverflowError:
             raise InputError("positions beyond 2147483647: expected fewer tokens") from None
-        self.address = self._memory.buffer_info()[0]
+        self.address, self.count = self._memory.buffer_info()
 
     def __len__(self) -> int:
-        return len(self._memory)
+        return self.count
