@@ -8,6 +8,7 @@ import torch
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.kernels.dispatch import attend_view
+from kvfold.kernels.registry import home
 from kvfold.kernels.view import KVView
 from tests.toolbox.attention_cases import (
     allowed_error,
@@ -178,7 +179,7 @@ def test_each_kv_head_may_have_pages_and_positions_of_its_own(
         given = [x if kind is list else torch.tensor(x, dtype=torch.int32) for x in (begins, ends)]
         view = whole._replace(table=table, begin=given[0], end=given[1])
         out, lse = attend_view(q, view, lengths, return_lse=True, **options)
-        close = allowed_error(cache, q, k, v)
+        close = allowed_error(cache, q, k, v) if home(q.device).name == "cpu" else CLOSE
         torch.testing.assert_close(out.double(), truth, rtol=0, atol=close)
         torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=max(close, 2 * CLOSE))
 
