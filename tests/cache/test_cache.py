@@ -119,6 +119,17 @@ def test_both_ends_are_exact(sizes: list[int], first: int, recent: int) -> None:
     check_attends(cache)
 
 
+def test_what_is_exact_still_is_one_view() -> None:
+    cache = make("int4")
+    k, v = tokens(200)
+    views = []
+    for length in (1, 16, 80, 200):
+        there = cache.lengths[0]
+        cache.append(k[:, :, there:length], v[:, :, there:length])
+        views.append(len(cache._storage.views([0], [length])))
+    assert views == [1, 1, 1, 3]
+
+
 @pytest.mark.parametrize("first", [5, 20])
 def test_any_number_of_first_tokens_is_exact(first: int) -> None:
     k, v = tokens(200)

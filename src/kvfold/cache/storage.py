@@ -118,7 +118,10 @@ class ExactEnds(Uniform):
             self.ends.release(b, max(self.first, low - EXACT_PAGE), high)
 
     def views(self, rows: list[int], lengths: list[int]) -> list[KVView]:
-        begins, tails = [self.first] * len(rows), [self.tails[b] for b in rows]
+        tails = [self.tails[b] for b in rows]
+        if all(tail <= self.first for tail in tails):  # nothing is quantized yet
+            return [self.ends.view(rows, None, lengths)]
+        begins = [self.first] * len(rows)
         heads = [min(self.first, length) for length in lengths]
         k, v, table, size, *_ = ends = self.ends.view(rows, None, heads, self.first)
         recent = KVView(k, v, table, size, tails, lengths, self.recent + _MOVED_AT_ONCE)

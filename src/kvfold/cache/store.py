@@ -200,7 +200,7 @@ class Store:
 
         Positions without a page are skipped.
         """
-        self.kernels.append(k, v, self.view(rows, None, [first] * len(rows)))
+        self.kernels.append(k, v, self.view(rows, None, [first] * len(rows), 0))
 
     def read(self, sequence: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
