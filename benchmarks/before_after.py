@@ -1,15 +1,16 @@
 """Attention of this checkout against that of another one: what a change costs or gains.
 
     git worktree add ../before HEAD~20    # build its kernels too: pip install --no-deps -e .
-    python benchmarks/before_after.py ../before     # about 8 minutes on 2 cores
+    OMP_NUM_THREADS=1 python benchmarks/before_after.py ../before     # about 5 minutes
 
 Processes of each checkout take turns, case by case and sample by sample, so drift of the machine
 meets both alike; there are several pairs of them, as where a process's memory happens to lie makes
-some cases up to 5% faster or slower for as long as it lives. What is told is this checkout's time
-over the other's, the median of all samples and their quartiles: 1.00 is no change, above is slower.
-Only names that both have are used: the public ones. ``--only`` chooses cases whose names hold a
-word; ``--at-most 1.03`` exits with 3 if the lower quartile of any case is above. Appends to
-``before_after.jsonl`` beside this file.
+some cases up to 5% faster or slower for as long as it lives (with as many threads as cores, 10%).
+What is told is this checkout's time over the other's, the median of all samples and their
+quartiles: 1.00 is no change, above is slower. Only names that both have are used: the public ones.
+``--only`` chooses cases whose names hold a word; ``--at-most 1.03`` exits with 3 if the lower
+quartile of any case is above. Appends to ``before_after.jsonl`` beside this
+file.
 """
 
 import argparse

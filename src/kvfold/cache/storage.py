@@ -119,10 +119,12 @@ class ExactEnds(Uniform):
 
     def views(self, rows: list[int], lengths: list[int]) -> list[KVView]:
         tails = [self.tails[b] for b in rows]
-        if all(tail <= self.first for tail in tails):  # nothing is quantized yet
+        if max(tails, default=0) <= self.first:  # nothing is quantized yet
             return [self.ends.view(rows, None, lengths)]
         begins = [self.first] * len(rows)
-        heads = [min(self.first, length) for length in lengths]
+        # One list for both, where they are alike, is handed over once.
+        shorter = min(lengths) < self.first
+        heads = [min(self.first, length) for length in lengths] if shorter else begins
         k, v, table, size, *_ = ends = self.ends.view(rows, None, heads, self.first)
         recent = KVView(k, v, table, size, tails, lengths, self.recent + _MOVED_AT_ONCE)
         return [self.main.view(rows, begins, tails), ends, recent]

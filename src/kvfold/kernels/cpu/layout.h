@@ -88,7 +88,7 @@ static inline void place_row(int dim, const uint8_t* row, uint8_t* block, int sl
 // Zero a slot of a packed block of values, whatever was there.
 template <class F>
 static inline void clear_value(int dim, uint8_t* block, int slot) {
-  const uint8_t zeros[4 * KVF_MAX_DIM] = {0};
+  static const uint8_t zeros[4 * KVF_MAX_DIM] = {0};  // on the stack they would be made each time
   place_row<F, false>(stored_dim<F, false>(dim), zeros, block, slot);
 }
 
