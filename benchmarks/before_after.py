@@ -16,7 +16,6 @@ file.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -270,6 +269,7 @@ def main() -> int:
 
 def record(found: dict[str, list[float]], arguments: argparse.Namespace) -> None:
     """Append a line with the machine to the results."""
+    from kvfold.bench.this_machine import described
 
     def commit(checkout: Path) -> str:
         command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
@@ -277,7 +277,7 @@ def record(found: dict[str, list[float]], arguments: argparse.Namespace) -> None
 
     line = {
         "benchmark": "before_after", "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{described(0)['cpu']}, {os.cpu_count()} cores",
         "before": commit(arguments.before), "after": commit(Path(__file__).parent),
         "rounds": arguments.rounds, "pairs": arguments.pairs, "ratios": found,
     }  # fmt: skip

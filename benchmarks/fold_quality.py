@@ -13,7 +13,6 @@ not converted again.
 
 import argparse
 import json
-import platform
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,9 +42,12 @@ def machine() -> dict[str, str]:
     """What ran it."""
     import torch
 
+    from kvfold.bench.this_machine import described
+
+    threads = torch.get_num_threads()
     return {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{described(threads)['cpu']}, {threads} threads",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
