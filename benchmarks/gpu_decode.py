@@ -185,10 +185,9 @@ def main() -> None:
     if not arguments.smoke and not torch.cuda.is_available():
         sys.exit("error: there is no GPU here\nhint: --smoke runs tiny sizes on the CPU")
     if not arguments.no_tests and not arguments.smoke:
-        tests = Path(__file__).parent.parent / "tests" / "test_triton.py"
-        subprocess.run(
-            [sys.executable, "-m", "pytest", str(tests), "-m", "gpu or not gpu"], check=True
-        )
+        folder = Path(__file__).parents[1] / "tests" / "kernels"
+        tests = [str(path) for path in sorted(folder.glob("test_triton*.py"))]
+        subprocess.run([sys.executable, "-m", "pytest", *tests, "-m", "gpu or not gpu"], check=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = AGAINST + (("flex",) if arguments.flex else ())
     with torch.no_grad():
