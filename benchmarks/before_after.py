@@ -1,7 +1,8 @@
 """Attention of this checkout against that of another one: what a change costs or gains.
 
-    git worktree add ../before HEAD~20    # build its kernels too: pip install --no-deps -e .
-    OMP_NUM_THREADS=1 python benchmarks/before_after.py ../before     # about 5 minutes
+    git worktree add ../before HEAD~20
+    pip install --no-deps -e ../before && pip install --no-deps -e .  # builds the kernels of both
+    OMP_NUM_THREADS=1 python benchmarks/before_after.py ../before     # about 4 minutes
 
 Processes of each checkout take turns, case by case and sample by sample, so drift of the machine
 meets both alike; there are several pairs of them, as where a process's memory happens to lie makes
