@@ -28,6 +28,8 @@ class Call(NamedTuple):
         gradients: whether somebody waits for them.
         home: the name of the kernels of q's device.
         splits: of the keys, to override the rule of kernels that split them.
+        out: where the output goes, ``[B, Hq, T, Dv]`` in q's dtype with contiguous rows; a new
+            tensor if None.
     """
 
     q: torch.Tensor
@@ -43,6 +45,7 @@ class Call(NamedTuple):
     return_lse: bool = False
     dropout: float = 0.0
     splits: int | None = None
+    out: torch.Tensor | None = None
 
     @property
     def few(self) -> bool:
@@ -81,7 +84,10 @@ class Backend:
         return ""
 
     def attend(self, call: Call) -> Found:
-        """The output ``[B, Hq, T, Dv]`` and, if it was asked for, the log-sum-exp."""
+        """The output ``[B, Hq, T, Dv]`` and, if it was asked for, the log-sum-exp.
+
+        Who cannot write into ``call.out`` hands out another tensor: ``registry`` copies it.
+        """
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ from kvfold.kernels.backend import Call, need_gradients
 from kvfold.kernels.outside import outside_graphs
 from kvfold.kernels.pages import listed
 from kvfold.kernels.registry import attend, choose, home_name
-from kvfold.kernels.view import KVView, Positions
+from kvfold.kernels.view import KVView, Positions, has_contiguous_rows
 from kvfold.ops.kinds import check_flag, check_tensor, is_number
 from kvfold.ops.options import (
     ATTENTION,
@@ -121,6 +121,7 @@ def attend_view(
     lengths: Positions | None = None,
     *,
     return_lse: bool = False,
+    out: torch.Tensor | None = None,
     **options: Unpack[CacheOptions],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``attention`` over pages that somebody else keeps (``KVView.of_pages``).
@@ -130,10 +131,13 @@ def attend_view(
         lengths: int32 ``[B]`` or a list; by default, where the view ends.
         options: of attention; see the signature.
         return_lse: see ``attention``.
+        out: where the output is to go, ``[B, Hq, T, Dv]`` in q's dtype, of any strides with
+            contiguous rows; not while gradients are recorded. The CPU kernels write there
+            themselves.
 
     Returns:
-        ``[B, Hq, T, Dv]`` in q's dtype, and with ``return_lse`` also ``[B, Hq, T]``. Gradients
-        reach q, not the pages.
+        ``[B, Hq, T, Dv]`` in q's dtype, or ``out``, and with ``return_lse`` also ``[B, Hq, T]``.
+        Gradients reach q, not the pages.
 
     Raises:
         InputError: for shapes, dtypes, devices or values that do not fit, naming them.
@@ -159,12 +163,29 @@ def attend_view(
     keys = view.most if there else max(listed(ends, batch), default=0)
     checked = check_options((batch, q.shape[1], q.shape[2], keys), options, _OF_VIEWS)
     tensors = _on_one_device(q, checked)
+    gradients = need_gradients(q, *tensors)
+    if out is not None:
+        _check_out(out, q, v.dim, gradients)
     call = Call(
-        q, None, [view], ends, checked, heads, v.dim, keys, need_gradients(q, *tensors),
-        home_name(q.device), return_lse,
+        q, None, [view], ends, checked, heads, v.dim, keys, gradients, home_name(q.device),
+        return_lse, out=out,
     )  # fmt: skip
-    out, lse = attend(call)
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+    found, lse = attend(call)
+    return (found, lse) if return_lse else found  # type: ignore[return-value]
+
+
+def _check_out(out: torch.Tensor, q: torch.Tensor, v_head_dim: int, gradients: bool) -> None:
+    check_tensor("out", out)
+    shape = (*q.shape[:3], v_head_dim)
+    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
+        raise InputError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}",
+            f"expected {q.dtype} {list(shape)} on {q.device}",
+        )
+    if not has_contiguous_rows(out) or out.is_neg():
+        raise InputError(f"out has strides {list(out.stride())}: rows are not contiguous")
+    if gradients:
+        raise InputError("out= while gradients are recorded", "use torch.no_grad, or leave it out")
 
 
 def _on_one_device(q: torch.Tensor, options: Options) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The compiled C++ kernels as a backend: decoding on CPUs."""
+"""The compiled C++ kernels as a backend: decoding on CPUs, and prompts over pages."""
 
 import torch
 
@@ -12,7 +12,7 @@ from kvfold.kernels.view import Angles, KVView
 
 
 class Cpu(Kernels):
-    """Kernels that read each key and value once, from plain tensors and from pages of any kind."""
+    """Kernels for few queries, which read each key and value once, and for many over pages."""
 
     name = "cpu"
     max_dim = MAX_DIM
@@ -24,23 +24,24 @@ class Cpu(Kernels):
     def why_not(self, call: Call) -> str | None:
         if call.gradients or call.dropout:
             return "gradients are needed, which the kernels do not have"
-        few = call.q.shape[2] <= MAX_TOKENS if call.views else call.few
-        if not few:
+        if not call.few and (not call.views or _others_multiply_faster(call)):
             return "many queries: bound by arithmetic"
         if call.q.dtype is torch.float64 or max(call.q.shape[3], call.v_head_dim) > MAX_DIM:
-            return "few queries, of a dtype or head size without a kernel"
+            return "a dtype or head size without a kernel"
         if call.home != self.name:
             return _missing() or f"the kernels that are asked for are {call.home}"
         return None
 
     def why(self, call: Call) -> str:
+        if call.q.shape[2] > MAX_TOKENS:
+            return "many queries over pages on the CPU: they are multiplied where they lie"
         return "few queries on the CPU: each key and value is read once"
 
     def attend(self, call: Call) -> Found:
         if call.tensors is not None:
             return attend_rows(call.q, *call.tensors, *call.options.flat())
         run = KernelCall(call.q, call.num_kv_heads, call.lengths, call.options, call.keys)
-        return run.run(_library(), call.views, call.v_head_dim, call.return_lse)
+        return run.run(_library(), call.views, call.v_head_dim, call.return_lse, call.out)
 
     def packs(self, page_size: int) -> bool:
         """They read blocks of 16 tokens; smaller pages hold plain rows."""
@@ -50,6 +51,12 @@ class Cpu(Kernels):
         self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
     ) -> None:
         append(_library(), k, v, view)
+
+
+def _others_multiply_faster(call: Call) -> bool:
+    """Whether PyTorch multiplies many queries with instructions that these kernels lack (AMX)."""
+    many = call.q.shape[2] > MAX_TOKENS
+    return many and call.q.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def _library() -> Library:

@@ -107,11 +107,17 @@ class KernelCall:
         return found
 
     def run(
-        self, lib: Library, views: Sequence[KVView], v_head_dim: int, return_lse: bool
+        self,
+        lib: Library,
+        views: Sequence[KVView],
+        v_head_dim: int,
+        return_lse: bool,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The output ``[B, Hq, T, Dv]`` in q's dtype, and perhaps the log-sum-exp."""
+        """The output ``[B, Hq, T, Dv]`` in q's dtype, or ``out``; perhaps the log-sum-exp."""
         call, shape = self._call, self._q.shape[:3]
-        out = self._q.new_empty(*shape, v_head_dim)
+        if out is None:
+            out = self._q.new_empty(*shape, v_head_dim)
         call.v_head_dim = v_head_dim
         call.out = Tensor.of(out, (*shape, v_head_dim), _OUT)
         lse = None

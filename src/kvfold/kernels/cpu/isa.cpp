@@ -3,7 +3,7 @@
 #include <string>
 
 #include "append.h"
-#include "attend.h"
+#include "prefill.h"
 #include "read.h"
 #include "table.h"
 
@@ -23,5 +23,5 @@ static const char* formats() {
 }  // namespace
 
 extern const IsaTable KVF_TABLE;
-const IsaTable KVF_TABLE = {KVF_NAMESPACE::formats, KVF_NAMESPACE::attend,
+const IsaTable KVF_TABLE = {KVF_NAMESPACE::formats, KVF_NAMESPACE::attend_any,
                             KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_lines};
