@@ -191,9 +191,9 @@ def _side(rows: Rows, page_size: int, key: bool) -> Side:
 def _packed_side(rows: Rows, page_size: int, key: bool) -> Side:
     fmt, data, scales = rows.fmt, rows.data, rows.scales
     layout = Layout(fmt, rows.dim, page_size, True, key)
-    address = _PAGES.address(data, (*data.shape[:2], layout.page_bytes))
+    address = _PAGES.row_address(data, (*data.shape[:2], layout.page_bytes))
     side = Side(fmt.code, 1, rows.dim, rows.rotation, address, *data.stride()[:2])
     if scales is not None and scales.shape[2]:
-        side.scales = _SCALES.address(scales, (*data.shape[:2], layout.page_scales))
+        side.scales = _SCALES.row_address(scales, (*data.shape[:2], layout.page_scales))
         side.scale_page_stride, side.scale_head_stride, _ = scales.stride()
     return side

@@ -1,0 +1,95 @@
+"""A step of vLLM's: which rows of its tokens are which sequence's, and who goes together.
+
+vLLM lays the new tokens of all sequences behind one another: one each where they decode, one and a
+few drafts where it speculates, thousands where a prompt comes in. kvfold's kernels take sequences
+with equally many, so a step is a few calls, mostly one.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from kvfold.kernels.limits import MAX_TOKENS
+from kvfold.kernels.view import KVView, Positions, Rows
+
+
+class Group(NamedTuple):
+    """Sequences with equally many new tokens.
+
+    Attributes:
+        tokens: of each sequence. rows: where they are, sequence by sequence: a slice where they lie
+            behind one another, else int64 ``[B * tokens]``.
+        table: int32 ``[B, blocks]``. starts, ends: how long the sequences are before and after.
+        most: the longest of them, or more.
+    """
+
+    tokens: int
+    rows: slice | torch.Tensor
+    table: torch.Tensor
+    starts: Positions
+    ends: Positions
+    most: int
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The group's part ``[B, H, tokens, D]`` of ``[all tokens, H, D]``; a view of a slice."""
+        return x[self.rows].unflatten(0, (-1, self.tokens)).transpose(1, 2)
+
+    def view(self, keys: Rows, values: Rows, page_size: int, ends: Positions) -> KVView:
+        """Its pages, up to where its tokens begin or end."""
+        return KVView(keys, values, self.table, page_size, None, ends, self.most)
+
+
+def groups(
+    begins: Sequence[int],
+    lengths: Sequence[int],
+    table: torch.Tensor,
+    on_device: torch.Tensor | None = None,
+) -> list[Group]:
+    """The calls of a step.
+
+    Args:
+        begins: ``[B + 1]``, where the new tokens of each sequence begin, and the end of the last.
+        lengths: ``[B]``, of the sequences, new tokens included; at least that, if ``on_device``.
+        table: int32 ``[B, blocks]``.
+        on_device: int32 ``[B]``, the lengths, where a GPU reads them.
+
+    >>> table = torch.zeros(3, 4, dtype=torch.int32)
+    >>> [(x.tokens, x.rows, x.ends) for x in groups([0, 1, 2, 40], [9, 7, 38], table)]
+    [(1, slice(0, 2, None), [9, 7]), (38, slice(2, 40, None), [38])]
+    """
+    members: dict[tuple[int, int], list[int]] = {}
+    for b, (begin, end) in enumerate(pairwise(begins)):
+        tokens = end - begin
+        if tokens:  # sequences without any fill up a batch
+            alone = b if tokens > MAX_TOKENS else -1
+            members.setdefault((tokens, alone), []).append(b)
+    return [
+        _group(tokens, of, begins, lengths, table, on_device) for (tokens, _), of in members.items()
+    ]
+
+
+def _group(
+    tokens: int,
+    members: list[int],
+    begins: Sequence[int],
+    lengths: Sequence[int],
+    table: torch.Tensor,
+    on_device: torch.Tensor | None,
+) -> Group:
+    first, last = members[0], members[-1] + 1
+    if last - first == len(members):
+        rows: slice | torch.Tensor = slice(begins[first], begins[last])
+        chosen: slice | torch.Tensor = slice(first, last)
+    else:
+        at = [begin + t for begin in (begins[b] for b in members) for t in range(tokens)]
+        rows = torch.tensor(at, device=table.device)
+        chosen = torch.tensor(members, device=table.device)
+    own = [lengths[b] for b in members]
+    most = max(own)
+    if on_device is None:
+        starts: Positions = [length - tokens for length in own]
+        return Group(tokens, rows, table[chosen], starts, own, most)
+    ends = on_device[chosen]
+    return Group(tokens, rows, table[chosen], ends - tokens, ends, most)

@@ -1,0 +1,98 @@
+"""Attention of one layer over blocks of vLLM's memory. vLLM itself is not imported."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvfold.errors import InputError
+from kvfold.kernels.backend import Call
+from kvfold.kernels.registry import attend, home
+from kvfold.kernels.view import Rows
+from kvfold.ops.format import Format
+from kvfold.ops.options import Options, Scoring, Visibility
+from kvfold.vllm.batch import Group
+from kvfold.vllm.pages import PageFormat, memory_of
+
+
+def layer_options(
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> Options:
+    """What a layer asks of attention, in vLLM's words for it.
+
+    Args:
+        sliding_window: keys that a query sees, its own among them; None or below 1: all.
+        softcap: None or 0: none. alibi_slopes, sink_logits: ``[Hq]``.
+    """
+    left = sliding_window - 1 if sliding_window and sliding_window > 0 else None
+    return Options(
+        Visibility(left=left, right=0), Scoring(scale, softcap or None, alibi_slopes, sink_logits)
+    )
+
+
+class Layer:
+    """Writes a layer's new keys and values into its blocks, and attends over them.
+
+    Args:
+        fmt: the format of its blocks. num_kv_heads, head_dim, v_head_dim: the layer's sizes.
+    """
+
+    def __init__(self, fmt: Format, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
+        self.fmt, self.num_kv_heads = fmt, num_kv_heads
+        self.head_dim, self.v_head_dim = head_dim, v_head_dim
+        self._cache: torch.Tensor | None = None
+
+    def _read(self, cache: torch.Tensor) -> tuple[Rows, Rows]:
+        """The layer's memory as kernels read it; found once."""
+        if cache is not self._cache:
+            self._kernels = home(cache.device)
+            page_size = cache.shape[2]
+            packed = self._kernels.packs(page_size)
+            format = PageFormat(self.fmt, self.head_dim, self.v_head_dim, page_size, packed)
+            memory = memory_of(cache)
+            if memory.shape[1] != self.num_kv_heads:
+                raise InputError(
+                    f"blocks of {memory.shape[1]} KV heads for a layer of {self.num_kv_heads}"
+                )
+            self._rows = format.rows(memory)
+            self._cache, self._page_size = cache, page_size
+        return self._rows
+
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, groups: Sequence[Group]
+    ) -> None:
+        """Put keys ``[tokens, Hkv, D]`` and values ``[tokens, Hkv, Dv]`` into their blocks.
+
+        Args:
+            cache: ``[blocks, Hkv, page_size, C]``, the layer's memory.
+        """
+        rows = self._read(cache)
+        for group in groups:
+            view = group.view(*rows, self._page_size, group.starts)
+            self._kernels.append(group.of(k), group.of(v), view)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        groups: Sequence[Group],
+        options: Options,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of ``[tokens, Hq, D]`` into ``out`` ``[tokens, Hq, Dv]``.
+
+        Everything must be written before: sequences share blocks, and may read what another one
+        of the same step computes.
+        """
+        rows = self._read(cache)
+        for group in groups:
+            view = group.view(*rows, self._page_size, group.ends)
+            call = Call(
+                group.of(q), None, [view], group.ends, options, self.num_kv_heads,
+                self.v_head_dim, group.most, False, self._kernels.name,
+            )  # fmt: skip
+            found, _ = attend(call)
+            out[group.rows] = found.transpose(1, 2).flatten(0, 1)

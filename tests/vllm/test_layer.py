@@ -1,0 +1,138 @@
+"""A layer over an engine's blocks, without the engine: ragged steps, shared blocks, all formats."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvfold.errors import InputError
+from kvfold.ops.formats import FORMATS
+from kvfold.vllm.batch import groups
+from kvfold.vllm.layer import Layer, layer_options
+from kvfold.vllm.pages import PageFormat
+from tests.toolbox.attention_cases import (
+    check_as_good_as_pytorch,
+    noise,
+    one_byte_weights,
+    skip_without_kernels,
+    slopes,
+)
+from tests.toolbox.cache_cases import as_stored
+
+HEADS, KV_HEADS, DIM, V_DIM = 6, 2, 20, 13
+BLOCK = 32
+#: New tokens of four sequences, step by step: prompts and chunks, decoding, drafts, an empty one.
+STEPS = [[37, 1, 19, 3], [1, 1, 40, 1], [4, 1, 4, 0], [2, 33, 1, 1]]
+
+
+@pytest.fixture(params=("cpu", "triton", "torch"))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        skip_without_kernels()
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("KVFOLD_BACKEND", request.param)
+    return str(request.param)
+
+
+class Engine:
+    """Memory as vLLM makes it, full of what was there before, and tables in no order."""
+
+    def __init__(self, name: str, packed: bool, sequences: int = 4, width: int = 4) -> None:
+        self.fmt = FORMATS[name]
+        size = PageFormat(self.fmt, DIM, V_DIM, BLOCK, packed).token_bytes
+        blocks = sequences * width + 1
+        generator = torch.Generator().manual_seed(1)
+        bytes_ = torch.randint(256, (blocks, 3, KV_HEADS, BLOCK * size), generator=generator)
+        memory = bytes_.to(torch.uint8)[:, 1]  # between other layers'
+        self.cache = memory.unflatten(-1, (BLOCK, size))
+        order = torch.randperm(blocks - 1, generator=generator).to(torch.int32) + 1
+        self.table = order.view(sequences, width)
+        self.layer = Layer(self.fmt, KV_HEADS, DIM, V_DIM)
+        self.k, self.v = (noise(sequences, 200, KV_HEADS, d, seed=d) for d in (DIM, V_DIM))
+        self.lengths = [0] * sequences
+
+    def step(self, new: list[int], **options: Any) -> None:
+        """New tokens of each sequence; every output is compared with the definition."""
+        begins = [sum(new[:b]) for b in range(len(new) + 1)]
+        before, self.lengths = self.lengths, [a + b for a, b in zip(self.lengths, new, strict=True)]
+        k, v = (
+            torch.cat([x[b, before[b] : self.lengths[b]] for b in range(len(new))])
+            for x in (self.k, self.v)
+        )
+        q = noise(begins[-1], HEADS, DIM, dtype=torch.bfloat16, seed=7).float()
+        out = torch.full((begins[-1], HEADS, V_DIM), torch.nan)
+        calls = groups(begins, self.lengths, self.table)
+        self.layer.write(k, v, self.cache, calls)
+        self.layer.attend(q, self.cache, calls, layer_options(DIM**-0.5, **options), out)
+        for b, count in enumerate(new):
+            if count:
+                rows = slice(begins[b], begins[b + 1])
+                self._check(b, q[rows], out[rows], options)
+
+    def _check(self, b: int, q: torch.Tensor, out: torch.Tensor, options: dict[str, Any]) -> None:
+        length, name = self.lengths[b], self.fmt.name
+        k = as_stored(self.k[b, :length].transpose(0, 1), name, True)[None]
+        v = as_stored(self.v[b, :length].transpose(0, 1), name, False)[None]
+        options = dict(options)
+        given = {"window": options.pop("sliding_window", None), **options}
+        slack = one_byte_weights(SimpleNamespace(formats=(self.fmt, self.fmt)), v)  # type: ignore[arg-type]
+        q, out = q.transpose(0, 1)[None], out.transpose(0, 1)[None]
+        check_as_good_as_pytorch(out, q, k, v, torch.bfloat16, slack=slack, **given)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ragged_steps_are_the_definition(name: str, backend: str) -> None:
+    engine = Engine(name, packed=backend == "cpu")
+    for new in STEPS:
+        engine.step(new)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 21},
+        {"softcap": 5.0},
+        {"alibi_slopes": slopes(HEADS)},
+        {"sink_logits": torch.linspace(-1, 2, HEADS)},
+    ],
+    ids=str,
+)
+def test_what_layers_of_models_ask_for(options: dict[str, Any], backend: str) -> None:
+    engine = Engine("bf16", packed=backend == "cpu")
+    for new in STEPS:
+        engine.step(new, **options)
+
+
+def test_sequences_of_one_step_read_blocks_that_another_one_writes(backend: str) -> None:
+    engine = Engine("int8", packed=backend == "cpu", sequences=2)
+    engine.k[1, :BLOCK], engine.v[1, :BLOCK] = engine.k[0, :BLOCK], engine.v[0, :BLOCK]
+    engine.table[1, 0] = engine.table[0, 0]
+    engine.lengths = [0, BLOCK]  # its prompt begins as the other's, which comes in this very step
+    engine.step([BLOCK + 2, 5])
+
+
+def test_memory_of_another_layer_is_not_touched() -> None:
+    skip_without_kernels()
+    engine = Engine("int4", packed=True)
+    base = engine.cache._base
+    assert base is not None
+    others = base.view(engine.cache.shape[0], 3, -1)[:, [0, 2]].clone()
+    unused = engine.cache[0].clone()
+    for new in STEPS:
+        engine.step(new)
+    assert torch.equal(base.view(engine.cache.shape[0], 3, -1)[:, [0, 2]], others)
+    assert torch.equal(engine.cache[0], unused)
+
+
+def test_memory_of_other_sizes_is_refused() -> None:
+    engine = Engine("bf16", packed=True)
+    calls = groups([0, 1], [1], engine.table[:1])
+    k, v = noise(1, KV_HEADS, DIM), noise(1, KV_HEADS, V_DIM)
+    with pytest.raises(InputError, match="expected uint8"):
+        engine.layer.write(k, v, engine.cache[..., :-2].contiguous(), calls)
+    with pytest.raises(InputError, match="LBHNC"):
+        engine.layer.write(k, v, engine.cache.transpose(1, 2), calls)
+    with pytest.raises(InputError, match="KV heads"):
+        Layer(engine.fmt, 3, DIM, V_DIM).write(k, v, engine.cache, calls)
