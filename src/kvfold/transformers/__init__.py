@@ -16,9 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.transformers.attend import attend
 from kvfold.transformers.cache import KVCache, KVLayer
+from kvfold.transformers.linear import Prepacked, prepack
 from kvfold.transformers.masks import mask_of
 
-__all__ = ["NAME", "KVCache", "KVLayer", "attend", "check_implementation", "enable"]
+__all__ = [
+    "NAME", "KVCache", "KVLayer", "Prepacked", "attend", "check_implementation", "enable",
+    "prepack",
+]  # fmt: skip
 
 NAME = "kvfold"
 
