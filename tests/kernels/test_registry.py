@@ -37,7 +37,12 @@ class Toy(Kernels):
         return products(call)
 
     def append(
-        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        view: KVView,
+        angles: Angles | None = None,
+        kept: Any = None,
     ) -> None:
         self.asked.append("append")
         pages.write(k, v, view)

@@ -136,3 +136,29 @@ def test_memory_of_other_sizes_is_refused() -> None:
         engine.layer.write(k, v, engine.cache.transpose(1, 2), calls)
     with pytest.raises(InputError, match="KV heads"):
         Layer(engine.fmt, 3, DIM, V_DIM).write(k, v, engine.cache, calls)
+
+
+def test_layers_of_one_step_share_a_call_and_not_what_differs(backend: str) -> None:
+    """The same rows from two layers' memory, in the other order, with other options."""
+    one, two = (Engine("int8", packed=backend == "cpu") for _ in range(2))
+    two.k, two.v = -one.k, one.v.flip(2)
+    new, q = [2, 1, 2, 2], noise(7, HEADS, DIM)
+    plain, near = layer_options(DIM**-0.5), layer_options(DIM**-0.5, sliding_window=2)
+    calls = groups([0, 2, 3, 5, 7], new, one.table)
+    rows = [(b, t) for b, count in enumerate(new) for t in range(count)]
+
+    def outputs(step: Any) -> list[torch.Tensor]:
+        found = []
+        for engine, options in ((one, plain), (two, plain), (one, near), (one, plain)):
+            k, v = (torch.stack([x[b, t] for b, t in rows]) for x in (engine.k, engine.v))
+            out = torch.empty(7, HEADS, V_DIM)
+            engine.layer.write(k, v, engine.cache, step())
+            engine.layer.attend(q, engine.cache, step(), options, out)
+            found.append(out)
+        return found
+
+    shared = outputs(lambda: calls)
+    alone = outputs(lambda: groups([0, 2, 3, 5, 7], new, one.table))
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
+    assert not torch.equal(shared[0], shared[1])
+    assert torch.equal(shared[0], shared[3])

@@ -1,7 +1,7 @@
 """What every backend is asked, and what it answers. ``registry`` lists them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,8 @@ class Call(NamedTuple):
         splits: of the keys, to override the rule of kernels that split them.
         out: where the output goes, ``[B, Hq, T, Dv]`` in q's dtype with contiguous rows; a new
             tensor if None.
+        kept: what a backend keeps for the next call, which differs from this one in q, ``out`` and
+            the rows of its view, as layers of a model do within a step, and in nothing else.
     """
 
     q: torch.Tensor
@@ -46,6 +48,7 @@ class Call(NamedTuple):
     dropout: float = 0.0
     splits: int | None = None
     out: torch.Tensor | None = None
+    kept: dict[str, Any] | None = None
 
     @property
     def few(self) -> bool:
@@ -111,7 +114,12 @@ class Kernels(Backend):
         return False
 
     def append(
-        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        view: KVView,
+        angles: Angles | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> None:
         """Write ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` from the view's ends on.
 
@@ -119,6 +127,7 @@ class Kernels(Backend):
 
         Args:
             angles: the keys' rotary embedding, in the same pass; only where a call ``replays``.
+            kept: as in ``Call``, for calls that differ in k, v and the rows of the view.
         """
         raise NotImplementedError
 

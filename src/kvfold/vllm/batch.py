@@ -7,7 +7,7 @@ with equally many, so a step is a few calls, mostly one.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ class Group(NamedTuple):
             behind one another, else int64 ``[B * tokens]``.
         table: int32 ``[B, blocks]``. starts, ends: how long the sequences are before and after.
         most: the longest of them, or more.
+        kept: see ``keep``.
     """
 
     tokens: int
@@ -31,10 +32,21 @@ class Group(NamedTuple):
     starts: Positions
     ends: Positions
     most: int
+    kept: dict[object, dict[str, Any]]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """The group's part ``[B, H, tokens, D]`` of ``[all tokens, H, D]``; a view of a slice."""
-        return x[self.rows].unflatten(0, (-1, self.tokens)).transpose(1, 2)
+        own = x[self.rows]
+        if self.tokens == 1:
+            return own.unsqueeze(2)
+        return own.unflatten(0, (-1, self.tokens)).transpose(1, 2)
+
+    def keep(self, what: object) -> dict[str, Any]:
+        """What kernels keep for the layers of this step that ask for the same."""
+        found = self.kept.get(what)
+        if found is None:
+            found = self.kept[what] = {}
+        return found
 
     def view(self, keys: Rows, values: Rows, page_size: int, ends: Positions) -> KVView:
         """Its pages, up to where its tokens begin or end."""
@@ -90,6 +102,6 @@ def _group(
     most = max(own)
     if on_device is None:
         starts: Positions = [length - tokens for length in own]
-        return Group(tokens, rows, table[chosen], starts, own, most)
+        return Group(tokens, rows, table[chosen], starts, own, most, {})
     ends = on_device[chosen]
-    return Group(tokens, rows, table[chosen], ends - tokens, ends, most)
+    return Group(tokens, rows, table[chosen], ends - tokens, ends, most, {})

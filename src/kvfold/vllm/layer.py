@@ -1,6 +1,7 @@
 """Attention of one layer over blocks of vLLM's memory. vLLM itself is not imported."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -28,9 +29,17 @@ def layer_options(
         softcap: None or 0: none. alibi_slopes, sink_logits: ``[Hq]``.
     """
     left = sliding_window - 1 if sliding_window and sliding_window > 0 else None
+    if alibi_slopes is None and sink_logits is None:
+        return _shared(left, scale, softcap or None)
     return Options(
         Visibility(left=left, right=0), Scoring(scale, softcap or None, alibi_slopes, sink_logits)
     )
+
+
+@cache
+def _shared(left: int | None, scale: float, softcap: float | None) -> Options:
+    """One for all layers that ask for the same, which is what a step's calls are shared by."""
+    return Options(Visibility(left=left, right=0), Scoring(scale, softcap))
 
 
 class Layer:
@@ -72,7 +81,7 @@ class Layer:
         rows = self._read(cache)
         for group in groups:
             view = group.view(*rows, self._page_size, group.starts)
-            self._kernels.append(group.of(k), group.of(v), view)
+            self._kernels.append(group.of(k), group.of(v), view, kept=group.keep("append"))
 
     def attend(
         self,
@@ -90,9 +99,12 @@ class Layer:
         rows = self._read(cache)
         for group in groups:
             view = group.view(*rows, self._page_size, group.ends)
+            own = isinstance(group.rows, slice)  # else a copy of the output's rows
             call = Call(
                 group.of(q), None, [view], group.ends, options, self.num_kv_heads,
                 self.v_head_dim, group.most, False, self._kernels.name,
+                out=group.of(out) if own else None, kept=group.keep(id(options)),
             )  # fmt: skip
             found, _ = attend(call)
-            out[group.rows] = found.transpose(1, 2).flatten(0, 1)
+            if not own:
+                out[group.rows] = found.transpose(1, 2).flatten(0, 1)

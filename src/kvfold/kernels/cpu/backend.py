@@ -1,5 +1,7 @@
 """The compiled C++ kernels as a backend: decoding on CPUs, and prompts over pages."""
 
+from typing import Any
+
 import torch
 
 from kvfold.errors import RunError
@@ -40,7 +42,13 @@ class Cpu(Kernels):
     def attend(self, call: Call) -> Found:
         if call.tensors is not None:
             return attend_rows(call.q, *call.tensors, *call.options.flat())
-        run = KernelCall(call.q, call.num_kv_heads, call.lengths, call.options, call.keys)
+        kept: dict[str, Any] = {} if call.kept is None else call.kept
+        run: KernelCall | None = kept.get(self.name)
+        if run is None:
+            run = KernelCall(call.q, call.num_kv_heads, call.lengths, call.options, call.keys)
+            kept[self.name] = run
+        else:
+            run.ask(call.q)
         return run.run(_library(), call.views, call.v_head_dim, call.return_lse, call.out)
 
     def packs(self, page_size: int) -> bool:
@@ -48,9 +56,14 @@ class Cpu(Kernels):
         return page_size % BLOCK == 0
 
     def append(
-        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        view: KVView,
+        angles: Angles | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> None:
-        append(_library(), k, v, view)
+        append(_library(), k, v, view, kept)
 
 
 def _others_multiply_faster(call: Call) -> bool:

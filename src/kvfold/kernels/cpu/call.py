@@ -1,7 +1,7 @@
 """One call of the CPU kernels, and the tensors that must live as long as it runs."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ _NUMBERS = [each for each in _TAKEN if not each[2].is_tensor]
 _TENSORS = [each for each in _TAKEN if each[2].is_tensor]
 
 _KEYS, _VALUES = Buffer("k"), Buffer("v")
+_APPEND = "cpu append"
 _ROWS = Buffer("rows")
 _PAGES, _SCALES = Buffer("pages", torch.uint8), Buffer("scales", torch.bfloat16)
 
@@ -49,19 +50,24 @@ class KernelCall:
         options: Options,
         keys: int,
     ) -> None:
-        self._q = readable(q)
+        self._call = call = Attend()
+        self._shape = q.shape
+        call.batch, call.num_heads, call.tokens, call.head_dim = q.shape
+        call.num_kv_heads = num_kv_heads
+        self.ask(q)
         self.lengths = Int32s(lengths)
         self._numbers = {id(lengths): self.lengths}
-        self._kept: list[object] = []
-        self._call = call = Attend()
-        shape = self._q.shape
-        call.batch, call.num_heads, call.tokens, call.head_dim = shape
-        call.num_kv_heads = num_kv_heads
-        call.q = Tensor.of(self._q, shape, _QUERIES)
+        self._kept: list[object] = [lengths]
+        self._seen: list[KVView] = []
         if len(lengths) != call.batch:
             raise InputError(f"{len(lengths)} lengths for {call.batch} sequences of queries")
         call.length = self.lengths.address
         self._ask(options, keys)
+
+    def ask(self, q: torch.Tensor) -> None:
+        """The same of other queries of this shape."""
+        self._q = readable(q)
+        self._call.q = Tensor.of(self._q, self._shape, _QUERIES)
 
     def kept(self, x: Kept) -> Kept:
         """Keep what C reads alive until the call has run."""
@@ -104,7 +110,21 @@ class KernelCall:
         if found is None:
             found = Int32s(given)
             self._numbers[id(given)] = found
+            self._kept.append(given)  # nothing else can get its id
         return found
+
+    def _read(self, views: Sequence[KVView]) -> None:
+        """Set the parts; where only rows are others than in the last call, only these."""
+        parts = self._call.parts
+        self._call.num_parts = len(views)
+        again = len(views) == len(self._seen)
+        for index, view in enumerate(views):
+            if again and _alike(view, self._seen[index]):
+                parts[index].k, parts[index].v = sides_of(view)
+                continue
+            begin = None if view.begin is None else self._positions(view.begin)
+            parts[index] = part_of(view, begin, self._positions(view.end))
+        self._seen = list(views)
 
     def run(
         self,
@@ -124,12 +144,19 @@ class KernelCall:
         if return_lse:
             lse = torch.empty(shape, dtype=torch.float32, device=out.device)
             call.lse = _LSE.address(lse, shape)
-        call.num_parts = len(views)
-        for index, view in enumerate(views):
-            begin = None if view.begin is None else self._positions(view.begin)
-            call.parts[index] = part_of(view, begin, self._positions(view.end))
+        self._read(views)
         lib.attend(call)
         return out, lse
+
+
+def _alike(view: KVView, other: KVView) -> bool:
+    """Whether two views are of the same positions, and differ in their rows at most."""
+    return (
+        view.table is other.table
+        and view.page_size == other.page_size
+        and view.begin is other.begin
+        and view.end is other.end
+    )
 
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:
@@ -140,17 +167,40 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
     return mask.float().contiguous()
 
 
-def append(lib: Library, k: torch.Tensor, v: torch.Tensor, view: KVView) -> None:
+def append(
+    lib: Library,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    view: KVView,
+    kept: dict[str, Any] | None = None,
+) -> None:
     """Write tokens ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` from the view's ends on."""
     size = k.shape[:3]
-    starts = Int32s(view.end)
-    if starts.count != size[0]:
-        raise InputError(f"{starts.count} positions for {size[0]} sequences of keys")
     keys = Tensor.of(k, (*size, view.keys.dim), _KEYS)
     values = Tensor.of(v, (*size, view.values.dim), _VALUES)
-    call = Append(*size, keys, values, starts.address)
-    call.part = part_of(view, None, starts)
+    last: _Written | None = None if kept is None else kept.get(_APPEND)
+    if last is not None and last.size == size and _alike(view, last.view):
+        call = last.call
+        call.k, call.v = keys, values
+        call.part.k, call.part.v = sides_of(view)
+    else:
+        starts = Int32s(view.end)
+        if starts.count != size[0]:
+            raise InputError(f"{starts.count} positions for {size[0]} sequences of keys")
+        call = Append(*size, keys, values, starts.address)
+        call.part = part_of(view, None, starts)
+        if kept is not None:
+            kept[_APPEND] = _Written(call, view, size, starts)
     lib.append(call)
+
+
+class _Written(NamedTuple):
+    """The last call of ``append``, and what C reads of it."""
+
+    call: Append
+    view: KVView
+    size: torch.Size
+    starts: Int32s
 
 
 def part_of(view: KVView, begin: Int32s | None, end: Int32s) -> Part:
@@ -159,12 +209,17 @@ def part_of(view: KVView, begin: Int32s | None, end: Int32s) -> Part:
     Raises:
         InputError: if its tensors are not what the kernels can follow.
     """
+    return Part.of(*sides_of(view), view.table, view.page_size, begin, end)
+
+
+def sides_of(view: KVView) -> tuple[Side, Side]:
+    """Keys and values as C has them; found once for all views of the same rows."""
     k, v = view.keys, view.values
     if not isinstance(k.known, Side):
         k.known = _side(k, view.page_size, True)
     if not isinstance(v.known, Side):
         v.known = _side(v, view.page_size, False)
-    return Part.of(k.known, v.known, view.table, view.page_size, begin, end)
+    return k.known, v.known
 
 
 def _side(rows: Rows, page_size: int, key: bool) -> Side:

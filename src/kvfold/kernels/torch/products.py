@@ -1,5 +1,7 @@
 """Two matrix products per KV head: what takes everything, and decoding without kernels."""
 
+from typing import Any
+
 import torch
 
 from kvfold.kernels import pages
@@ -26,7 +28,12 @@ class Products(Kernels):
         return products(call)
 
     def append(
-        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        view: KVView,
+        angles: Angles | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> None:
         pages.write(k, v, view)
 

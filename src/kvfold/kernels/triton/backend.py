@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -65,7 +66,12 @@ class Triton(Kernels):
         )  # fmt: skip
 
     def append(
-        self, k: torch.Tensor, v: torch.Tensor, view: KVView, angles: Angles | None = None
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        view: KVView,
+        angles: Angles | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> None:
         from kvfold.kernels.triton import launch, ops
 
