@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from kvfold.cache.fixed import FixedKVCache
     from kvfold.cache.kv import KVCache
+    from kvfold.engines.run import Verification, verify
     from kvfold.errors import KVFoldError
     from kvfold.fold.convert import convert
     from kvfold.fold.inspect import inspect
@@ -32,6 +33,7 @@ _HOMES = {
     "KVCache": "kvfold.cache.kv",
     "KVFoldError": "kvfold.errors",
     "Quality": "kvfold.quality.scores",
+    "Verification": "kvfold.engines.run",
     "attention": "kvfold.kernels.dispatch",
     "attention_varlen": "kvfold.kernels.varlen",
     "compare": "kvfold.quality.scores",
@@ -42,6 +44,7 @@ _HOMES = {
     "heal": "kvfold.healing.run",
     "inspect": "kvfold.fold.inspect",
     "merge": "kvfold.ops.reference",
+    "verify": "kvfold.engines.run",
 }
 
 # Modules that users name after ``import kvfold``: ``kvfold.nn``, ``kvfold.transformers``.
@@ -54,6 +57,7 @@ __all__ = [
     "KVCache",
     "KVFoldError",
     "Quality",
+    "Verification",
     "__version__",
     "attention",
     "attention_varlen",
@@ -65,6 +69,7 @@ __all__ = [
     "heal",
     "inspect",
     "merge",
+    "verify",
 ]
 
 

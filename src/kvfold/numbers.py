@@ -10,7 +10,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -227,13 +227,13 @@ def _float(value: object) -> float:
 
 
 def iterated(values: object, name: str) -> Iterator[object]:
-    """The values of a list, a tuple, a generator … but of no string or path.
+    """The values of a list, a tuple, a generator … but of no string, path or dictionary.
 
     Raises:
         InputError: for what has none.
     """
     try:
-        if isinstance(values, str | bytes | os.PathLike):
+        if isinstance(values, str | bytes | os.PathLike | Mapping):
             raise TypeError
         return iter(values)  # type: ignore[call-overload]
     except TypeError as error:
@@ -280,6 +280,7 @@ LOOK_TOKENS = Whole(1, 1 << 20, "4096 is usual", counts="tokens")
 CALIBRATION = Whole(1024, 1 << 40, "50,000 is good; --no-calibration uses none", counts="tokens")
 HELD_OUT = Whole(0, 1 << 40, "16Ki (16,384) is usual", counts="tokens")
 LIMIT = Whole(1, 1 << 30, "for instance 100")
+ANSWER = Whole(1, 4096, "32 is the default", counts="tokens")
 
 BATCH = Whole(1, 1 << 20, "for instance 1 or 8")
 MICRO_BATCH = Whole(1, 1 << 16, "1 is the default; more needs more memory")
@@ -311,3 +312,5 @@ SHARE = Real(0, 1e9, above=True, hint="a weight above 0, for instance NAME=2")
 WEIGHT = Real(0, 1e9, hint="0 is the default")
 KL = Real(0, 1e9, hint="nats per token, for instance 0.1")
 RATIO = Real(0, 1e9, hint="for instance 1.05")
+NEAR = Real(0, 1e9, hint="a difference of two logits, for instance 1e-3")
+SECONDS = Real(0, 1e9, above=True, hint="seconds, for instance 600")

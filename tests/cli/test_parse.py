@@ -1,6 +1,7 @@
 """A request and the command that repeats it are the same, whatever was asked."""
 
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from inspect import Parameter, signature
@@ -15,6 +16,7 @@ import kvfold
 from kvfold.bench.cases import AttentionRequest
 from kvfold.bench.model_cases import ModelRequest
 from kvfold.cli.parse import read_request
+from kvfold.engines.request import VerifyRequest
 from kvfold.errors import InputError
 from kvfold.fold.request import ConvertRequest
 from kvfold.healing.request import OPTIONS, HealRequest
@@ -46,6 +48,7 @@ REQUESTS: list[type[Request]] = [
     HealRequest,
     LookRequest,
     PlanRequest,
+    VerifyRequest,
 ]
 EACH = [(kind, name) for kind in REQUESTS for name in options_of(kind)]
 # No surrogates, which a terminal does not send; no NUL, which no path holds.
@@ -68,6 +71,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "batches": some(1, 2),
     "dtypes": some("bf16", "int8", "int8/int4", least=0),
     "against": some("sdpa", "matmul", least=0),
+    "pythons": some(f"vllm={sys.executable}", f"mistral.rs={sys.executable}"),
     "working_set": st.integers(1, 1 << 16),
 }
 
@@ -193,6 +197,7 @@ def test_defaults_are_the_requests_own(kind: type[Request], data: Any) -> None:
         (kvfold.evaluate, EvalRequest),
         (find_needles, EvalRequest),
         (kvfold.heal, HealRequest),
+        (kvfold.verify, VerifyRequest),
     ],
 )
 def test_defaults_of_calls_are_the_requests_own(

@@ -25,7 +25,7 @@ from kvfold.healing.request import OPTIONS
 from tests.toolbox import tiny
 
 # Results, made by kvfold and not by callers.
-RESULTS = {"FoldedModel", "Quality", "KVFoldError", "__version__"}
+RESULTS = {"FoldedModel", "Quality", "Verification", "KVFoldError", "__version__"}
 # Whose arguments have tests of their own beside them.
 ELSEWHERE = {"attention", "attention_varlen", "explain", "merge", "KVCache", "FixedKVCache"}
 NAMES = sorted(set(kvfold.__all__) - RESULTS - ELSEWHERE)
@@ -64,12 +64,14 @@ def calls(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kvfold.healing.run._Run.local", _enough)
     monkeypatch.setattr("kvfold.fold.convert._fold_layers", _enough)
+    monkeypatch.setattr("kvfold.engines.run.ask", _enough)
     return {
         "AttentionGeometry": ([2, 6, 2, 8, 8, 48], {}),
         "convert": ([llama_folder, "out", 2], {"calibrate": False}),
         "heal": ([llama_folder, "out", llama_folder, [text_file]], {"tokens": 2048}),
         "evaluate": ([[llama_folder], [text_file]], {"context": 32, "max_tokens": 64}),
         "inspect": ([llama_folder], {}),
+        "verify": ([llama_folder], {"prompts": ["w3 w4"], "tokens": 2}),
         "fold_model": ([MODEL, 2, "mean", "none"], {}),
         "compare": ([[("a", MODEL)], tiny.tokens(2, 8)], {}),
     }

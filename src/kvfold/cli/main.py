@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": "Compare folded checkpoints with their source on text.",
     "plan": "Predict memory and speed on a machine, by KV heads and cache format.",
     "bench": "Measure attention and whole models against the machine and other ways.",
+    "verify": "Check that other engines give the same tokens for a checkpoint.",
     "look": "Draw which tokens each head looks at, source beside folded.",
     "report": "Put everything measured about runs into one HTML file.",
     "methods": "List the folding methods.",

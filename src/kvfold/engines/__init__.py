@@ -1,0 +1,1 @@
+"""Engines that serve checkpoints, asked for the tokens that transformers gives."""

