@@ -25,6 +25,7 @@ from kvfold.ops.options import Options
 from kvfold.vllm.batch import Group, groups
 from kvfold.vllm.layer import Layer, layer_options
 from kvfold.vllm.pages import FORMATS, PageFormat, format_named
+from kvfold.vllm.recent import Rings
 
 NAME = "KVFOLD"
 
@@ -119,6 +120,10 @@ class KvfoldBuilder(AttentionMetadataBuilder[KvfoldMetadata]):  # type: ignore[m
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        coarse = _format_of_spec(kv_cache_spec).keeps_exact_ends
+        # A connector may fill blocks behind our back, and a GPU's tables would have to come here.
+        moved = vllm_config.kv_transfer_config is not None
+        self._rings = Rings() if coarse and device.type == "cpu" and not moved else None
 
     def build(
         self,
@@ -134,7 +139,8 @@ class KvfoldBuilder(AttentionMetadataBuilder[KvfoldMetadata]):  # type: ignore[m
         if not lengths.is_cpu:
             lengths, on_device = given.seq_lens_cpu_upper_bound[:count], lengths
         table = given.block_table_tensor[:count]
-        found = groups(begins, lengths.tolist(), table, on_device)
+        size = self.kv_cache_spec.block_size
+        found = groups(begins, lengths.tolist(), table, on_device, self._rings, size)
         return KvfoldMetadata(found, given.num_actual_tokens, given.slot_mapping)
 
 
@@ -192,9 +198,11 @@ class KvfoldImpl(AttentionImpl[KvfoldMetadata]):  # type: ignore[misc]
         if self._layer is None:
             self._prepare(layer, query)
         assert self._layer is not None
+        new = None
         if self.kv_sharing_target_layer_name is None:
-            self._layer.write(key, value, kv_cache, attn_metadata.groups)
-        self._layer.attend(query, kv_cache, attn_metadata.groups, self._options, output)
+            new = key, value
+            self._layer.write(*new, kv_cache, attn_metadata.groups)
+        self._layer.attend(query, kv_cache, attn_metadata.groups, self._options, output, new)
         return output
 
     def _prepare(self, layer: Any, query: torch.Tensor) -> None:

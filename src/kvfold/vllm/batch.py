@@ -13,6 +13,7 @@ import torch
 
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.view import KVView, Positions, Rows
+from kvfold.vllm.recent import Recent, Rings
 
 
 class Group(NamedTuple):
@@ -23,6 +24,7 @@ class Group(NamedTuple):
             behind one another, else int64 ``[B * tokens]``.
         table: int32 ``[B, blocks]``. starts, ends: how long the sequences are before and after.
         most: the longest of them, or more.
+        recent: what is read exactly, where blocks are too coarse for it.
         kept: see ``keep``.
     """
 
@@ -32,6 +34,7 @@ class Group(NamedTuple):
     starts: Positions
     ends: Positions
     most: int
+    recent: Recent | None
     kept: dict[object, dict[str, Any]]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,8 +51,13 @@ class Group(NamedTuple):
             found = self.kept[what] = {}
         return found
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is all that its sequences have."""
+        return isinstance(self.starts, list) and not any(self.starts)
+
     def view(self, keys: Rows, values: Rows, page_size: int, ends: Positions) -> KVView:
-        """Its pages, up to where its tokens begin or end."""
+        """Its blocks, up to where its tokens begin or end, or its exact ones begin."""
         return KVView(keys, values, self.table, page_size, None, ends, self.most)
 
 
@@ -58,6 +66,8 @@ def groups(
     lengths: Sequence[int],
     table: torch.Tensor,
     on_device: torch.Tensor | None = None,
+    rings: Rings | None = None,
+    page_size: int = 0,
 ) -> list[Group]:
     """The calls of a step.
 
@@ -66,6 +76,7 @@ def groups(
         lengths: ``[B]``, of the sequences, new tokens included; at least that, if ``on_device``.
         table: int32 ``[B, blocks]``.
         on_device: int32 ``[B]``, the lengths, where a GPU reads them.
+        rings: of sequences whose most recent tokens are kept exactly, with the tokens of a block.
 
     >>> table = torch.zeros(3, 4, dtype=torch.int32)
     >>> [(x.tokens, x.rows, x.ends) for x in groups([0, 1, 2, 40], [9, 7, 38], table)]
@@ -77,9 +88,15 @@ def groups(
         if tokens:  # sequences without any fill up a batch
             alone = b if tokens > MAX_TOKENS else -1
             members.setdefault((tokens, alone), []).append(b)
-    return [
-        _group(tokens, of, begins, lengths, table, on_device) for (tokens, _), of in members.items()
-    ]
+    owned = [] if rings is None else rings.step(begins, lengths, table, page_size)
+    found = []
+    for (tokens, _), of in members.items():
+        group = _group(tokens, of, begins, lengths, table, on_device)
+        if rings is not None and isinstance(group.starts, list):
+            mine = [ring for ring in (owned[b] for b in of) if ring is not None]
+            group = group._replace(recent=rings.together(mine, group.starts))
+        found.append(group)
+    return found
 
 
 def _group(
@@ -102,6 +119,6 @@ def _group(
     most = max(own)
     if on_device is None:
         starts: Positions = [length - tokens for length in own]
-        return Group(tokens, rows, table[chosen], starts, own, most, {})
+        return Group(tokens, rows, table[chosen], starts, own, most, None, {})
     ends = on_device[chosen]
-    return Group(tokens, rows, table[chosen], ends - tokens, ends, most, {})
+    return Group(tokens, rows, table[chosen], ends - tokens, ends, most, None, {})

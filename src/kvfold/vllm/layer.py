@@ -8,11 +8,13 @@ import torch
 from kvfold.errors import InputError
 from kvfold.kernels.backend import Call
 from kvfold.kernels.registry import attend, home
-from kvfold.kernels.view import Rows
+from kvfold.kernels.view import KVView, Rows
 from kvfold.ops.format import Format
+from kvfold.ops.formats import format_of
 from kvfold.ops.options import Options, Scoring, Visibility
 from kvfold.vllm.batch import Group
 from kvfold.vllm.pages import PageFormat, memory_of
+from kvfold.vllm.recent import PAGE, PAGES, RECENT
 
 
 def layer_options(
@@ -53,6 +55,7 @@ class Layer:
         self.fmt, self.num_kv_heads = fmt, num_kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self._cache: torch.Tensor | None = None
+        self._rings: torch.Tensor | None = None
 
     def _read(self, cache: torch.Tensor) -> tuple[Rows, Rows]:
         """The layer's memory as kernels read it; found once."""
@@ -80,8 +83,13 @@ class Layer:
         """
         rows = self._read(cache)
         for group in groups:
+            new_k, new_v = group.of(k), group.of(v)
             view = group.view(*rows, self._page_size, group.starts)
-            self._kernels.append(group.of(k), group.of(v), view, kept=group.keep("append"))
+            self._kernels.append(new_k, new_v, view, kept=group.keep("blocks"))
+            if group.recent is not None:
+                view = group.recent.free(*self._ring_rows(group.recent.rings))
+                new_k, new_v = new_k[:, :, -RECENT:], new_v[:, :, -RECENT:]
+                self._kernels.append(new_k, new_v, view, kept=group.keep("rings"))
 
     def attend(
         self,
@@ -90,21 +98,49 @@ class Layer:
         groups: Sequence[Group],
         options: Options,
         out: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Attention of ``[tokens, Hq, D]`` into ``out`` ``[tokens, Hq, Dv]``.
 
         Everything must be written before: sequences share blocks, and may read what another one
         of the same step computes.
+
+        Args:
+            new: the keys and values that this layer wrote, if it did.
         """
-        rows = self._read(cache)
         for group in groups:
-            view = group.view(*rows, self._page_size, group.ends)
             own = isinstance(group.rows, slice)  # else a copy of the output's rows
             call = Call(
-                group.of(q), None, [view], group.ends, options, self.num_kv_heads,
-                self.v_head_dim, group.most, False, self._kernels.name,
+                group.of(q), None, self._views(group, cache, new), group.ends, options,
+                self.num_kv_heads, self.v_head_dim, group.most, False, self._kernels.name,
                 out=group.of(out) if own else None, kept=group.keep(id(options)),
             )  # fmt: skip
             found, _ = attend(call)
             if not own:
                 out[group.rows] = found.transpose(1, 2).flatten(0, 1)
+
+    def _views(
+        self, group: Group, cache: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> list[KVView]:
+        """Where the group's keys and values are read: exact ones where there are some."""
+        rows, size, recent = self._read(cache), self._page_size, group.recent
+        if recent is None or new is None:
+            return [group.view(*rows, size, group.ends)]
+        if group.whole and group.tokens > RECENT:  # a prompt
+            k, v = (group.of(x) for x in new)
+            return [KVView.of_tensors(k, v, group.ends)]
+        blocks = group.view(*rows, size, recent.begins)
+        return [blocks, recent.view(*self._ring_rows(recent.rings))]
+
+    def _ring_rows(self, count: int) -> tuple[Rows, Rows]:
+        """The pages of as many rings, which grow with the number of running sequences."""
+        if self._rings is None or self._rings.shape[0] < PAGES * count:
+            packed = self._kernels.packs(PAGE)
+            page = PageFormat(format_of("bf16"), self.head_dim, self.v_head_dim, PAGE, packed)
+            old, pages = self._rings, PAGES * 2 * count
+            shape = pages, self.num_kv_heads, page.sides.end
+            self._rings = torch.zeros(shape, dtype=torch.uint8, device=self._rows[0].data.device)
+            if old is not None:
+                self._rings[: len(old)] = old
+            self._exact = page.rows(self._rings)
+        return self._exact
