@@ -295,6 +295,7 @@ LORA_RANK = Whole(0, 1 << 14, "for instance 8; 0 trains the weights themselves")
 
 ROUNDS = Whole(1, 10_000, "9 is the default")
 STEPS = Whole(1, 1 << 16, "16 is the default")
+OUTPUT = Whole(2, 1 << 16, "64 is the default; the first comes with the prompt", counts="tokens")
 THREADS = Whole(1, 1024, "as many as there are cores is the default")
 GPUS = Whole(1, 1 << 16, "for instance 2")
 KEEP = Whole(1, 10_000, "2 is the default")

@@ -113,6 +113,7 @@ def _no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.bench.attention.measure", _enough)
     monkeypatch.setattr("kvfold.bench.model._prefill", _enough)
     monkeypatch.setattr("kvfold.engines.run.ask", _enough)
+    monkeypatch.setattr("kvfold.bench.serving.run.Engine", _enough)
     monkeypatch.setattr("kvfold.bench.this_machine._ROUNDS", 1)
     monkeypatch.setattr("kvfold.bench.this_machine._BYTES", 1 << 20)
     monkeypatch.setattr("kvfold.bench.this_machine._SIZE", 64)
@@ -129,6 +130,7 @@ BASE: dict[str, list[str]] = {
     "bench attention": ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--context", "16",
                         "--working-set", "1k"],
     "bench model": ["@MODEL", "--context", "16", "--dtype", "none", "--working-set", "1k"],
+    "bench serve": ["@MODEL", "--context", "16", "--output", "2", "--working-set", "1k"],
     "bench compare": ["@TEXT", "@TEXT"],
     "verify": ["@MODEL", "--prompt", "w3 w4", "--tokens", "2"],
     "look": ["@MODEL", "w3 w4", "--png", "@new.png"],

@@ -17,7 +17,10 @@ from kvfold.files import append_text, check_file
 
 _LONGEST_LINE = 1 << 20
 OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
-_SPREADS = ("seconds", "floor_fraction", "vs_own_bf16", "vs_best_peer", "vs_first", "first_token")
+_SPREADS = (
+    "seconds", "floor_fraction", "vs_own_bf16", "vs_best_peer", "vs_first", "first_token",
+    "tokens_per_second", "slope",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Row:
     """One implementation in one case. What was not measured, or must not be told, is None.
 
     Attributes:
-        benchmark: ``attention`` or ``model``.
+        benchmark: ``attention``, ``model`` or ``serve``.
         case: what was asked, as names and numbers; the same for all that compete.
         implementation: who answered, e.g. ``kvfold int8`` or ``sdpa``.
         status: ``ok``; ``wrong`` (failed the correctness gate, so no speed is reported); or
@@ -41,6 +44,9 @@ class Row:
         vs_own_bf16, vs_best_peer, vs_first: speed as a multiple of the row's so named.
         first_token: seconds of a prefill. top1: share of steps with the first row's choice.
         kv_bytes_expected: what arithmetic says ``kv_bytes`` should be.
+        tokens_per_second: of all sequences that are served. running: how many an engine decoded
+            at once. cache_tokens: how many tokens its cache holds.
+        slope: seconds that each token of context of a sequence adds to a step.
     """
 
     benchmark: str
@@ -63,6 +69,10 @@ class Row:
     first_token: Spread | None = None
     top1: float | None = None
     kv_bytes_expected: int | None = None
+    tokens_per_second: Spread | None = None
+    running: int | None = None
+    cache_tokens: int | None = None
+    slope: Spread | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -141,7 +151,7 @@ def load(path: Path) -> list[Row]:
     return list({row.key: row for row in rows}.values())
 
 
-_HOW = "give files written by `kvfold bench attention --save FILE` or `bench model --save FILE`"
+_HOW = "give files written by `kvfold bench attention`, `model` or `serve` with --save FILE"
 
 
 @open_ended
@@ -159,7 +169,7 @@ class _Case(TypedDict):
 class _Stored(TypedDict):
     """A line of a file of rows: a :class:`Row`, the machine and the command."""
 
-    benchmark: Literal["attention", "model"]
+    benchmark: Literal["attention", "model", "serve"]
     case: _Case
     implementation: str
     status: NotRequired[str]
@@ -179,6 +189,10 @@ class _Stored(TypedDict):
     vs_best_peer: NotRequired[StoredSpread | None]
     vs_first: NotRequired[StoredSpread | None]
     first_token: NotRequired[StoredSpread | None]
+    tokens_per_second: NotRequired[StoredSpread | None]
+    slope: NotRequired[StoredSpread | None]
+    running: NotRequired[Count | None]
+    cache_tokens: NotRequired[Count | None]
 
 
 _ROWS = Document(_Stored, _HOW, error=InputError)

@@ -9,6 +9,7 @@ import click
 from kvfold.bench import readable
 from kvfold.bench.cases import AttentionRequest
 from kvfold.bench.model_cases import ModelRequest
+from kvfold.bench.serving.request import ServeRequest
 from kvfold.cli.options import Location
 from kvfold.cli.output import emit, say
 from kvfold.cli.parse import asks
@@ -34,7 +35,7 @@ def _shows(command: Any) -> Any:
 
 @click.group("bench", no_args_is_help=False)
 def command() -> None:
-    """Measure speed, alternating with competitors in one process.
+    """Measure speed, alternating with competitors.
 
     Every row says which part of this machine's read bandwidth it reached, measured in the same
     run. A result that is wrong gets no speed, and the exit code is 1.
@@ -73,6 +74,26 @@ def model(request: ModelRequest, save: Path | None, markdown: bool, as_json: boo
     with progress_bar() as progress:
         results = run_model(request, progress=progress)
     _finish(results, save, markdown, as_json, _model_tables)
+
+
+@command.command("serve", short_help="Serve checkpoints through vLLM, side by side.")
+@asks(ServeRequest)
+@_shows
+def serve(request: ServeRequest, save: Path | None, markdown: bool, as_json: bool) -> None:
+    """Serve checkpoints through vLLM, with kvfold's attention and with its own, in turn.
+
+    Each PATH is a folder. Decoding and prefill are measured apart, in engines without server and
+    client; where decoding is measured, prompts are made up (--computed computes them). Ratios are
+    to vLLM's own attention with its own cache, and to the first PATH served in the same way.
+    """
+    _check_output(save, markdown, as_json)
+
+    from kvfold.bench.serving.run import run_serve
+    from kvfold.cli.progress import progress_bar
+
+    with progress_bar() as progress:
+        results = run_serve(request, progress=progress)
+    _finish(results, save, markdown, as_json, _serving_tables)
 
 
 @command.command("compare", short_help="Compare two saved runs.")
@@ -206,6 +227,49 @@ def _model_caption(results: "Results", rows: "list[Row]") -> str:
         "GB/s). ratio: speed as a multiple of the first row's. KV: bytes allocated; of KV: as a "
         "multiple of what the tokens need. top-1: the same choice as sdpa's. "
         f"{readable.machine(results)}"
+    )
+
+
+def _serving_tables(results: "Results", markdown: bool) -> None:
+    tables = _grouped(results.rows, "model")
+    for number, (first, rows) in enumerate(tables, 1):
+        title = f"Context {first.case['context']:,}, {first.case['batch']} at once"
+        cells, before = list[list[str]](), None
+        for row in rows:
+            name = f"{row.case['model']} ({row.case['num_heads']}:{row.case['num_kv_heads']})"
+            cells.append([name if name != before or markdown else "", *_served(row)])
+            before = name
+        columns = ["model", "attention", "first", "ms", "tok/s", "vLLM", "1st", "µs", "holds"]
+        caption = _serving_caption(results) if number == len(tables) else ""
+        _print(title, columns, cells, caption, markdown)
+
+
+def _served(row: "Row") -> list[str]:
+    assert row.seconds is not None
+    assert row.tokens_per_second is not None
+    fewer = row.running != row.case["batch"]
+    return [
+        row.implementation,
+        readable.seconds(row.first_token.median) if row.first_token else "",
+        f"{1e3 * row.seconds.median:.3g} {readable.spread(row.seconds)}",
+        f"{row.tokens_per_second.median:,.0f}" + (f" (by {row.running})" if fewer else ""),
+        readable.times(row.vs_best_peer),
+        readable.times(row.vs_first),
+        f"{1e6 * row.slope.median:.2f}" if row.slope else "",
+        f"{(row.cache_tokens or 0) / 1e3:.0f}k",
+    ]
+
+
+def _serving_caption(results: "Results") -> str:
+    agreeing = min((row.top1 for row in results.rows if row.top1 is not None), default=None)
+    same = "" if agreeing is None else f"First tokens as of vLLM's own: {agreeing:.0%} or more. "
+    return (
+        "model (query heads:KV heads). first: time to the first token of one request alone. ms: "
+        "per token, a step that only decodes, median ± half the interquartile range. tok/s: of "
+        "all requests, by as many at once as memory holds. vLLM, 1st: tok/s as a multiple of "
+        "vLLM's own attention's, and of the first model's. µs: added to a step by each token of "
+        f"context of each sequence. holds: tokens in the cache's memory. {same}"
+        f"vLLM {results.machine['vllm']}, {readable.machine(results)}"
     )
 
 

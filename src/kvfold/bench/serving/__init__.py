@@ -1,0 +1,1 @@
+"""Checkpoints served through vLLM, with kvfold's attention and with its own."""
