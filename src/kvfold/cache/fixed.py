@@ -1,4 +1,4 @@
-"""A cache of fixed capacity whose lengths live on the GPU: for CUDA graphs."""
+"""A cache of fixed capacity whose lengths are a tensor: for CUDA graphs and compiled ones."""
 
 from typing import Any, Unpack
 
@@ -6,6 +6,7 @@ import torch
 
 from kvfold.cache.checks import (
     check_device,
+    check_dtype,
     check_formats,
     check_heads,
     check_rotary,
@@ -19,7 +20,8 @@ from kvfold.cache.half import normal_tensors
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.backend import Call
-from kvfold.kernels.limits import MAX_TOKENS
+from kvfold.kernels.limits import BLOCK, MAX_TOKENS
+from kvfold.kernels.pages import decoded
 from kvfold.kernels.registry import attend, home
 from kvfold.kernels.view import Angles, KVView
 from kvfold.ops.options import Accepted, FixedOptions, check_options, declared
@@ -34,11 +36,12 @@ class FixedKVCache:
     """Keys and values in memory that never moves; appending and attending never ask the host.
 
     Every step launches the same kernels on the same addresses, whatever the lengths, so it can be
-    captured in a CUDA graph and replayed, or compiled by ``torch.compile`` as one graph.
-    ``KVCache`` grows, pages, shares and keeps INT4's ends exact; this one does not.
+    captured in a CUDA graph and replayed, or compiled by ``torch.compile`` as one graph, on a GPU
+    or a CPU. ``KVCache`` grows, pages, shares and keeps INT4's ends exact; this one does not.
 
     Args:
-        max_length: tokens of each sequence; further ones are dropped (ask ``overfull``).
+        max_length: tokens of each sequence. Further ones are dropped on a GPU (ask ``overfull``),
+            and refused on a CPU.
         window, sinks: attention sees the last ``window`` tokens and the first ``sinks`` only;
             the others keep their place.
         splits: of the keys of a step, to override the rule (``kernels.triton.splits``).
@@ -47,7 +50,7 @@ class FixedKVCache:
         lengths: int32 ``[B]`` on the device, updated in place.
 
     Raises:
-        InputError: for what cannot be, or where there are no Triton kernels.
+        InputError: for what cannot be, or where there are no kernels (C++ or Triton).
 
     >>> cache = FixedKVCache(8, 128, batch=4, max_length=4096, device="cuda")  # doctest: +SKIP
     >>> cache.append(k, v, rotary=Rotary(128))  # doctest: +SKIP
@@ -84,16 +87,16 @@ class FixedKVCache:
         if not kernels.replays:
             raise InputError(
                 f"a fixed cache on {self.device} has no kernels",
-                "it needs Triton and a GPU; kvfold.KVCache works everywhere",
+                "it needs the compiled ones, or Triton and a GPU; kvfold.KVCache works everywhere",
             )
         if max(head_dim, v_head_dim) > kernels.max_dim:
             raise InputError(
                 f"heads of {max(head_dim, v_head_dim)}: expected at most {kernels.max_dim}"
             )
+        page = -(-max_length // BLOCK) * BLOCK
+        page = page if kernels.packs(page) else max_length
         self._store = Store(
-            Shape(
-                batch, num_kv_heads, head_dim, v_head_dim, *formats, max_length, batch, self.device
-            )
+            Shape(batch, num_kv_heads, head_dim, v_head_dim, *formats, page, batch, self.device)
         )
         with normal_tensors():
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
@@ -105,8 +108,8 @@ class FixedKVCache:
     def _see(self) -> None:
         """Look at the store as the kernels do, which read lengths where they are."""
         rows = self._store.keys.rows(), self._store.values.rows()
-        size = self.max_length
-        self._view = KVView(*rows, self._table, size, None, self.lengths, size)
+        size = self._store.page_size
+        self._view = KVView(*rows, self._table, size, None, self.lengths, self.max_length)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in vars(self).items() if name != "_view"}
@@ -128,7 +131,8 @@ class FixedKVCache:
             rotary: applied to the keys first, at their positions, in the same pass.
 
         Raises:
-            InputError: for shapes or dtypes that do not fit, and where gradients are needed.
+            InputError: for shapes or dtypes that do not fit, beyond ``max_length`` on a CPU, and
+                where gradients are needed.
         """
         check_rows("k", k, self.batch, self.num_kv_heads, self.head_dim, self.device)
         check_rows("v", v, self.batch, self.num_kv_heads, self.v_head_dim, self.device)
@@ -144,7 +148,10 @@ class FixedKVCache:
                 tokens, dtype=torch.int32, device=self.device
             )
             at = positions.clamp(max=self.max_length - 1)
-            angles = Angles(cosines[at], sines[at], rotary.interleaved)
+            if self._store.kernels.turns:
+                angles = Angles(cosines[at], sines[at], rotary.interleaved)
+            else:
+                k = rotary.apply(k, cosines[at], sines[at])
         self._store.kernels.append(k.detach(), v.detach(), self._view, angles)
         self._offered += tokens
         self.lengths.copy_(self._offered.clamp(max=self.max_length))
@@ -163,7 +170,7 @@ class FixedKVCache:
         """Attention of the last T tokens over everything in the cache, themselves included.
 
         Args:
-            q: ``[B, Hq, T, D]``, T at most 16.
+            q: ``[B, Hq, T, D]``, T at most 16 on a GPU.
             options: of attention; see the signature.
             return_lse: see ``kvfold.attention``.
 
@@ -178,7 +185,7 @@ class FixedKVCache:
         check_rows("q", q, self.batch, None, self.head_dim, self.device)
         check_heads(q, self.num_kv_heads)
         check_switches(return_lse=return_lse)
-        if q.shape[2] > MAX_TOKENS:
+        if q.shape[2] > MAX_TOKENS and not self._store.kernels.prompts:
             raise InputError(f"q has {q.shape[2]} tokens: expected at most {MAX_TOKENS}")
         shape = self.batch, q.shape[1], q.shape[2], self.max_length
         _OPTIONS.refuse_others(options)
@@ -198,6 +205,26 @@ class FixedKVCache:
         (sequence,) = check_sequences([sequence], self.batch)
         self._store.table = self._table.cpu()
         return self._store.read(sequence, 0, int(self.lengths[sequence]))
+
+    def tensors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything, decoded: ``[B, Hkv, max_length, D]``, zeros where nothing is. Waits."""
+        check_dtype(dtype)
+        return decoded([self._view], self.max_length, dtype)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position ``length`` on."""
+        check_sizes(length=length)
+        self.lengths.clamp_(max=length)
+        self._offered.clamp_(max=length)
+
+    def reorder(self, sequences: list[int]) -> None:
+        """Make sequence i what sequence ``sequences[i]`` was (beam search); copies all of them."""
+        rows = check_sequences(sequences, self.batch)
+        if len(rows) != self.batch:
+            raise InputError(f"{len(rows)} sequences: a fixed cache keeps its {self.batch}")
+        chosen = torch.tensor(rows, device=self.device)
+        for held in (*self._store, self.lengths, self._offered):
+            held.copy_(held[chosen])
 
     def overfull(self) -> bool:
         """Whether tokens were dropped; this waits for the GPU."""

@@ -99,11 +99,16 @@ class Kernels(Backend):
 
     Attributes:
         max_dim: the largest head it reads.
-        replays: whether a call asks nothing of the host, so that a CUDA graph can hold it.
+        replays: whether a call reads lengths where they are, so that a CUDA graph or a compiled
+            one can hold it.
+        turns: whether ``append`` takes ``angles``.
+        prompts: whether it takes many queries over pages.
     """
 
     max_dim: int
     replays: bool = False
+    turns: bool = False
+    prompts: bool = False
 
     def here(self, device: torch.device) -> bool:
         """Whether it has kernels for memory there."""
@@ -126,7 +131,7 @@ class Kernels(Backend):
         Positions without a page are skipped.
 
         Args:
-            angles: the keys' rotary embedding, in the same pass; only where a call ``replays``.
+            angles: the keys' rotary embedding, in the same pass; only where it ``turns``.
             kept: as in ``Call``, for calls that differ in k, v and the rows of the view.
         """
         raise NotImplementedError

@@ -16,12 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.transformers.attend import attend
 from kvfold.transformers.cache import KVCache, KVLayer
+from kvfold.transformers.fixed import FixedKVCache, FixedKVLayer
 from kvfold.transformers.linear import Prepacked, prepack
 from kvfold.transformers.masks import mask_of
 
 __all__ = [
-    "NAME", "KVCache", "KVLayer", "Prepacked", "attend", "check_implementation", "enable",
-    "prepack",
+    "NAME", "FixedKVCache", "FixedKVLayer", "KVCache", "KVLayer", "Prepacked", "attend",
+    "check_implementation", "enable", "prepack",
 ]  # fmt: skip
 
 NAME = "kvfold"

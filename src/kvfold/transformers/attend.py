@@ -10,6 +10,7 @@ from kvfold.kernels.dispatch import attention
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
 from kvfold.transformers.cache import Stored, plain
+from kvfold.transformers.fixed import FixedStored, attend_fixed
 from kvfold.transformers.keywords import refuse_unknown
 
 
@@ -60,7 +61,9 @@ def attend(
         causal = False
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout": dropout}
     options |= {"mask": attention_mask, "causal": causal, "sink_logits": s_aux}
-    if isinstance(key, Stored) and isinstance(value, Stored):
+    if isinstance(key, FixedStored) and isinstance(value, FixedStored):
+        found = attend_fixed(query, key, value, options)
+    elif isinstance(key, Stored) and isinstance(value, Stored):
         found = _attend_stored(query, key, value, options)
     else:
         found = _attend_plain(query, plain(key), plain(value), options)

@@ -27,19 +27,20 @@ class Stored:
     say, decodes everything into a tensor first.
 
     Args:
-        side: 0 for keys, 1 for values. tokens: how many of the first ones it stands for.
+        layer: whose ``held`` cache it is. side: 0 for keys, 1 for values.
+        tokens: how many of the first ones it stands for.
         new: their tensor, if they are all new.
     """
 
     def __init__(
         self,
-        layer: "KVLayer",
+        layer: Any,
         side: int,
         tokens: int,
         dtype: torch.dtype,
         new: torch.Tensor | None = None,
     ) -> None:
-        cache = layer.held
+        cache: Any = layer.held
         self.layer, self.side, self.new, self.dtype = layer, side, new, dtype
         dim = cache.v_head_dim if side else cache.head_dim
         self.shape = torch.Size((cache.batch, cache.num_kv_heads, tokens, dim))
@@ -114,7 +115,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @keys.setter
     def keys(self, given: None) -> None:
-        _refuse_tensors(given)
+        refuse_tensors(given)
 
     @property
     def values(self) -> Stored | None:
@@ -123,7 +124,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @values.setter
     def values(self, given: None) -> None:
-        _refuse_tensors(given)
+        refuse_tensors(given)
 
     def _all(self, side: int) -> Stored | None:
         if self.cache is None:
@@ -235,7 +236,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             self.cache.reorder([b for b in rows for _ in range(repeats)])
 
 
-def _refuse_tensors(given: torch.Tensor | None) -> None:
+def refuse_tensors(given: torch.Tensor | None) -> None:
+    """What a layer does that is told to hold other keys or values."""
     if given is not None:
         raise UnsupportedError(
             "a cache of kvfold holds no tensors that could be replaced", "add tokens with update"
@@ -270,7 +272,7 @@ class KVCache(DynamicCache):  # type: ignore[misc]
     ) -> None:
         if offloading:
             raise UnsupportedError("kvfold's cache stays where the model is", "offloading=False")
-        windows = _windows(config.get_text_config(decoder=True))
+        windows = windows_of(config.get_text_config(decoder=True))
         layers = [KVLayer(dtype, window) for window in windows]
         Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
 
@@ -286,7 +288,7 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
 
 
-def _windows(config: PretrainedConfig) -> Iterable[int | None]:
+def windows_of(config: PretrainedConfig) -> Iterable[int | None]:
     """The sliding window of every layer that has a cache, None for full attention."""
     for layer_type, window in typed_layers(plain_config(config), config.num_hidden_layers):
         if layer_type not in (FULL_TYPE, SLIDING_TYPE, CHUNKED_TYPE):

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers.masking_utils import eager_mask, sdpa_mask
+import torch
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.models.auto import modeling_auto
 
 # Models without sdpa whose modules leave the mask to the implementation all the same.
@@ -29,6 +30,11 @@ def mask_of(*sizes: Any, config: Any = None, **options: Any) -> Any:
     """
     if _expects_eager(type(config), getattr(config, "model_type", None)):
         return eager_mask(*sizes, config=config, **options)
+    if _is_step_of_fixed_cache(options):
+        if _hides_nothing(options):
+            return None
+        # Numbers, which every layer adds as they are.
+        return eager_mask(*sizes, config=config, **{**options, "dtype": torch.float32})
     return sdpa_mask(*sizes, config=config, **options)
 
 
@@ -48,3 +54,18 @@ def _supports_sdpa(config_class: Any) -> bool:
         if config_class in mapping:
             return bool(getattr(mapping[config_class], "_supports_sdpa", True))
     return True
+
+
+def _is_step_of_fixed_cache(options: dict[str, Any]) -> bool:
+    """Whether a mask is for one query over kvfold's own fixed cache, whose lengths are int32."""
+    offset = options.get("q_offset")
+    fixed = isinstance(offset, torch.Tensor) and offset.dtype == torch.int32
+    return fixed and options.get("q_length") == 1
+
+
+def _hides_nothing(options: dict[str, Any]) -> bool:
+    """Whether a query sees all that a cache holds, which such a cache knows by itself."""
+    if options.get("mask_function") is not causal_mask_function:
+        return False
+    padding = options.get("attention_mask")
+    return padding is None or (not torch.compiler.is_compiling() and bool(padding.all()))

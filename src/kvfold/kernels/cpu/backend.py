@@ -7,6 +7,7 @@ import torch
 from kvfold.errors import RunError
 from kvfold.kernels.backend import Call, Found, Kernels
 from kvfold.kernels.cpu.call import KNOWN, KernelCall, append
+from kvfold.kernels.cpu.fixed import append_fixed, attend_fixed
 from kvfold.kernels.cpu.library import Library, library, why_missing
 from kvfold.kernels.cpu.rows import attend_rows
 from kvfold.kernels.limits import BLOCK, MAX_DIM, MAX_TOKENS
@@ -18,6 +19,8 @@ class Cpu(Kernels):
 
     name = "cpu"
     max_dim = MAX_DIM
+    replays = True
+    prompts = True
     knows = KNOWN
 
     def here(self, device: torch.device) -> bool:
@@ -42,6 +45,8 @@ class Cpu(Kernels):
     def attend(self, call: Call) -> Found:
         if call.tensors is not None:
             return attend_rows(call.q, *call.tensors, *call.options.flat())
+        if isinstance(call.lengths, torch.Tensor) and torch.compiler.is_compiling():
+            return attend_fixed(call.q, call.views[0], call.options, call.v_head_dim)
         kept: dict[str, Any] = {} if call.kept is None else call.kept
         run: KernelCall | None = kept.get(self.name)
         if run is None:
@@ -63,13 +68,21 @@ class Cpu(Kernels):
         angles: Angles | None = None,
         kept: dict[str, Any] | None = None,
     ) -> None:
-        append(_library(), k, v, view, kept)
+        if isinstance(view.end, torch.Tensor):
+            append_fixed(k, v, view)
+        else:
+            append(_library(), k, v, view, kept)
 
 
 def _others_multiply_faster(call: Call) -> bool:
     """Whether PyTorch multiplies many queries with instructions that these kernels lack (AMX)."""
     many = call.q.shape[2] > MAX_TOKENS
-    return many and call.q.dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return many and call.q.dtype is torch.bfloat16 and _has_amx()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _library() -> Library:

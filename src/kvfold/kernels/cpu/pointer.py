@@ -71,7 +71,8 @@ class Int32s:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         try:
-            self._memory = array("i", numbers)
+            given = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+            self._memory = array("i", given)
         except OverflowError:
             raise InputError("positions beyond 2147483647: expected fewer tokens") from None
         self.address, self.count = self._memory.buffer_info()

@@ -18,6 +18,7 @@ class Triton(Kernels):
     name = "triton"
     max_dim = 256  # larger heads do not fit the registers
     replays = True
+    turns = True
 
     @property
     def knows(self) -> frozenset[str]:
