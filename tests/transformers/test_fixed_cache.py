@@ -96,10 +96,12 @@ def step_of(model: Any, forward: Callable[..., Any]) -> Step:
     return step
 
 
-COMPILED = ["llama", "gemma2", "gemma3_text", "qwen3", "cohere", "phi3"]
+SLOW = pytest.mark.slow
+COMPILED = ["llama", "gemma3_text"]
+COMPILED_TOO = [pytest.param(case, marks=SLOW) for case in CASES if case not in COMPILED]
 
 
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", [*COMPILED, *COMPILED_TOO])
 def test_a_step_is_one_graph(case: str) -> None:
     """For all lengths and for another cache of that size; results are those of eager execution."""
     model, ids = make(case), tokens(2, 18)
@@ -112,7 +114,9 @@ def test_a_step_is_one_graph(case: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [*FORMATS, ("int8", "int4")], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [("int8", "int4"), *(pytest.param(name, marks=SLOW) for name in FORMATS)], ids=str
+)
 def test_every_format_compiles(dtype: Any) -> None:
     model, ids = make("llama"), tokens(2, 18)
     wanted = decode(step_of(model, model.forward), fixed(model, dtype=dtype), ids)
