@@ -39,7 +39,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 class Engine:
     """Memory as vLLM makes it, full of what was there before, and tables in no order."""
 
-    def __init__(self, name: str, packed: bool, sequences: int = 4, width: int = 4) -> None:
+    def __init__(
+        self, name: str, packed: bool, sequences: int = 4, width: int = 4, gpu: bool = False
+    ) -> None:
+        self.gpu = gpu
         self.fmt = FORMATS[name]
         size = PageFormat(self.fmt, DIM, V_DIM, BLOCK, packed).token_bytes
         blocks = sequences * width + 1
@@ -63,7 +66,9 @@ class Engine:
         )
         q = noise(begins[-1], HEADS, DIM, dtype=torch.bfloat16, seed=7).float()
         out = torch.full((begins[-1], HEADS, V_DIM), torch.nan)
-        calls = groups(begins, self.lengths, self.table)
+        there = torch.tensor(self.lengths, dtype=torch.int32) if self.gpu else None
+        upper = [length + 3 for length in self.lengths] if self.gpu else self.lengths
+        calls = groups(begins, upper, self.table, there)
         self.layer.write(k, v, self.cache, calls)
         self.layer.attend(q, self.cache, calls, layer_options(DIM**-0.5, **options), out)
         for b, count in enumerate(new):
@@ -85,6 +90,16 @@ class Engine:
 @pytest.mark.parametrize("name", FORMATS)
 def test_ragged_steps_are_the_definition(name: str, backend: str) -> None:
     engine = Engine(name, packed=backend == "cpu")
+    for new in STEPS:
+        engine.step(new)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_steps_whose_lengths_a_gpu_knows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Triton's interpreter: prompts go in pieces, and no length comes to the host."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("KVFOLD_BACKEND", "triton")
+    engine = Engine(name, packed=False, gpu=True)
     for new in STEPS:
         engine.step(new)
 

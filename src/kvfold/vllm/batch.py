@@ -75,13 +75,16 @@ def groups(
         begins: ``[B + 1]``, where the new tokens of each sequence begin, and the end of the last.
         lengths: ``[B]``, of the sequences, new tokens included; at least that, if ``on_device``.
         table: int32 ``[B, blocks]``.
-        on_device: int32 ``[B]``, the lengths, where a GPU reads them.
+        on_device: int32 ``[B]``, the lengths, where a GPU reads them; its kernels are for few
+            queries, so that prompts go as many short sequences that share their blocks.
         rings: of sequences whose most recent tokens are kept exactly, with the tokens of a block.
 
     >>> table = torch.zeros(3, 4, dtype=torch.int32)
     >>> [(x.tokens, x.rows, x.ends) for x in groups([0, 1, 2, 40], [9, 7, 38], table)]
     [(1, slice(0, 2, None), [9, 7]), (38, slice(2, 40, None), [38])]
     """
+    if on_device is not None:
+        begins, lengths, table, on_device = _in_pieces(begins, lengths, table, on_device)
     members: dict[tuple[int, int], list[int]] = {}
     for b, (begin, end) in enumerate(pairwise(begins)):
         tokens = end - begin
@@ -122,3 +125,24 @@ def _group(
         return Group(tokens, rows, table[chosen], starts, own, most, None, {})
     ends = on_device[chosen]
     return Group(tokens, rows, table[chosen], ends - tokens, ends, most, None, {})
+
+
+def _in_pieces(
+    begins: Sequence[int], lengths: Sequence[int], table: torch.Tensor, on_device: torch.Tensor
+) -> tuple[list[int], list[int], torch.Tensor, torch.Tensor]:
+    """The same step with at most ``MAX_TOKENS`` new tokens for each sequence.
+
+    Queries of an earlier piece do not see the keys of a later one, which are there already.
+    """
+    starts, own, after = [begins[0]], list[int](), list[int]()
+    for b, (begin, end) in enumerate(pairwise(begins)):
+        pieces = [*range(begin + MAX_TOKENS, end, MAX_TOKENS), end]
+        starts += pieces
+        own += [b] * len(pieces)
+        after += [end - piece for piece in pieces]
+    if len(own) == len(lengths):
+        return starts, list(lengths), table, on_device
+    chosen = torch.tensor(own, device=table.device)
+    later = torch.tensor(after, dtype=torch.int32, device=table.device)
+    cut = [lengths[b] - rest for b, rest in zip(own, after, strict=True)]
+    return starts, cut, table[chosen], on_device[chosen] - later
