@@ -1,5 +1,7 @@
 // What encoding a row needs: the C++ twin of kvfold/ops/rounding.py and rotation.py, bit for bit.
 #pragma once
+#include <algorithm>
+
 #include "layout.h"
 
 namespace KVF_NAMESPACE {
@@ -82,14 +84,24 @@ static inline int code_of(float x, float scale, int low, int high) {
   return c != c ? 0 : c < low ? low : c > high ? high : (int)c;
 }
 
+// The largest size of some numbers; NaN if one of them is. Sizes have the order of their bits.
+static INLINE float largest_size(const float* x, int count) {
+  int32_t top = 0;
+  for (int i = 0; i < count; ++i) {
+    int32_t bits;
+    memcpy(&bits, x + i, 4);
+    top = std::max(top, bits & 0x7fffffff);
+  }
+  float size;
+  memcpy(&size, &top, 4);
+  return size;
+}
+
 // One scale for all: the largest number gets the code of `top`. convert: x / scale to a code.
 template <class Convert>
 static INLINE void encode_whole(const float* x, int padded, float top, uint8_t* row,
                                 uint16_t* scales, Convert convert) {
-  float largest = 0;
-  for (int i = 0; i < padded; ++i)
-    if (x[i] != x[i] || std::fabs(x[i]) > largest) largest = std::fabs(x[i]);
-  scales[0] = scale_above(largest / top);
+  scales[0] = scale_above(largest_size(x, padded) / top);
   const float scale = from_bf16(scales[0]);
   for (int i = 0; i < padded; ++i) row[i] = convert(x[i], scale);
 }

@@ -22,16 +22,29 @@ struct FourBits : InFloats<F> {
     }
   }
 
+  // Whether the first of a group's numbers that is as large as its largest is above zero.
+  static INLINE bool is_positive(const float* x, float largest) {
+    int above = 0, below = 0;  // how far it is from the end, most likely one alone
+    for (int i = 0; i < group; ++i) {
+      above = std::max(above, x[i] == largest ? group - i : 0);
+      below = std::max(below, x[i] == -largest ? group - i : 0);
+    }
+    return largest > 0 && above > below;
+  }
+
   static void encode(const float* x, int padded, uint8_t* row, uint16_t* scales) {
     for (int g = 0; g * group < padded; ++g) {
-      float extreme = 0;
-      for (int i = g * group; i < (g + 1) * group; ++i)
-        if (x[i] != x[i] || std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
-      const uint16_t size = scale_above(std::fabs(extreme) / F::top);
-      scales[g] = extreme > 0 ? size | 0x8000 : size;
+      const float* numbers = x + g * group;
+      const float largest = largest_size(numbers, group);
+      const uint16_t size = scale_above(largest / F::top);
+      scales[g] = largest == largest && is_positive(numbers, largest) ? size | 0x8000 : size;
       const float scale = from_bf16(scales[g]);
-      for (int i = g * group; i < (g + 1) * group; ++i)
-        set_half(row + i / 2, i % 2, F::nearest(x[i], scale));
+      int32_t codes[group];
+      for (int i = 0; i < group; ++i) codes[i] = F::nearest(numbers[i], scale);
+      uint64_t pairs[group / 2];  // the second number of a pair is in the upper half
+      memcpy(pairs, codes, sizeof pairs);
+      for (int i = 0; i < group / 2; ++i)
+        row[g * group / 2 + i] = (uint8_t)(pairs[i] | pairs[i] >> 28);
     }
   }
 

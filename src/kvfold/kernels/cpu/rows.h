@@ -30,7 +30,38 @@ static INLINE void transpose16(__m512i r[16]) {
   }
 }
 
-// [16][words] -> [words][16], 32-bit words: keys in float32, or pairs of bfloat16.
+// Numbers of four bits, each word eight dimensions in a row, as blocks have them: 0-3 in the low
+// halves of its bytes, 4-7 in the high.
+static INLINE __m512i halves_apart(__m512i words) {
+  const auto spread = [](__m512i x) {  // four numbers to a byte each
+    x = _mm512_or_si512(x, _mm512_slli_epi32(x, 8));
+    x = _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
+    x = _mm512_or_si512(x, _mm512_slli_epi32(x, 4));
+    return _mm512_and_si512(x, _mm512_set1_epi32(0x0f0f0f0f));
+  };
+  const __m512i low = spread(_mm512_and_si512(words, _mm512_set1_epi32(0xffff)));
+  return _mm512_or_si512(low, _mm512_slli_epi32(spread(_mm512_srli_epi32(words, 16)), 4));
+}
+
+// Sixteen tokens' words become what a block of keys has of them.
+template <class F>
+static INLINE void store_words(__m512i words, uint8_t* block, int word) {
+  constexpr int bits = F::bits * F::step;  // of a token that lie together
+  if constexpr (F::bits == 4) words = halves_apart(words);
+  if constexpr (F::key_flip) words = _mm512_xor_si512(words, _mm512_set1_epi8((char)F::key_flip));
+  if constexpr (bits == 32) {
+    _mm512_storeu_si512(block + word * 64, words);
+  } else {
+    for (int i = 0; i < 32 / bits; ++i, words = _mm512_srli_epi32(words, bits)) {
+      uint8_t* to = block + (word * (32 / bits) + i) * 2 * bits;
+      if constexpr (bits == 16) _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(words));
+      else _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(words));
+    }
+  }
+}
+
+// Keys: words of sixteen rows, transposed.
+template <class F>
 static void place_words(const uint8_t* const rows[BLOCK], int words, uint8_t* block) {
   for (int first = 0; first < words; first += 16) {
     const int count = words - first < 16 ? words - first : 16;
@@ -38,7 +69,7 @@ static void place_words(const uint8_t* const rows[BLOCK], int words, uint8_t* bl
     __m512i r[16];
     for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(some, rows[i] + 4 * first);
     transpose16(r);
-    for (int i = 0; i < count; ++i) _mm512_storeu_si512(block + (first + i) * 64, r[i]);
+    for (int i = 0; i < count; ++i) store_words<F>(r[i], block, first + i);
   }
 }
 
@@ -61,15 +92,58 @@ static void place_pairs(const uint8_t* const rows[BLOCK], int dim, uint8_t* bloc
     }
   }
 }
+
+// Byte i of four rows in word i.
+static INLINE __m512i interleaved(const __m128i* rows) {
+  __m512i words = _mm512_cvtepu8_epi32(rows[0]);
+  for (int i = 1; i < 4; ++i)
+    words = _mm512_or_si512(words, _mm512_slli_epi32(_mm512_cvtepu8_epi32(rows[i]), 8 * i));
+  return words;
+}
+
+// Values of one byte: sixteen dimensions of four tokens, interleaved.
+static void place_quads(const uint8_t* const rows[BLOCK], int dim, uint8_t* block) {
+  for (int d = 0; d < dim; d += 16) {
+    const __mmask16 some = (__mmask16)(dim - d < 16 ? (1u << (dim - d)) - 1 : 0xffff);
+    for (int quad = 0; quad < 4; ++quad) {
+      __m128i four[4];
+      for (int i = 0; i < 4; ++i) four[i] = _mm_maskz_loadu_epi8(some, rows[4 * quad + i] + d);
+      _mm512_storeu_si512(block + d * 16 + quad * 64, interleaved(four));
+    }
+  }
+}
+
+// Values of four bits: the same of eight tokens, 0-3 in the low halves of bytes and 4-7 in the high.
+static void place_halves(const uint8_t* const rows[BLOCK], int padded, uint8_t* block) {
+  const __m128i nibble = _mm_set1_epi8(15);
+  for (int d = 0; d < padded; d += 16)
+    for (int eight = 0; eight < 2; ++eight) {
+      __m128i codes[8];
+      for (int i = 0; i < 8; ++i) {
+        const __m128i both =
+            _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(rows[8 * eight + i] + d / 2)));
+        codes[i] = _mm_and_si128(_mm_or_si128(both, _mm_slli_epi16(both, 4)), nibble);
+      }
+      for (int i = 0; i < 4; ++i)
+        codes[i] = _mm_or_si128(codes[i], _mm_slli_epi16(codes[4 + i], 4));
+      _mm512_storeu_si512(block + d * 8 + eight * 64, interleaved(codes));
+    }
+}
 #endif
 
 template <class F, bool KEY>
 static INLINE void place_rows(int dim, const uint8_t* const rows[BLOCK], uint8_t* block) {
 #if defined(__AVX512F__)
-  if constexpr (KEY && F::bits * F::step == 32 && !F::key_flip) {
-    if (dim % F::step == 0) return place_words(rows, dim / F::step, block);
+  if constexpr (KEY) {
+    const int64_t bytes = bytes_of<F>(GROUPED<F> ? stored_dim<F, KEY>(dim) : dim);
+    if (bytes % 4 == 0) return place_words<F>(rows, (int)bytes / 4, block);
+  } else if constexpr (F::step == 2) {
+    return place_pairs(rows, dim, block);
+  } else if constexpr (F::step == 4) {
+    return place_quads(rows, dim, block);
+  } else if constexpr (F::bits == 4) {
+    return place_halves(rows, stored_dim<F, KEY>(dim), block);
   }
-  if constexpr (!KEY && F::bits == 16 && F::step == 2) return place_pairs(rows, dim, block);
 #endif
   for (int slot = 0; slot < BLOCK; ++slot) place_row<F, KEY>(dim, rows[slot], block, slot);
 }

@@ -22,14 +22,14 @@ static INLINE F16x load_e4m3(const uint8_t* p) {
 }
 
 static inline uint8_t to_e4m3(float x) {  // to nearest, ties to even, at most 448
-  if (x != x) return 0x7f;
-  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
-  const float size = std::fmin(std::fabs(x), 448.f);
-  if (size < 0.015625f) return sign | (uint8_t)std::nearbyintf(size * 512.f);  // subnormal: 2^-9
-  uint32_t u;
+  uint32_t all, u;                        // without branches, so that compilers do many at a time
+  memcpy(&all, &x, 4);
+  const float size = std::fabs(x) < 448.f ? std::fabs(x) : 448.f;
+  const int tiny = (int)std::nearbyintf(size * 512.f);  // subnormal: 2^-9
   memcpy(&u, &size, 4);
-  u += 0x7ffff + ((u >> 20) & 1);
-  return sign | (uint8_t)((u >> 20) - (120 << 3));
+  const int normal = (int)((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120 << 3);
+  const int code = size < 0.015625f ? tiny : normal;
+  return (uint8_t)(x != x ? 0x7f : code | (int)(all >> 24 & 0x80));
 }
 
 struct Fp8 : InFloats<Fp8> {
