@@ -1,10 +1,14 @@
-"""Pages read and written by PyTorch alone: for machines without kernels, and to look into them."""
+"""Pages read and written by PyTorch alone: for machines without kernels, and to look into them.
+
+Where the CPU kernels are, they read back what they hold; this is what they are tested by.
+"""
 
 from collections.abc import Sequence
 
 import torch
 
 from kvfold.kernels.backend import Call
+from kvfold.kernels.cpu.read_back import read_back, reader
 from kvfold.kernels.layout import Layout
 from kvfold.kernels.view import KVView, Positions, Rows
 from kvfold.ops.formats import decode, encode
@@ -17,12 +21,30 @@ def decoded(
     views: Sequence[KVView], keys: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys ``[B, Hkv, keys, D]`` and values ``[B, Hkv, keys, Dv]``; zeros where nothing is held."""
-    batch, heads = len(views[0].table), views[0].keys.data.shape[1]
-    shape, device = (batch, heads, keys), views[0].keys.data.device
+    lib = reader(views, dtype)
+    if lib is None:
+        return decoded_by_pytorch(views, keys, dtype)
+    k, v = _zeros(views[0], keys, dtype)
+    for view in views:
+        read_back(lib, view, k, v)
+    return k, v
+
+
+def _zeros(view: KVView, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads = len(view.table), view.keys.data.shape[1]
+    shape, device = (batch, heads, keys), view.keys.data.device
     k, v = (
         torch.zeros(*shape, rows.dim, dtype=dtype, device=device)
-        for rows in (views[0].keys, views[0].values)
+        for rows in (view.keys, view.values)
     )
+    return k, v
+
+
+def decoded_by_pytorch(
+    views: Sequence[KVView], keys: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``decoded``, whatever kernels there are."""
+    k, v = _zeros(views[0], keys, dtype)
     for view in views:
         for own, part in by_head(view):
             for b, low, high in ranges(part):

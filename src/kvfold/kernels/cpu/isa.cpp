@@ -5,6 +5,7 @@
 #include "append.h"
 #include "prefill.h"
 #include "read.h"
+#include "read_back.h"
 #include "table.h"
 
 namespace KVF_NAMESPACE {
@@ -24,4 +25,5 @@ static const char* formats() {
 
 extern const IsaTable KVF_TABLE;
 const IsaTable KVF_TABLE = {KVF_NAMESPACE::formats, KVF_NAMESPACE::attend_any,
-                            KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_lines};
+                            KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_back,
+                            KVF_NAMESPACE::read_lines};

@@ -78,6 +78,14 @@ struct KvfAppend {
   int32_t threads;
 };
 
+// Read positions below `keys` of each sequence back as numbers: those that the part holds.
+struct KvfReadBack {
+  int32_t batch, num_kv_heads, keys;
+  KvfTensor k, v;  // [B, Hkv, keys, dim]; other rows are left as they are
+  KvfPart part;
+  int32_t threads;
+};
+
 // Run body(data) on `threads` threads, as OpenMP's GOMP_parallel does.
 typedef void (*KvfParallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -88,6 +96,7 @@ const char* kvf_formats();               // names of the formats by code, space-
 void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
 int32_t kvf_attend(const KvfAttend* call);
 int32_t kvf_append(const KvfAppend* call);
+int32_t kvf_read_back(const KvfReadBack* call);
 double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads);  // sums; for bandwidth
 int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror
 }

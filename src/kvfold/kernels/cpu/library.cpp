@@ -115,6 +115,11 @@ int32_t kvf_append(const KvfAppend* call) {
   return 0;
 }
 
+int32_t kvf_read_back(const KvfReadBack* call) {
+  current->table->read_back(*call, parallel);
+  return 0;
+}
+
 double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads) {
   Reading r{data, bytes, threads, 0, 0};
   parallel(read_thread, &r, (unsigned)threads, 0);
@@ -127,7 +132,8 @@ int64_t kvf_sizeof(int32_t what) {
     case 1: return sizeof(KvfPart);
     case 2: return sizeof(KvfTensor);
     case 3: return sizeof(KvfAttend);
-    default: return sizeof(KvfAppend);
+    case 4: return sizeof(KvfAppend);
+    default: return sizeof(KvfReadBack);
   }
 }
 }

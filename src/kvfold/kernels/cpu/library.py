@@ -83,6 +83,12 @@ class Append(Structure):
     _fields_ = fields_of("KvfAppend", {"KvfTensor": Tensor, "KvfPart": Part})
 
 
+class ReadBack(Structure):
+    """``KvfReadBack``: rows to be read back."""
+
+    _fields_ = fields_of("KvfReadBack", {"KvfTensor": Tensor, "KvfPart": Part})
+
+
 class Library:
     """The loaded library."""
 
@@ -104,11 +110,12 @@ class Library:
 
     def _is_of_these_sources(self) -> bool:
         """Whether it has the same structs and formats: it would misread others' memory."""
-        structs = Side, Part, Tensor, Attend, Append
+        structs = Side, Part, Tensor, Attend, Append, ReadBack
         if any(self._c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
             return False
-        if not hasattr(self._c, "kvf_formats"):
+        if not (hasattr(self._c, "kvf_formats") and hasattr(self._c, "kvf_read_back")):
             return False
+        self._c.kvf_read_back.argtypes = [POINTER(ReadBack)]
         self._c.kvf_formats.restype = c_char_p
         formats: bytes = self._c.kvf_formats()
         return formats.decode().split() == list(FORMATS)
@@ -149,6 +156,10 @@ class Library:
     def append(self, call: Append) -> None:
         call.threads = torch.get_num_threads()
         self._c.kvf_append(byref(call))
+
+    def read_back(self, call: ReadBack) -> None:
+        call.threads = torch.get_num_threads()
+        self._c.kvf_read_back(byref(call))
 
     def read(self, data: torch.Tensor) -> None:
         """Read a tensor's memory once, as fast as the machine can; for measuring bandwidth."""

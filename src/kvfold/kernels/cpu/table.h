@@ -6,5 +6,6 @@ struct IsaTable {
   const char* (*formats)();
   void (*attend)(const KvfAttend&, KvfParallel);
   void (*append)(const KvfAppend&, KvfParallel);
+  void (*read_back)(const KvfReadBack&, KvfParallel);
   uint64_t (*read_lines)(const uint8_t* data, int64_t lines);
 };
