@@ -1,7 +1,9 @@
 """`kvfold bench serve` with an engine whose times are known (`tests/toolbox/fake_vllm.py`)."""
 
+import importlib
 import json
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ EACH = {"vLLM bf16": OWN, "kvfold bf16": 16 * KVFOLD, "kvfold int8": 8 * KVFOLD,
 @pytest.fixture(autouse=True)
 def _vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(installed(tmp_path / "site")))
+    monkeypatch.setattr("kvfold.bench.serving.request._PROCESS", 1 << 20)  # it is no real vLLM
 
 
 def model(folder: Path, heads: int, **others: Any) -> Path:
@@ -187,3 +190,21 @@ def test_only_steps_that_decode_count() -> None:
 
 def test_a_slope_needs_two_contexts() -> None:
     assert slope([512], [[Decoding(1.0, 1)]]) is None
+
+
+def test_the_benchmark_fills_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    serving, tables = (importlib.import_module(name) for name in ("serving", "tables"))
+    monkeypatch.setattr(serving, "RESULTS", tmp_path / "serving.jsonl")
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    assert tables.serving("SmolLM2") == tables.serving_memory() == tables.NOT_YET
+    options = ["--models", "smollm2", "--contexts", "512,1024", "--concurrency", "2"]
+    quick = ["--formats", "bf16", "--rounds", "1", "--output", "4"]
+    monkeypatch.setattr("sys.argv", ["serving.py", sys.executable, *options, *quick])
+    serving.main()
+    load, memory = tables.serving("SmolLM2").splitlines(), tables.serving_memory().splitlines()
+    assert [line.split(" | ")[1] for line in load[2:6]] == ["vLLM bf16", "kvfold bf16"] * 2
+    assert f"{1e6 * OWN:.2f} |" in load[2]
+    # Two and seven of 16 requests: 2.5 times the source's 4,100 tokens hold 7.5 of a third.
+    assert [line.split(" | ")[4] for line in memory[2:6]] == ["2", "2", "7", "7"]
+    assert tables.serving("TinyLlama") == tables.NOT_YET

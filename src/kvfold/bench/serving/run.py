@@ -219,6 +219,7 @@ class _Run:
                 "num_kv_heads": layers[0].num_kv_heads,
                 "context": context,
                 "batch": concurrency,
+                "memory": self._request.cache_bytes(),
             },
             implementation=server.implementation,
             kv_bytes=kv_bytes,
