@@ -71,6 +71,7 @@ def test_every_number(kvfold: Kvfold, tmp_path: Path, computed: tuple[str, ...])
         assert row["vs_first"]["median"] == pytest.approx(1)
         chunks = -(-context // 2048)
         assert row["first_token"]["median"] == pytest.approx(chunks * STEP + context * PREFILL)
+        assert row["prefill_vs_peer"]["median"] == pytest.approx(1)
         assert row["top1"] == 1
         assert len(row["seconds"]["samples"]) == 2
         assert row["machine"]["vllm"] == "0.0"

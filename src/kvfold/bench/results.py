@@ -19,7 +19,7 @@ _LONGEST_LINE = 1 << 20
 OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
 _SPREADS = (
     "seconds", "floor_fraction", "vs_own_bf16", "vs_best_peer", "vs_first", "first_token",
-    "tokens_per_second", "slope",
+    "tokens_per_second", "slope", "prefill_vs_peer",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ class Row:
         tokens_per_second: of all sequences that are served. running: how many an engine decoded
             at once. cache_tokens: how many tokens its cache holds.
         slope: seconds that each token of context of a sequence adds to a step.
+        prefill_vs_peer: speed to the first token as a multiple of vLLM's own attention's.
     """
 
     benchmark: str
@@ -73,6 +74,7 @@ class Row:
     running: int | None = None
     cache_tokens: int | None = None
     slope: Spread | None = None
+    prefill_vs_peer: Spread | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -191,6 +193,7 @@ class _Stored(TypedDict):
     first_token: NotRequired[StoredSpread | None]
     tokens_per_second: NotRequired[StoredSpread | None]
     slope: NotRequired[StoredSpread | None]
+    prefill_vs_peer: NotRequired[StoredSpread | None]
     running: NotRequired[Count | None]
     cache_tokens: NotRequired[Count | None]
 

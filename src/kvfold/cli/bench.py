@@ -263,6 +263,13 @@ def _served(row: "Row") -> list[str]:
 def _serving_caption(results: "Results") -> str:
     agreeing = min((row.top1 for row in results.rows if row.top1 is not None), default=None)
     same = "" if agreeing is None else f"First tokens as of vLLM's own: {agreeing:.0%} or more. "
+    prefill = [
+        row.prefill_vs_peer.median
+        for row in results.rows
+        if row.prefill_vs_peer and row.implementation.startswith("kvfold")
+    ]
+    if prefill:
+        same += f"Prefill, of vLLM's own speed: {min(prefill):.2f}× to {max(prefill):.2f}×. "
     return (
         "model (query heads:KV heads). first: time to the first token of one request alone. ms: "
         "per token, a step that only decodes, median ± half the interquartile range. tok/s: of "

@@ -25,7 +25,7 @@ found = metadata.entry_points(group={_GROUP!r})
 print(json.dumps([util.find_spec("vllm") is not None, [each.value for each in found]]))
 """
 _LOOK_SECONDS = 60
-_GOODBYE_SECONDS = 20
+_GOODBYE_SECONDS = 10
 _LONGEST = 300  # characters of what vLLM complained of
 
 

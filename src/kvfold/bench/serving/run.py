@@ -39,6 +39,10 @@ class Measured:
         """Tokens per second."""
         return Spread.of([each.tokens_per_second for each in self.decoding[case]])
 
+    def until_first(self, context: int) -> Timing:
+        """Seconds until the first token of one request alone."""
+        return Timing.of([seconds for seconds, _ in self.first[context]])
+
     def slope(self, contexts: tuple[int, ...], concurrency: int) -> Spread | None:
         """Seconds that each token of context adds to a step."""
         by_context = [self.decoding[context, concurrency] for context in contexts]
@@ -234,7 +238,10 @@ class _Run:
             cold=is_cold(must_read),
             vs_best_peer=ratio(speed, peer.speed(case)) if peer else None,
             vs_first=ratio(speed, first.speed(case)),
-            first_token=Timing.of([each[0] for each in measured.first[context]]),
+            first_token=measured.until_first(context),
+            prefill_vs_peer=(
+                ratio(peer.until_first(context), measured.until_first(context)) if peer else None
+            ),
             top1=measured.agreeing(peer) if peer else None,
             tokens_per_second=speed,
             running=running,
