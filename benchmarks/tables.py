@@ -145,6 +145,23 @@ def profile() -> str:
     return table(("weights", "attention, cache", *parts, "step"), body, 2) + measured(rows)
 
 
+def whole_step() -> str:
+    """Milliseconds of a step, by how it is computed."""
+    rows = results("whole_step", "attention", "packed", "compiled", "variant", "threads", "weights")
+    rows = [r for r in rows if r["weights"] == "bfloat16" and not r["variant"]]
+    most = max((r["threads"] for r in rows), default=0)
+    rows = [r for r in rows if r["threads"] == most]
+
+    def cells(row: Row) -> Iterator[str]:
+        yield "compiled" if row["compiled"] else "eager"
+        yield "prepacked" if row["packed"] else "plain"
+        yield "`sdpa`" if row["attention"] == "sdpa" else f"kvfold {row['attention']}"
+        yield from (f"{row['milliseconds'][c]:.1f}" for c in ("512", "4096", "7900"))
+
+    heads = ("step", "linear layers", "attention, cache", "ms at 512", "4,096", "7,900")
+    return table(heads, map(cells, rows), 3) + measured(rows)
+
+
 def planning_cases() -> str:
     rows = results("plan_decode", "model", "context", "batch", "cache")
 
@@ -381,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-smollm2": lambda: serving("SmolLM2"),
     "serving-tinyllama": lambda: serving("TinyLlama"),
     "serving-memory": serving_memory,
+    "whole-step": whole_step,
     "planning": planning,
     "planning-cases": planning_cases,
     "caches": caches,

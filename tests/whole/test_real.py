@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold import convert, fold_model, inspect
 from kvfold.checkpoint.gguf import summarize, transcode
+from kvfold.kernels.cpu.build import compiler
+from kvfold.kernels.cpu.library import library
 from kvfold.quality.text import token_windows
 from tests.toolbox import tiny
 
@@ -140,3 +142,24 @@ def test_converting_the_gguf_itself(gguf: Path, tmp_path: Path) -> None:
     model = load(tmp_path / "out")
     assert model.config.num_key_value_heads == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello")["input_ids"]
+
+
+@pytest.mark.skipif(library() is None or compiler() is None, reason="no kernels, no compiler")
+def test_a_compiled_step_with_prepacked_layers_ranks_tokens_alike(source: Path) -> None:
+    """The same tokens as PyTorch's own attention, step by step, and nearly its logits."""
+    import kvfold.transformers as drop_in
+
+    model, tokenizer = load(source), AutoTokenizer.from_pretrained(source)
+    prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+    with torch.no_grad():
+        texts = [model.generate(ids, max_new_tokens=STEPS, do_sample=False) for ids in prompts]
+        wanted = [model(written).logits[0] for written in texts]
+        model.set_attn_implementation("kvfold")
+        step: Any = torch.compile(model.forward, fullgraph=True)
+        with drop_in.prepack(model):
+            for ids, written, logits in zip(prompts, texts, wanted, strict=True):
+                cache = drop_in.FixedKVCache(model.config, max_length=64)
+                model(ids, past_key_values=cache)
+                for at in range(ids.shape[1], written.shape[1]):
+                    found = step(written[:, at : at + 1], past_key_values=cache).logits[0, -1]
+                    torch.testing.assert_close(found, logits[at], rtol=0, atol=NEAR_TIE)

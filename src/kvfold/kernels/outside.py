@@ -34,5 +34,5 @@ def outside_graphs(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 #: How many tokens a ``KVCache`` holds is known to Python alone, which a graph does not run.
 python_state = outside_graphs(
     "the lengths of a kvfold KVCache are Python state, not tensors: leave out fullgraph=True, or"
-    " use kvfold.FixedKVCache or transformers' StaticCache"
+    " use kvfold.FixedKVCache, kvfold.transformers.FixedKVCache or transformers' StaticCache"
 )
