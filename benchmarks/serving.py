@@ -11,7 +11,7 @@ once and take turns; see ``kvfold bench serve`` for how decoding and prefill are
 
 ``load``: contexts and concurrencies, memory enough for all. ``memory``: 16 requests of 4,096 tokens
 where the source's bf16 cache holds two, and every engine has the same memory. Rows are added to
-``serving.jsonl`` beside this file, one model, part and concurrency at a time.
+``serving.jsonl`` beside this file, one pair of models and part at a time.
 """
 
 import argparse
@@ -50,11 +50,11 @@ def config(name: str, kv_heads: int) -> dict[str, Any]:
     return LLAMA | SHAPES[name] | {"num_key_value_heads": kv_heads}
 
 
-def pairs(name: str, work: Path) -> Iterator[tuple[str, str]]:
+def pairs(name: str, wanted: str | None, work: Path) -> Iterator[tuple[str, str]]:
     """Folders with the configs of a model: the source, and each that it is folded to."""
     source, *folded = KV_HEADS[name]
     path = folder(work / NAMES[name], name, source)
-    for count in folded:
+    for count in folded if wanted is None else map(int, wanted.split(",")):
         yield path, folder(work / f"{NAMES[name]}-{count}", name, count)
 
 
@@ -73,9 +73,11 @@ def requests(name: str, pair: tuple[str, str], asked: argparse.Namespace) -> Ite
         "threads": asked.threads, "caches": asked.formats.split(","),
     }  # fmt: skip
     if "load" in asked.parts.split(","):
-        for concurrency in map(int, asked.concurrency.split(",")):
-            contexts = tuple(map(int, asked.contexts.split(",")))
-            yield ServeRequest(**given, contexts=contexts, concurrencies=(concurrency,))
+        yield ServeRequest(
+            **given,
+            contexts=tuple(map(int, asked.contexts.split(","))),
+            concurrencies=tuple(map(int, asked.concurrency.split(","))),
+        )
     if "memory" in asked.parts.split(","):
         context, held = SHORT_OF_MEMORY["context"], SHORT_OF_MEMORY["held"]
         each = describe(config(name, KV_HEADS[name][0])).kv_bytes_per_token()
@@ -89,6 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("python", help="that has vLLM and kvfold")
     parser.add_argument("--models", default=",".join(SHAPES))
+    parser.add_argument(
+        "--folded", help="KV heads of the folded models; SmolLM2: 1, TinyLlama: 2,1"
+    )
     parser.add_argument("--parts", default="load,memory")
     parser.add_argument("--contexts", default="512,4096,7900")
     parser.add_argument("--concurrency", default="1,4,8,16")
@@ -100,7 +105,7 @@ def main() -> None:
     asked = parser.parse_args()
     for name in asked.models.split(","):
         with tempfile.TemporaryDirectory() as work:
-            for pair in pairs(name, Path(work)):
+            for pair in pairs(name, asked.folded, Path(work)):
                 for request in requests(name, pair, asked):
                     results = run_serve(request, progress=lambda *told: print(*told, flush=True))
                     save(results, RESULTS)
