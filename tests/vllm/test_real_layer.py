@@ -24,13 +24,20 @@ BATCHES = {
     "mixed": [(92, 256), (1, 234), (98, 145), (1, 462), (145, 145)],
 }
 every_batch = pytest.mark.parametrize("batch", BATCHES)
+SHORT = [(1, 40), (1, 1), (3, 16), (17, 33)]  # as long as an interpreter has time for
+
+
+@pytest.fixture(autouse=True)
+def _blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read what blocks store, also where recent tokens of four bits are kept exactly."""
+    monkeypatch.setattr("kvfold.vllm.backend.Rings", lambda: None)
 
 
 class Case:
     """Keys and values of a batch's sequences, and the tables they lie by."""
 
     def __init__(self, batch: str, heads: tuple[int, int], head_size: int, dtype: Any, size: int):
-        self.new, self.lengths = zip(*BATCHES[batch], strict=True)
+        self.new, self.lengths = zip(*BATCHES.get(batch, SHORT), strict=True)
         generator = torch.Generator().manual_seed(head_size)
 
         def noise(tokens: int, heads: int) -> torch.Tensor:
@@ -155,3 +162,13 @@ def test_formats(cache_dtype: str, batch: str) -> None:
     name = format_named(cache_dtype, torch.bfloat16).name
     assert name in FORMATS
     check(batch, (9, 3), 64, cache_dtype=cache_dtype, own=False)
+
+
+@pytest.mark.parametrize(
+    "cache_dtype", ["auto", "fp8", "int8_per_token_head", "int4_per_token_head"]
+)
+def test_kernels_of_gpus(cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, interpreted where there is none: a row per token in vLLM's blocks."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("KVFOLD_BACKEND", "triton")
+    check("short", (8, 2), 64, block_size=32, cache_dtype=cache_dtype, own=False)

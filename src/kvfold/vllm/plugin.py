@@ -69,13 +69,13 @@ def _let_cpus_choose() -> None:
 def _why_not(backend: Any, config: Any) -> list[str]:
     given = config._asdict()
     reasons = backend.get_class().validate_configuration(device_capability=None, **given)
-    return [f"{reason} ({_value(reason, given)})" for reason in reasons]
+    return [_with_value(reason, given) for reason in reasons]
 
 
-def _value(reason: str, given: dict[str, Any]) -> str:
+def _with_value(reason: str, given: dict[str, Any]) -> str:
     """What the reason speaks of, as it was given."""
     name = reason.split(" ")[0]
-    return f"{name}={given[name]}" if name in given else f"head_size={given['head_size']}"
+    return f"{reason} ({name}={given[name]})" if name in given else reason
 
 
 def _refuse_or_warn(reasons: list[str]) -> None:
