@@ -8,6 +8,7 @@
 #include <atomic>
 #include <vector>
 
+#include "soften.h"
 #include "tile.h"
 
 namespace KVF_NAMESPACE {
@@ -48,6 +49,7 @@ struct HeadWork {
 struct Plan {
   const KvfAttend* call;
   int rows, padded;  // queries of a KV head; width of a partial result
+  bool streams = false;
   std::vector<Unit> units;
   std::vector<HeadWork> heads;  // [B * Hkv]
   std::vector<float> partial;   // [unit][rows][padded + 2]: o, m, l
@@ -78,17 +80,27 @@ static int visible(const KvfAttend& call, const KvfPart& part, int b, int head, 
   return count;
 }
 
+constexpr int64_t OWN_CACHE = 1 << 20;  // bytes that lie near a core, as most now have them
+
 static void make_plan(Plan& plan) {
   const KvfAttend& call = *plan.call;
   const int heads = call.num_kv_heads;
   plan.heads = std::vector<HeadWork>((size_t)call.batch * heads);
-  int64_t keys = 0;
+  int64_t keys = 0, bytes = 0, per_key[KVF_MAX_PARTS];
   Range ranges[2];
+  for (int p = 0; p < call.num_parts; ++p)
+    per_key[p] = (stored_keys(call.parts[p], call.q.format).bytes +
+                  stored_values(call.parts[p], call.q.format).bytes) /
+                 BLOCK;
   for (int b = 0; b < call.batch; ++b)
     for (int head = 0; head < heads; ++head)
-      for (int p = 0; p < call.num_parts; ++p)
+      for (int p = 0; p < call.num_parts; ++p) {
+        const int64_t before = keys;
         for (int i = 0, n = visible(call, call.parts[p], b, head, ranges); i < n; ++i)
           keys += ranges[i].high - ranges[i].low;
+        bytes += (keys - before) * per_key[p];
+      }
+  plan.streams = bytes > OWN_CACHE * std::max(call.threads, 1);
   // About eight units a thread even out what they take; short ones would cost more than they give.
   int64_t chunk = call.chunk > 0 ? call.chunk : keys / (8 * (call.threads > 0 ? call.threads : 1));
   if (call.chunk <= 0 && chunk < 256) chunk = 256;
@@ -114,9 +126,11 @@ static void make_plan(Plan& plan) {
 
 // Memory of one thread, for all of its units.
 struct Scratch {
-  std::vector<float> x, o, s, decay, m, l, unit;
-  std::vector<uint16_t> bf16;
-  std::vector<int8_t> high, low;
+  Softmax softmax;
+  Aligned<float> x, o;
+  std::vector<float> unit;
+  Aligned<uint16_t> bf16;
+  Aligned<int8_t> high, low;
   std::vector<int32_t> sums;
   Spare spare;
   int sequence = -1, head = -1, part = -1;  // whose queries are prepared
@@ -209,27 +223,6 @@ static uint64_t unseen(const Plan& plan, int count, const float* s) {
   return found;
 }
 
-// Scores to weights 2^(s - max), row by row; what was summed so far must decay.
-static void soften(int rows, int count, float* s, float* m, float* l, float* decay) {
-  for (int row = 0; row < rows; ++row) {
-    float* x = s + row * TILE;
-    F16x top = load(x);
-    for (int j = 16; j < count; j += 16) top = max(top, load(x + j));
-    const float largest = reduce_max(top), before = m[row];
-    const float now = largest > before ? largest : before;
-    const float base = now == -INFINITY ? 0 : now;
-    F16x sum = splat(0);
-    for (int j = 0; j < count; j += 16) {
-      const F16x p = exp2_nonpositive(load(x + j) - splat(base));
-      store(x + j, p);
-      sum = sum + p;
-    }
-    decay[row] = before == now ? 1 : before == -INFINITY ? 0 : exp2f(before - now);
-    l[row] = l[row] * decay[row] + reduce_add(sum);
-    m[row] = now;
-  }
-}
-
 // A head's sink logit s is a key without value: o, m and l become those of the keys and it.
 static float add_sink(float s, float& m, float& l) {
   const float top = std::fmax(m, s * LOG2E);
@@ -282,36 +275,36 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
   Queries q;
   prepare_queries(plan, unit, keys, a, q);
   a.o.assign((size_t)rows * padded, 0.f);
-  a.s.resize((size_t)rows * TILE);
-  a.m.assign(rows, -INFINITY);
-  a.l.assign(rows, 0.f);
-  a.decay.resize(rows);
+  a.softmax.begin(rows);
+  float* s = a.softmax.s.data();
   a.spare.blocks.resize(2 * TILE_BLOCKS * (keys.bytes + values.bytes));
   a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)(KVF_MAX_DIM / LEAST_GROUP));
   for (int first = unit.low / BLOCK * BLOCK; first < unit.high; first += TILE) {
     Tile k{}, v{};
+    k.streams = v.streams = plan.streams;
     const int left = (unit.high - first + BLOCK - 1) / BLOCK;
     k.blocks = v.blocks = left < TILE_BLOCKS ? left : TILE_BLOCKS;
     keys.gather(part, unit, first, 0, a.spare, k);
-    keys.math.score(q, k, a.s.data());
+    keys.math.score(q, k, s);
     const int count = k.blocks * BLOCK;
-    finish_scores(plan, unit, first, count, a.s.data());
-    const uint64_t without = unseen(plan, count, a.s.data());
-    soften(rows, count, a.s.data(), a.m.data(), a.l.data(), a.decay.data());
+    finish_scores(plan, unit, first, count, s);
+    const uint64_t without = unseen(plan, count, s);
+    soften(rows, count, a.softmax);
     values.gather(part, unit, first, without, a.spare, v);
-    values.math.add(rows, a.s.data(), a.decay.data(), v, a.o.data());
+    values.math.add(a.softmax.weights(rows), v, a.o.data());
   }
   HeadWork& work = plan.heads[(size_t)unit.b * call.num_kv_heads + unit.head];
   if (work.units == 1) {
     for (int row = 0; row < rows; ++row)
-      write(plan, unit.b, unit.head, row, &a.o[(size_t)row * padded], a.m[row], a.l[row]);
+      write(plan, unit.b, unit.head, row, &a.o[(size_t)row * padded], a.softmax.m[row],
+            a.softmax.l[row]);
     return;
   }
   for (int row = 0; row < rows; ++row) {
     float* to = plan.partial.data() + ((work.first + unit.slot) * rows + row) * (plan.padded + 2);
     memcpy(to, &a.o[(size_t)row * padded], sizeof(float) * call.v_head_dim);
-    to[plan.padded] = a.m[row];
-    to[plan.padded + 1] = a.l[row];
+    to[plan.padded] = a.softmax.m[row];
+    to[plan.padded + 1] = a.softmax.l[row];
   }
   if (work.left.fetch_sub(1, std::memory_order_acq_rel) == 1)
     merge(plan, unit.b, unit.head, work, a);

@@ -82,8 +82,8 @@ struct FourBits : InFloats<F> {
             const int64_t at = (int64_t)(row + r) * q.dim + d + 4 * half;
             const __m512i h = dword(q.high + at), l = dword(q.low + at);
             for (int b = 0; b < BLOCKS; ++b) {
-              high[r][b] = _mm512_dpbusd_epi32(high[r][b], k[b][half], h);
-              low[r][b] = _mm512_dpbusd_epi32(low[r][b], k[b][half], l);
+              high[r][b] = dot_quads(high[r][b], k[b][half], h);
+              low[r][b] = dot_quads(low[r][b], k[b][half], l);
             }
           }
       }
@@ -130,11 +130,10 @@ struct FourBits : InFloats<F> {
           }
           for (int r = 0; r < ROWS; ++r) {
             const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
-            for (int c = 0; c < CHUNKS; ++c) low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
+            for (int c = 0; c < CHUNKS; ++c) low[r][c] = dot_quads(low[r][c], l, v[c]);
             if constexpr (PLANES > 1) {
               const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
-              for (int c = 0; c < CHUNKS; ++c)
-                high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
+              for (int c = 0; c < CHUNKS; ++c) high[r][c] = dot_quads(high[r][c], h, v[c]);
             }
           }
         }
@@ -165,7 +164,10 @@ struct FourBits : InFloats<F> {
     }
   }
 
-  static void add(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+  static void add(const Weights& w, const Tile& tile, float* o) {
+    const int rows = w.rows;
+    float* p = w.p;
+    const float* decay = w.decay;
     const int padded = round_up(tile.dim, group);
     for_rows<8>(rows, [&](auto n, int row) {
       constexpr int ROWS = decltype(n)::value;

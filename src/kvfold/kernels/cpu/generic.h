@@ -16,6 +16,7 @@ struct Tile {
   const uint8_t* next[TILE_BLOCKS];  // what will be read after these, or null
   int blocks;
   int dim;
+  bool streams;  // the call reads more than a core's own caches hold
 };
 
 // Query rows of one KV head, prepared for a format of keys; which members are used is its business.
@@ -36,10 +37,17 @@ struct KeyMath {
   void (*score)(const Queries&, const Tile&, float* s);
 };
 
+// Weights of a tile's tokens.
+struct Weights {
+  int rows;
+  float* p;            // [rows][TILE]; scratch that may be overwritten
+  const float* decay;  // [rows], of what was summed before
+  const float* top;    // [rows], the largest of each row
+};
+
 struct ValueMath {
-  // o[row] = decay[row] * o[row] + sum over tokens of p[row * TILE + token] v.
-  // o rows are stored_dim apart. p is scratch and may be overwritten.
-  void (*add)(int rows, float* p, const float* decay, const Tile&, float* o);
+  // o[row] = decay[row] * o[row] + sum over tokens of p[row][token] v. o rows are stored_dim apart.
+  void (*add)(const Weights&, const Tile&, float* o);
 };
 
 template <int N>
@@ -47,32 +55,25 @@ struct Number {
   static constexpr int value = N;
 };
 
-// Call f(Number<R>, first) for groups of R <= LIMIT rows.
+static INLINE int groups_of(int count, int size) { return (count + size - 1) / size; }
+
+// f(Number<R>) of R = count, 1 to LIMIT.
+template <int LIMIT, class Function>
+static INLINE void with_number(int count, Function f) {
+  if constexpr (LIMIT > 1)
+    if (count < LIMIT) return with_number<LIMIT - 1>(count, f);
+  f(Number<LIMIT>());
+}
+
+// Call f(Number<R>, first) for groups of R <= LIMIT rows, as few and as even as can be: a group of
+// one row would wait for each of its sums.
 template <int LIMIT, class Function>
 static INLINE void for_rows(int rows, Function f) {
-  int r = 0;
-  for (; r + LIMIT <= rows; r += LIMIT) f(Number<LIMIT>(), r);
-  switch (rows - r) {
-    case 7:
-      if constexpr (LIMIT > 7) f(Number<7>(), r);
-      break;
-    case 6:
-      if constexpr (LIMIT > 6) f(Number<6>(), r);
-      break;
-    case 5:
-      if constexpr (LIMIT > 5) f(Number<5>(), r);
-      break;
-    case 4:
-      if constexpr (LIMIT > 4) f(Number<4>(), r);
-      break;
-    case 3:
-      if constexpr (LIMIT > 3) f(Number<3>(), r);
-      break;
-    case 2:
-      if constexpr (LIMIT > 2) f(Number<2>(), r);
-      break;
-    case 1: f(Number<1>(), r); break;
-    default: break;
+  int row = 0;
+  for (int groups = groups_of(rows, LIMIT); groups; --groups) {
+    const int count = (rows - row + groups - 1) / groups;
+    with_number<LIMIT>(count, [&](auto n) { f(n, row); });
+    row += count;
   }
 }
 
@@ -81,6 +82,57 @@ static void prepare_floats(Queries& q) {
 }
 
 static INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// What follows a tile is fetched meanwhile, in the order in which it lies: a few lines of 64 bytes at
+// every step of every call that goes over the tile.
+struct Ahead {
+  const Tile& tile;
+  int64_t bytes, at = 0;  // of a block
+  int block, each;        // lines at a step
+
+  Ahead(const Tile& tile, int64_t bytes, int steps, int calls)
+      : tile(tile), bytes(bytes), block(tile.next[0] ? 0 : TILE_BLOCKS),
+        each(groups_of((int)(bytes / 64) * TILE_BLOCKS, steps * calls)) {}
+
+  INLINE void step() {
+    if (block == TILE_BLOCKS) return;
+    for (int i = 0; i < each; ++i) __builtin_prefetch(tile.next[block] + at + i * 64, 0, 3);
+    at += each * 64;
+    if (at < bytes) return;
+    at = 0;
+    ++block;
+  }
+};
+
+// How many rows, and blocks of keys or chunks of values, go at once, and how many sums each has, so
+// that additions need not wait for each other.
+template <int ROWS, int ACROSS, int SPLIT>
+struct Shape {
+  static constexpr int split = SPLIT;
+
+  int calls(int rows, int across) const {
+    return groups_of(rows, ROWS) * groups_of(across, ACROSS);
+  }
+
+  // f(Number<rows>, Number<across>, first row, first block or chunk)
+  template <class Function>
+  INLINE void for_all(int rows, int across, Function f) const {
+    for_rows<ROWS>(rows, [&](auto n, int row) {
+      int i = 0;
+      for (; i + ACROSS <= across; i += ACROSS) f(n, Number<ACROSS>(), row, i);
+      for (; i < across; ++i) f(n, Number<1>(), row, i);
+    });
+  }
+};
+
+// f(Shape): what comes from memory is best taken as it lies there, a block or a chunk at a time;
+// with many rows, or near the core, it counts that each number loaded is used often.
+template <class Function>
+static INLINE void in_shape(int rows, int across, bool streams, Function f) {
+  if (across >= 4 && (rows > 8 || !streams)) f(Shape<6, 4, 1>());
+  else if (across >= 2 && rows > 4) f(Shape<8, 2, 1>());
+  else f(Shape<4, 1, 2>());
+}
 
 // Rows and blocks (or chunks of 16 dimensions) whose sums are kept in registers: enough to hide
 // the latency of a multiplication, and to use each broadcast number more than once.
@@ -186,15 +238,16 @@ static INLINE void scale_weights(int rows, float* p, const Tile& tile) {
 }
 
 template <class F>
-static void add_floats(int rows, float* p, const float* decay, const Tile& tile, float* o) {
-  if constexpr (F::group == WHOLE_ROW) scale_weights(rows, p, tile);
+static void add_floats(const Weights& w, const Tile& tile, float* o) {
+  if constexpr (F::group == WHOLE_ROW) scale_weights(w.rows, w.p, tile);
   const int padded = stored_dim<F, false>(tile.dim), chunks = padded / 16;
-  for_rows<ROW_LIMIT>(rows, [&](auto n, int row) {
+  for_rows<ROW_LIMIT>(w.rows, [&](auto n, int row) {
     constexpr int ROWS = decltype(n)::value, CHUNKS = across<ROWS>();
     int chunk = 0;
     for (; chunk + CHUNKS <= chunks; chunk += CHUNKS)
-      add_chunks<F, ROWS, CHUNKS>(row, p, decay, tile, chunk, o, padded);
-    for (; chunk < chunks; ++chunk) add_chunks<F, ROWS, 1>(row, p, decay, tile, chunk, o, padded);
+      add_chunks<F, ROWS, CHUNKS>(row, w.p, w.decay, tile, chunk, o, padded);
+    for (; chunk < chunks; ++chunk)
+      add_chunks<F, ROWS, 1>(row, w.p, w.decay, tile, chunk, o, padded);
   });
 }
 

@@ -106,6 +106,40 @@ static INLINE float reduce_max(F16x a) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// What is left of each of four, op joining two: shuffles are shared.
+template <class Op>
+static INLINE void reduce_four(const F16x* a, float* out, Op op) {
+  const auto halved = [&](int i) {
+    const __m512 x = (__m512)a[i].v[0], y = (__m512)a[i + 1].v[0];
+    return (__m512d)op(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  };
+  const __m512d x = halved(0), y = halved(2);
+  __m512 four = op((__m512)_mm512_unpacklo_pd(x, y), (__m512)_mm512_unpackhi_pd(x, y));
+  four = op(four, _mm512_shuffle_f32x4(four, four, 0x4e));
+  four = op(four, _mm512_shuffle_f32x4(four, four, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(four));
+}
+#endif
+
+// out[i] = the largest number of a[i], or their sum.
+template <int N>
+static INLINE void reduce_max(const F16x* a, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (N == 4)
+    return reduce_four(a, out, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
+#endif
+  for (int i = 0; i < N; ++i) out[i] = reduce_max(a[i]);
+}
+template <int N>
+static INLINE void reduce_add(const F16x* a, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (N == 4)
+    return reduce_four(a, out, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+#endif
+  for (int i = 0; i < N; ++i) out[i] = reduce_add(a[i]);
+}
+
 // 2^f for |f| <= 1/2, by the polynomial of degree 5 whose largest relative error is least (1.1e-7)
 // among those that are 1 at 0.
 static INLINE Floats exp2_fraction(Floats f) {

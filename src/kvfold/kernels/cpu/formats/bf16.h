@@ -22,104 +22,106 @@ static void prepare_bf16(Queries& q) {
   for (; i < count; ++i) q.bf16[i] = to_bf16(q.x[i]);
 }
 
-template <int ROWS, int BLOCKS>
-static INLINE void score_bf16_rows(const Queries& q, int row, const Tile& tile, int block,
-                                   bool fetch, float* s) {
-  __m512 sum[ROWS][BLOCKS];
+// Steps d … d + SPLIT - 1 of so many blocks, each step into sums of its own.
+template <int ROWS, int BLOCKS, int SPLIT, int SUMS>
+static INLINE void score_bf16_steps(const int32_t* query, int pairs, const Tile& tile, int block,
+                                    int d, __m512 (&sum)[ROWS][SUMS]) {
+  __m512i k[BLOCKS * SPLIT];
+  for (int i = 0; i < BLOCKS * SPLIT; ++i)
+    k[i] = _mm512_loadu_si512(tile.block[block + i / SPLIT] + (d + i % SPLIT) * 64);
   for (int r = 0; r < ROWS; ++r)
-    for (int b = 0; b < BLOCKS; ++b) sum[r][b] = _mm512_setzero_ps();
+    for (int i = 0; i < SPLIT; ++i) {
+      const __m512i x = _mm512_set1_epi32(query[r * pairs + d + i]);
+      for (int b = i; b < BLOCKS * SPLIT; b += SPLIT) sum[r][b] = dot_pairs(sum[r][b], k[b], x);
+    }
+}
+
+template <int ROWS, int BLOCKS, int SPLIT>
+static INLINE void score_bf16_rows(const Queries& q, int row, const Tile& tile, int block,
+                                   Ahead& ahead, float* s) {
+  static_assert(BLOCKS == 1 || SPLIT == 1, "sums are of blocks, or of one block's steps");
+  __m512 sum[ROWS][BLOCKS * SPLIT];
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < BLOCKS * SPLIT; ++i) sum[r][i] = _mm512_setzero_ps();
   const int pairs = q.dim / 2;
   const int32_t* query = (const int32_t*)(q.bf16 + (int64_t)row * q.dim);
-  for (int d = 0; d < pairs; ++d) {
-    __m512i k[BLOCKS];
-    for (int b = 0; b < BLOCKS; ++b) k[b] = _mm512_loadu_si512(tile.block[block + b] + d * 64);
-    if (fetch)
-      for (int b = 0; b < BLOCKS; ++b) prefetch(tile.next[block + b] + d * 64);
-    for (int r = 0; r < ROWS; ++r) {
-      const __m512i x = _mm512_set1_epi32(query[r * pairs + d]);
-      for (int b = 0; b < BLOCKS; ++b) sum[r][b] = dot_pairs(sum[r][b], k[b], x);
-    }
+  int d = 0;
+  for (; d + SPLIT <= pairs; d += SPLIT) {
+    score_bf16_steps<ROWS, BLOCKS, SPLIT>(query, pairs, tile, block, d, sum);
+    for (int i = 0; i < SPLIT; ++i) ahead.step();
   }
+  if (d < pairs) score_bf16_steps<ROWS, BLOCKS, 1>(query, pairs, tile, block, d, sum);
   for (int r = 0; r < ROWS; ++r)
-    for (int b = 0; b < BLOCKS; ++b)
+    for (int b = 0; b < BLOCKS; ++b) {
+      for (int i = 1; i < SPLIT; ++i) sum[r][b] = _mm512_add_ps(sum[r][b], sum[r][i]);
       _mm512_storeu_ps(s + (row + r) * TILE + (block + b) * BLOCK,
                        _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q.scale)));
+    }
 }
 
 static void score_bf16(const Queries& q, const Tile& tile, float* s) {
-  const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
-  int block = 0;
-  if (q.rows <= 6)
-    for (; block + 4 <= tile.blocks; block += 4)
-      for_rows<6>(q.rows, [&](auto n, int row) {
-        score_bf16_rows<decltype(n)::value, 4>(q, row, tile, block, fetch && row == 0, s);
-      });
-  for (; block + 2 <= tile.blocks; block += 2)
-    for_rows<8>(q.rows, [&](auto n, int row) {
-      score_bf16_rows<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s);
+  in_shape(q.rows, tile.blocks, tile.streams, [&](auto shape) {
+    using Shape = decltype(shape);
+    Ahead ahead(tile, 32 * q.dim, q.dim / 2, shape.calls(q.rows, TILE_BLOCKS));
+    shape.for_all(q.rows, tile.blocks, [&](auto rows, auto across, int row, int block) {
+      score_bf16_rows<rows.value, across.value, Shape::split>(q, row, tile, block, ahead, s);
     });
-  if (block < tile.blocks)
-    for_rows<8>(q.rows, [&](auto n, int row) {
-      score_bf16_rows<decltype(n)::value, 1>(q, row, tile, block, false, s);
-    });
+  });
 }
 
-template <int ROWS, int CHUNKS>
+template <int ROWS, int CHUNKS, int SPLIT>
 static INLINE void add_bf16_rows(int row, const int32_t* weights, const float* decay,
-                                 const Tile& tile, int chunk, bool fetch, float* o, int padded) {
-  __m512 sum[ROWS][CHUNKS];
+                                 const Tile& tile, int chunk, Ahead& ahead, float* o, int padded) {
+  static_assert(CHUNKS == 1 || SPLIT == 1, "sums are of chunks, or of one chunk's steps");
+  constexpr int SUMS = CHUNKS * SPLIT;
+  __m512 sum[ROWS][SUMS];
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < CHUNKS; ++c)
-      sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(o + (row + r) * (int64_t)padded + (chunk + c) * 16),
-                                _mm512_set1_ps(decay[row + r]));
+    for (int i = 0; i < SUMS; ++i)
+      sum[r][i] =
+          i >= CHUNKS
+              ? _mm512_setzero_ps()
+              : _mm512_mul_ps(_mm512_loadu_ps(o + (row + r) * (int64_t)padded + (chunk + i) * 16),
+                              _mm512_set1_ps(decay[row + r]));
   for (int block = 0; block < tile.blocks; ++block) {
     const uint8_t* base = tile.block[block] + (int64_t)chunk * 512;
-    const uint8_t* next = fetch ? tile.next[block] + (int64_t)chunk * 512 : nullptr;
-    for (int pair = 0; pair < 8; ++pair) {
-      __m512i v[CHUNKS];
-      for (int c = 0; c < CHUNKS; ++c) v[c] = _mm512_loadu_si512(base + c * 512 + pair * 64);
-      if (fetch)
-        for (int c = 0; c < CHUNKS; ++c) prefetch(next + c * 512 + pair * 64);
-      for (int r = 0; r < ROWS; ++r) {
-        const __m512i p = _mm512_set1_epi32(weights[(row + r) * (TILE / 2) + block * 8 + pair]);
-        for (int c = 0; c < CHUNKS; ++c) sum[r][c] = dot_pairs(sum[r][c], v[c], p);
-      }
+    for (int pair = 0; pair < 8; pair += SPLIT) {
+      __m512i v[SUMS];
+      for (int i = 0; i < SUMS; ++i)
+        v[i] = _mm512_loadu_si512(base + i / SPLIT * 512 + (pair + i % SPLIT) * 64);
+      for (int i = 0; i < SPLIT; ++i) ahead.step();
+      const int32_t* p = weights + row * (TILE / 2) + block * 8 + pair;
+      for (int r = 0; r < ROWS; ++r)
+        for (int i = 0; i < SPLIT; ++i) {
+          const __m512i x = _mm512_set1_epi32(p[r * (TILE / 2) + i]);
+          for (int c = i; c < SUMS; c += SPLIT) sum[r][c] = dot_pairs(sum[r][c], v[c], x);
+        }
     }
   }
-  for (int r = 0; r < ROWS; ++r)
+  for (int r = 0; r < ROWS; ++r) {
+    for (int i = CHUNKS; i < SUMS; ++i) sum[r][0] = _mm512_add_ps(sum[r][0], sum[r][i]);
     for (int c = 0; c < CHUNKS; ++c)
       _mm512_storeu_ps(o + (row + r) * (int64_t)padded + (chunk + c) * 16, sum[r][c]);
+  }
 }
 
-static void add_bf16(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+static void add_bf16(const Weights& w, const Tile& tile, float* o) {
   // The weights of a row, rounded, take the first half of its floats' place.
-  uint16_t* weights = (uint16_t*)p;
-  for (int r = 0; r < rows; ++r)
+  uint16_t* weights = (uint16_t*)w.p;
+  for (int r = 0; r < w.rows; ++r)
     for (int i = 0; i < tile.blocks; ++i) {
-      const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + r * TILE + i * BLOCK));
+      const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(w.p + r * TILE + i * BLOCK));
       memcpy(weights + r * TILE + i * BLOCK, &half, sizeof half);
     }
   const int padded = round_up(tile.dim, 16), chunks = padded / 16;
-  const bool fetch = tile.next[0] && tile.blocks == TILE_BLOCKS;
   const int32_t* pairs = (const int32_t*)weights;
-  // As many sums as registers hold: 8 rows of 2 chunks, or 6 of 4.
-  int chunk = 0;
-  if (rows % 8 == 0 || rows % 8 == 7)
-    for (; chunk + 2 <= chunks; chunk += 2)
-      for_rows<8>(rows, [&](auto n, int row) {
-        add_bf16_rows<decltype(n)::value, 2>(row, pairs, decay, tile, chunk, fetch && row == 0, o,
-                                             padded);
-      });
-  for (; chunk + 4 <= chunks; chunk += 4)
-    for_rows<6>(rows, [&](auto n, int row) {
-      add_bf16_rows<decltype(n)::value, 4>(row, pairs, decay, tile, chunk, fetch && row == 0, o,
-                                           padded);
+  in_shape(w.rows, chunks, tile.streams, [&](auto shape) {
+    using Shape = decltype(shape);
+    Ahead ahead(tile, 32 * padded, TILE / 2, shape.calls(w.rows, chunks));
+    shape.for_all(w.rows, chunks, [&](auto rows, auto across, int row, int chunk) {
+      add_bf16_rows<rows.value, across.value, Shape::split>(row, pairs, w.decay, tile, chunk, ahead,
+                                                            o, padded);
     });
-  for (; chunk < chunks; ++chunk)
-    for_rows<8>(rows, [&](auto n, int row) {
-      add_bf16_rows<decltype(n)::value, 1>(row, pairs, decay, tile, chunk, fetch && row == 0, o,
-                                           padded);
-    });
+  });
 }
 #endif
 

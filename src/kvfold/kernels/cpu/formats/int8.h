@@ -49,8 +49,8 @@ struct Int8 : InFloats<Int8> {
         const int64_t at = (int64_t)(row + r) * q.dim + d;
         const __m512i h = dword(q.high + at), l = dword(q.low + at);
         for (int b = 0; b < BLOCKS; ++b) {
-          high[r][b] = _mm512_dpbusd_epi32(high[r][b], k[b], h);
-          low[r][b] = _mm512_dpbusd_epi32(low[r][b], k[b], l);
+          high[r][b] = dot_quads(high[r][b], k[b], h);
+          low[r][b] = dot_quads(low[r][b], k[b], l);
         }
       }
     }
@@ -81,8 +81,8 @@ struct Int8 : InFloats<Int8> {
           const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
           const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
           for (int c = 0; c < CHUNKS; ++c) {
-            high[r][c] = _mm512_dpbusd_epi32(high[r][c], h, v[c]);
-            low[r][c] = _mm512_dpbusd_epi32(low[r][c], l, v[c]);
+            high[r][c] = dot_quads(high[r][c], h, v[c]);
+            low[r][c] = dot_quads(low[r][c], l, v[c]);
           }
         }
       }
@@ -94,7 +94,10 @@ struct Int8 : InFloats<Int8> {
       }
   }
 
-  static void add(int rows, float* p, const float* decay, const Tile& tile, float* o) {
+  static void add(const Weights& w, const Tile& tile, float* o) {
+    const int rows = w.rows;
+    float* p = w.p;
+    const float* decay = w.decay;
     const int padded = round_up(tile.dim, 16), chunks = padded / 16;
     for_rows<4>(rows, [&](auto n, int row) {
       constexpr int ROWS = decltype(n)::value;
