@@ -87,6 +87,22 @@ def test_every_family_loads_from_disk(case: str, tmp_path: Path) -> None:
     )
 
 
+def test_older_engines_find_the_rotary_embedding(tmp_path: Path) -> None:
+    """Where transformers 4 had it too; transformers 5 reads the same from both."""
+    source = tiny.save_with_tokenizer(tiny.make("phi", num_key_value_heads=6), tmp_path / "source")
+    convert(source, tmp_path / "out", 2, calibrate=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    rotary = config["rope_parameters"]
+    assert config["rope_theta"] == rotary["rope_theta"]
+    assert config["partial_rotary_factor"] == rotary["partial_rotary_factor"] < 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for key in ("rope_theta", "partial_rotary_factor"):
+        del config[key]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    newer = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(tiny.logits(model, tiny.tokens()), tiny.logits(newer, tiny.tokens()))
+
+
 @pytest.mark.parametrize("bare", [False, True], ids=["prefixed", "old names"])
 def test_gpt2_loads_as_gpt_bigcode(tmp_path: Path, bare: bool) -> None:
     """Old GPT-2 checkpoints name tensors without ``transformer.`` and store causal masks."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers and the hub use
+_OLDER_KEYS = ("rope_theta", "partial_rotary_factor")  # of transformers 4
 _NOT_CARRIED = {"config.json", INDEX, "README.md", RECORD, ".gitattributes"}
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py",
@@ -118,10 +119,11 @@ def folded_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     if target.is_source(checkpoint.geometry):
         return dict(checkpoint.config)
     config = target.config(checkpoint.family, checkpoint.config)
-    # Engines that do not know transformers 5's rope_parameters read the older key.
-    base = (config.get("rope_parameters") or {}).get("rope_theta")
-    if base is not None:
-        config.setdefault("rope_theta", base)
+    # Engines that do not know transformers 5's rope_parameters read the older keys.
+    rotary = config.get("rope_parameters") or {}
+    for key in _OLDER_KEYS:
+        if rotary.get(key) is not None:
+            config.setdefault(key, rotary[key])
     return {key: value for key, value in config.items() if key != "auto_map"}
 
 

@@ -14,6 +14,8 @@ import sys
 
 from verify_task import AbsentError, Task
 
+_LONGEST = 300  # characters of a reason
+
 
 def main(engine: str, file: int) -> None:
     """Ask, and write down what comes back."""
@@ -47,9 +49,8 @@ def _reason(error: BaseException) -> str:
     """The first cause of an error: what engines wrap around it tells less."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = lines[0] if lines else ""
-    return words if len(words) > 12 else f"{type(error).__name__}: {words}"
+    words = " ".join(str(error).split())[:_LONGEST]
+    return words if " " in words else f"{type(error).__name__}: {words}"
 
 
 if __name__ == "__main__":

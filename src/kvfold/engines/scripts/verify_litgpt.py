@@ -18,7 +18,7 @@ _RELATIVES = {
     "mistral": "Mistral-7B-v0.3",
     "qwen2": "Qwen2.5-0.5B",
     "qwen3": "Qwen3-0.6B",
-    "gemma": "Gemma-2b",
+    "gemma": "Gemma-7b",  # what is named Gemma-2… is read as Gemma 2
     "gemma2": "Gemma-2-2b",
     "gemma3_text": "Gemma-3-1b-it",
     "phi": "phi-1_5",

@@ -1,6 +1,7 @@
 """llama.cpp: its converter makes a GGUF file, its server runs it (a program, or ``xllamacpp``)."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -35,7 +36,11 @@ def load(task: Task, stage: Stage) -> tuple[Callable[[], Answer], str]:
     stage("converting")
     gguf = _convert(task)
     stage("loading")
-    address = _in_process(gguf, task) if find_spec("xllamacpp") else _process(gguf, task)
+    start = _in_process if find_spec("xllamacpp") else _process
+    try:
+        address = start(gguf, task)
+    except RuntimeError as error:
+        raise RuntimeError(_complaint() or str(error)) from None
 
     def generate() -> Answer:
         return [_complete(address, prompt, task.tokens) for prompt in task.prompts]
@@ -105,6 +110,17 @@ def _process(gguf: Path, task: Task) -> str:
         except OSError:  # not there yet, or loading
             time.sleep(0.2)
     raise RuntimeError(f"llama-server ended with {process.returncode}")
+
+
+def _complaint() -> str:
+    """What the server says of a model that it does not load, in the log that stderr is."""
+    try:
+        said = os.pread(2, os.fstat(2).st_size, 0).decode(errors="replace")
+    except OSError:  # no file
+        return ""
+    words = "error loading model: "
+    lines = [line.partition(words)[2] for line in said.splitlines() if words in line]
+    return lines[-1] if lines else ""
 
 
 def _complete(address: str, prompt: tuple[int, ...], tokens: int) -> list[int]:
