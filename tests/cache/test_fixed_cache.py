@@ -12,7 +12,6 @@ import torch
 import kvfold
 from kvfold.errors import InputError
 from kvfold.kernels.cpu import fixed
-from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import check_options
 from kvfold.ops.rope import Rotary
@@ -44,12 +43,11 @@ def check(found: Outputs, wanted: Outputs) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
-def test_a_fixed_cache_is_a_cache(fmt: Format, window: int | None) -> None:
+@pytest.mark.parametrize(("name", "window"), [*((name, None) for name in FORMATS), ("int8", 9)])
+def test_a_fixed_cache_is_a_cache(name: str, window: int | None) -> None:
     """50 tokens are no whole number of blocks; compiled once for prompts, once for steps."""
-    ours, compiled = (new(dtype=fmt.name, window=window) for _ in range(2))
-    grown = kvfold.KVCache(2, 16, batch=3, dtype=fmt.name, exact_first=0, exact_recent=0)
+    ours, compiled = (new(dtype=name, window=window) for _ in range(2))
+    grown = kvfold.KVCache(2, 16, batch=3, dtype=name, exact_first=0, exact_recent=0)
     once = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
     asked = {} if window is None else {"window": window}
     for index, tokens in enumerate((20, 5, 1, 1, 6)):
