@@ -15,6 +15,7 @@ from tests.toolbox.attention_cases import (
     ISAS,
     check_as_good_as_pytorch,
     contents,
+    distance,
     filled,
     naive,
     needs_kernels,
@@ -94,6 +95,18 @@ def test_large_scores_and_many_threads() -> None:
         check(cache, torch.ones(3, 8, 300, 16), slack=2 * 160 * 2**-23 * 4)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_small_and_large_scores_are_capped(isa: str, tokens: int, size: float) -> None:
+    """The log-sum-exp tells: tanh is off by 2^-20 of itself at most, in any place."""
+    cache = filled(KVCache(2, 32, dtype="fp32"), 90, scale=size)
+    q = noise(1, 6, tokens, 32)
+    out, lse = cache.attend(q, return_lse=True, softcap=20.0)
+    truth, true_lse = naive(q, *contents(cache), softcap=20.0)
+    assert distance(lse, true_lse) <= 20 * min(size, 1) * 2**-20 + 1e-6
+    assert distance(out, truth) <= 2 * 20 * min(size, 1) * 2**-20 * 4 + 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,8 +8,8 @@
 #include <atomic>
 #include <vector>
 
+#include "logits.h"
 #include "soften.h"
-#include "tile.h"
 
 namespace KVF_NAMESPACE {
 
@@ -37,8 +37,6 @@ static Stored<ValueMath> stored_values(const KvfPart& part, int queries) {
             F::value_math(queries)};
   });
 }
-
-constexpr float LOG2E = 1.44269504f;  // logits are kept in base 2
 
 struct HeadWork {
   int32_t units = 0;
@@ -177,36 +175,10 @@ static void prepare_queries(const Plan& plan, const Unit& unit, const Stored<Key
 static void finish_scores(const Plan& plan, const Unit& unit, int first, int count, float* s) {
   const KvfAttend& call = *plan.call;
   const int group_size = call.num_heads / call.num_kv_heads;
-  const int start = call.start ? call.start[unit.b] : 0;
-  const int64_t length = call.length[unit.b];
   for (int row = 0; row < plan.rows; ++row) {
-    float* x = s + row * TILE;
     const int head = unit.head * group_size + row / call.tokens, t = row % call.tokens;
-    const int64_t position = length - call.tokens + t;
-    if (call.softcap > 0)
-      for (int j = 0; j < count; ++j) x[j] = call.softcap * LOG2E * std::tanh(x[j] / call.softcap);
-    if (call.alibi_slopes)
-      for (int j = 0; j < count; ++j)
-        x[j] -= call.alibi_slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
-    if (call.mask) {
-      const float* mask = call.mask + unit.b * call.mask_batch_stride +
-                          head * call.mask_head_stride + t * call.mask_token_stride + first;
-      for (int j = 0; j < count; ++j)  // a hidden key's score may be NaN
-        if (first + j >= unit.low && first + j < unit.high)
-          x[j] = mask[j] == -INFINITY ? -INFINITY : x[j] + mask[j] * LOG2E;
-    }
-    int64_t low = unit.low, high = unit.high, sinks_end = 0;
-    if (call.right >= 0 && position + call.right + 1 < high) high = position + call.right + 1;
-    if (call.left >= 0) {
-      sinks_end = (int64_t)start + call.sinks;
-      if (position - call.left > low) low = position - call.left;
-    }
-    if (first >= low && first + count <= high) continue;
-    for (int j = 0; j < count; ++j) {
-      const int64_t at = first + j;
-      const bool sink = at >= unit.low && at < sinks_end;  // hidden by right all the same
-      if (at >= high || (at < low && !sink)) x[j] = -INFINITY;
-    }
+    const int64_t position = (int64_t)call.length[unit.b] - call.tokens + t;
+    finish_row(call, unit, head, t, position, first, count, s + row * TILE);
   }
 }
 

@@ -100,35 +100,6 @@ static Range who_sees(const KvfAttend& call, const Block& block, int64_t first, 
   return {(int32_t)from, (int32_t)std::max(from, to)};
 }
 
-// One row's scores become logits: what a query at `position` may not see is hidden.
-static void finish_row(const KvfAttend& call, const Unit& unit, int head, int t, int64_t position,
-                       int first, int count, float* x) {
-  if (call.softcap > 0)
-    for (int j = 0; j < count; ++j) x[j] = call.softcap * LOG2E * std::tanh(x[j] / call.softcap);
-  if (call.alibi_slopes)
-    for (int j = 0; j < count; ++j)
-      x[j] -= call.alibi_slopes[head] * LOG2E * std::fabs((float)(position - (first + j)));
-  if (call.mask) {
-    const float* mask = call.mask + unit.b * call.mask_batch_stride + head * call.mask_head_stride +
-                        t * call.mask_token_stride + first;
-    for (int j = 0; j < count; ++j)  // a hidden key's score may be NaN
-      if (first + j >= unit.low && first + j < unit.high)
-        x[j] = mask[j] == -INFINITY ? -INFINITY : x[j] + mask[j] * LOG2E;
-  }
-  int64_t low = unit.low, high = unit.high, sinks_end = 0;
-  if (call.right >= 0) high = std::min(high, position + call.right + 1);
-  if (call.left >= 0) {
-    sinks_end = (int64_t)(call.start ? call.start[unit.b] : 0) + call.sinks;
-    low = std::max(low, position - call.left);
-  }
-  if (first >= low && first + count <= high) return;
-  for (int j = 0; j < count; ++j) {
-    const int64_t at = first + j;
-    const bool sink = at >= unit.low && at < sinks_end;  // hidden by right all the same
-    if (at >= high || (at < low && !sink)) x[j] = -INFINITY;
-  }
-}
-
 // Which of a tile's tokens no row sees, by the mask: their values may be anything.
 static uint64_t unseen_by(int rows, int count, const float* s) {
   uint64_t found = 0;
@@ -247,9 +218,9 @@ static void run_span(Rows<To>& r, const KvfPart& part, const Unit& unit, const M
     Tile tile{};
     tile.blocks = span.blocks[i];
     values.load(part, unit, span.first[i], without[i], r.a.spare, r.a.room.data(), tile);
-    To::value_math(r.plan.call->q.format)
-        .add(span.to[i] - from, s + i * size + from * TILE, r.a.ones.data(), tile,
-             &r.a.o[(size_t)from * r.padded]);
+    const float* ones = r.a.ones.data();  // nothing decays, and no weight is larger
+    const Weights weights{span.to[i] - from, s + i * size + from * TILE, ones, ones};
+    To::value_math(r.plan.call->q.format).add(weights, tile, &r.a.o[(size_t)from * r.padded]);
   }
 }
 

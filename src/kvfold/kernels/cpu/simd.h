@@ -140,16 +140,17 @@ static INLINE void reduce_add(const F16x* a, float* out) {
   for (int i = 0; i < N; ++i) out[i] = reduce_add(a[i]);
 }
 
-// 2^f for |f| <= 1/2, by the polynomial of degree 5 whose largest relative error is least (1.1e-7)
-// among those that are 1 at 0.
-static INLINE Floats exp2_fraction(Floats f) {
+// 2^f - 1 for |f| <= 1/2, by the polynomial of degree 5 whose largest relative error is least (1.1e-7)
+// among those that are right at 0.
+static INLINE Floats exp2_less_one(Floats f) {
   Floats p = 1.32647273e-3f - Floats{};
   p = p * f + 9.67151299e-3f;
   p = p * f + 5.55073358e-2f;
   p = p * f + 2.40222424e-1f;
   p = p * f + 6.93147004e-1f;
-  return p * f + 1.0f;
+  return p * f;
 }
+static INLINE Floats exp2_fraction(Floats f) { return exp2_less_one(f) + 1.0f; }
 
 // 2^x for x <= 0 (relative error 3e-7). Masked scores (-inf) give exactly 0, NaN stays NaN. Results
 // below 2^-126 are 0, or, with AVX-512, what denormal numbers keep of them.
@@ -166,6 +167,22 @@ static INLINE F16x exp2_nonpositive(F16x x) {
     const Floats n = (t + magic) - magic;
     r.v[i] = (Floats)((Ints)exp2_fraction(t - n) + (__builtin_convertvector(n, Ints) << 23));
 #endif
+  }
+  return r;
+}
+
+// tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|), and the sign of x (relative error 1e-6).
+static INLINE F16x tanh(F16x x) {
+  F16x y, r;
+  EACH {
+    const Floats size = (Floats)((Ints)x.v[i] & 0x7fffffff);
+    y.v[i] = size * -2.88539008f;  // in base 2
+  }
+  const F16x e = exp2_nonpositive(y);
+  EACH {
+    // Where e is near 1, 1 - e has lost digits: there it is summed by itself.
+    const Floats lost = y.v[i] > -0.5f ? -exp2_less_one(y.v[i]) : 1 - e.v[i];
+    r.v[i] = (Floats)((Ints)(lost / (2 - lost)) | ((Ints)x.v[i] & (int32_t)0x80000000));
   }
   return r;
 }
