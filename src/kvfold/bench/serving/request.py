@@ -23,7 +23,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _VLLMS = ("fp8",)  # formats that vLLM's own attention has too, besides the model's own
 _BLOCK = 128  # tokens of vLLM's pages on a CPU
 _SPARE = 1.1  # of a cache's memory: packed pages may be a little larger than their numbers
-_PROCESS = 3 << 29  # bytes of a vLLM process without weights and cache
+_PROCESS = 5 << 28  # bytes of a vLLM process without weights and cache
 
 
 @dataclass(frozen=True)
