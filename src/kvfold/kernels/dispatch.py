@@ -126,6 +126,11 @@ def attend_view(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``attention`` over pages that somebody else keeps (``KVView.of_pages``).
 
+    A batch is one call if its sequences have equally many queries, whatever their lengths; a ragged
+    one is a call for each number of queries. On CPUs up to 16 queries share one reading of the
+    pages. More, as chunks of prompts bring them, are bound by arithmetic: each sequence may well be
+    a call of its own, and keys that no query sees (``window``) cost nothing.
+
     Args:
         q: ``[B, Hq, T, D]``; the last query stands at position ``lengths[b] - 1``.
         lengths: int32 ``[B]`` or a list; by default, where the view ends.
