@@ -26,6 +26,7 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine("vllm", "vllm", "pip install vllm"),
+        Engine("vllm+kvfold", "vllm_kvfold", "pip install 'kvfold[vllm]'"),
         Engine("llama.cpp", "llama_cpp", "llama-server, or pip install xllamacpp"),
         Engine("litgpt", "litgpt", "pip install litgpt"),
         Engine("ctranslate2", "ctranslate2", "pip install ctranslate2 transformers"),

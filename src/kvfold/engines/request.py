@@ -28,7 +28,7 @@ def _python(value: object, name: str) -> str:
     if not equals or not path:
         raise InputError(
             f"{name} {shown(value)}: expected an engine and a Python",
-            "for instance vllm=/opt/vllm/bin/python",
+            "for instance vllm=/path/to/python",
         )
     choice(engine, name, ENGINES)
     _check_program(path, name)

@@ -84,12 +84,12 @@ def verify(
 
     Args:
         source: a folder, hub name or GGUF file, folded or not.
-        engines: of ``vllm``, ``llama.cpp``, ``litgpt``, ``ctranslate2`` and ``mistral.rs``; all
-            that are found by default.
+        engines: of ``vllm``, ``vllm+kvfold`` (with kvfold's attention), ``llama.cpp``, ``litgpt``,
+            ``ctranslate2`` and ``mistral.rs``; all that are found by default.
         prompts, file: to go on from; the lines of a file are one each. Three are built in.
         tokens: after each prompt. dtype: that engines compute in.
         near: a difference counts as none if transformers' own two logits are no further apart.
-        pythons: ``"vllm=/opt/vllm/bin/python"`` for engines in other environments.
+        pythons: ``"vllm=/path/to/python"`` for engines in other environments.
         llama_cpp: a checkout of llama.cpp, for its converter. timeout: seconds for each engine.
 
     Raises:

