@@ -42,7 +42,7 @@ struct Weights {
   int rows;
   float* p;            // [rows][TILE]; scratch that may be overwritten
   const float* decay;  // [rows], of what was summed before
-  const float* top;    // [rows], the largest of each row
+  const float* top;    // [rows], the largest of each row, or null where values are floats
 };
 
 struct ValueMath {
