@@ -58,6 +58,26 @@ def test_quantized_caches(isa: str, dtype: Any, group: int) -> None:
     assert allowed < 0.25  # the bound says something: outputs are of size one
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 9])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_what_no_core_keeps_near(isa: str, dtype: str, group: int) -> None:
+    """More than a MiB for each thread is gone through as it lies: other loops do that."""
+    cache = filled(KVCache(2, 122, v_head_dim=104, dtype=dtype), 4700)
+    assert cache.bytes_per_step > 1 << 20
+    q = noise(1, 2 * group, 1, 122, dtype=torch.bfloat16)
+    k, v = contents(cache)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        out, lse = cache.attend(q, return_lse=True)
+    finally:
+        torch.set_num_threads(threads)
+    truth, _ = naive(q, k, v)
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * float(truth.abs().max())
+    assert distance(out, truth) <= allowed_error(cache, q, k, v) + rounding
+    assert bool(lse.isfinite().all())
+
+
 @pytest.mark.parametrize("dims", [(8, 8), (13, 13), (59, 80), (80, 59), (576, 512)], ids=str)
 @pytest.mark.parametrize("dtype", MIXED, ids=str)
 def test_head_sizes_of_caches(isa: str, dtype: Any, dims: tuple[int, int]) -> None:

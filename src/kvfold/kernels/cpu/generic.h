@@ -81,7 +81,7 @@ static void prepare_floats(Queries& q) {
   for (int64_t i = 0; i < (int64_t)q.rows * q.dim; ++i) q.x[i] *= q.scale;
 }
 
-static INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+static INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // What follows a tile is fetched meanwhile, in the order in which it lies: a few lines of 64 bytes at
 // every step of every call that goes over the tile.

@@ -56,11 +56,22 @@ static void prepare_integers(Queries& q, int group, int offset) {
   }
 }
 
+// Whether a tile is best taken as it lies, as memory's speed is the limit.
+template <class F>
+static INLINE bool in_order(int rows, const Tile& tile) {
+  return F::bits == 8 && rows <= 2 && tile.streams;
+}
+
 // scale * q . k by F::score_rows, which takes up to four rows and two blocks at a time.
 template <class F>
 static void score_integers(const Queries& q, const Tile& tile, float* s) {
   const bool fetch = tile.next[0] != nullptr;
   int block = 0;
+  if (in_order<F>(q.rows, tile))
+    for (; block < tile.blocks; ++block)
+      for_rows<2>(q.rows, [&](auto n, int row) {
+        F::template score_rows<decltype(n)::value, 1>(q, row, tile, block, fetch, s);
+      });
   for (; block + 2 <= tile.blocks; block += 2)
     for_rows<4>(q.rows, [&](auto n, int row) {
       F::template score_rows<decltype(n)::value, 2>(q, row, tile, block, fetch && row == 0, s);

@@ -107,6 +107,9 @@ struct Int8 : InFloats<Int8> {
       split_weights(ROWS, p + row * TILE, tops, tile, 0, planes);
       const bool fetch = tile.next[0] && row == 0;
       int chunk = 0;
+      if (in_order<Int8>(rows, tile))
+        for (; chunk < chunks; ++chunk)
+          add_rows<ROWS, 1>(row, planes, decay, tile, chunk, fetch, o, padded);
       for (; chunk + 2 <= chunks; chunk += 2)
         add_rows<ROWS, 2>(row, planes, decay, tile, chunk, fetch, o, padded);
       if (chunk < chunks) add_rows<ROWS, 1>(row, planes, decay, tile, chunk, fetch, o, padded);
