@@ -84,14 +84,14 @@ static void prepare_floats(Queries& q) {
 static INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // What follows a tile is fetched meanwhile, in the order in which it lies: a few lines of 64 bytes at
-// every step of every call that goes over the tile.
+// every step of every call that goes over the tile. What lies near the core need not be.
 struct Ahead {
   const Tile& tile;
   int64_t bytes, at = 0;  // of a block
   int block, each;        // lines at a step
 
   Ahead(const Tile& tile, int64_t bytes, int steps, int calls)
-      : tile(tile), bytes(bytes), block(tile.next[0] ? 0 : TILE_BLOCKS),
+      : tile(tile), bytes(bytes), block(tile.next[0] && tile.streams ? 0 : TILE_BLOCKS),
         each(groups_of((int)(bytes / 64) * TILE_BLOCKS, steps * calls)) {}
 
   INLINE void step() {
