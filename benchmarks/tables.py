@@ -360,6 +360,30 @@ def serving(model: str) -> str:
     return table(heads, map(cells, found), 2) + measured(rows) if found else NOT_YET
 
 
+def serving_in_short() -> str:
+    """Decoding through vLLM as a multiple of its own attention's speed: a source model."""
+    cases = ((1, 512), (1, 4096), (1, 7900), (8, 4096), (16, 4096))
+    rows = served()
+    rows = [row for row in rows if row["case"]["model"] == "SmolLM2-135M"]
+    short, found = short_of_memory(rows), dict[str, dict[tuple[int, int], Row]]()
+    for row in rows:
+        if row not in short:
+            case = row["case"]["batch"], row["case"]["context"]
+            found.setdefault(row["implementation"], {})[case] = row
+
+    def cells(attention: str) -> Iterator[str]:
+        yield attention
+        for case in cases:
+            row = found[attention].get(case)
+            yield f"{row['vs_best_peer']['median']:.2f}" if row else "–"
+        slope = found[attention][1, 512]["slope"]
+        yield f"{1e6 * slope['median']:.2f}" if slope else "–"
+
+    heads = ("attention, cache", *(f"{n} × {context:,}" for n, context in cases),
+             "µs per token of context")  # fmt: skip
+    return table(heads, map(cells, found), 1) + measured(rows) if found else NOT_YET
+
+
 def serving_memory() -> str:
     """Output of models with the same memory, which does not hold all requests of the source."""
     rows = short_of_memory(served())
@@ -448,6 +472,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-smollm2": lambda: serving("SmolLM2"),
     "serving-tinyllama": lambda: serving("TinyLlama"),
     "serving-memory": serving_memory,
+    "serving-short": serving_in_short,
     "whole-step": whole_step,
     "planning": planning,
     "planning-cases": planning_cases,

@@ -184,12 +184,11 @@ static void finish_scores(const Plan& plan, const Unit& unit, int first, int cou
 
 // Which of a tile's tokens no row sees, bit by bit: their values may be anything, as 0 times NaN is
 // NaN. Without a mask there are none within the unit.
-static uint64_t unseen(const Plan& plan, int count, const float* s) {
+static uint64_t unseen_by(int rows, int count, const float* s) {
   uint64_t found = 0;
-  if (!plan.call->mask) return found;
   for (int j = 0; j < count; ++j) {
     bool hidden = true;
-    for (int row = 0; row < plan.rows && hidden; ++row) hidden = s[row * TILE + j] == -INFINITY;
+    for (int row = 0; row < rows && hidden; ++row) hidden = s[row * TILE + j] == -INFINITY;
     found |= (uint64_t)hidden << j;
   }
   return found;
@@ -260,7 +259,7 @@ static void run_unit(Plan& plan, const Unit& unit, Scratch& a) {
     keys.math.score(q, k, s);
     const int count = k.blocks * BLOCK;
     finish_scores(plan, unit, first, count, s);
-    const uint64_t without = unseen(plan, count, s);
+    const uint64_t without = call.mask ? unseen_by(rows, count, s) : 0;
     soften(rows, count, a.softmax);
     values.gather(part, unit, first, without, a.spare, v);
     values.math.add(a.softmax.weights(rows), v, a.o.data());

@@ -100,17 +100,6 @@ static Range who_sees(const KvfAttend& call, const Block& block, int64_t first, 
   return {(int32_t)from, (int32_t)std::max(from, to)};
 }
 
-// Which of a tile's tokens no row sees, by the mask: their values may be anything.
-static uint64_t unseen_by(int rows, int count, const float* s) {
-  uint64_t found = 0;
-  for (int j = 0; j < count; ++j) {
-    bool hidden = true;
-    for (int row = 0; row < rows && hidden; ++row) hidden = s[row * TILE + j] == -INFINITY;
-    found |= (uint64_t)hidden << j;
-  }
-  return found;
-}
-
 // Up to SPAN tiles whose scores are in flight; rows `from <= row < to` see something of a tile.
 struct Span {
   int tiles = 0;
