@@ -9,7 +9,7 @@ import torch
 from kvfold.cache.kv import KVCache
 from kvfold.kernels.cpu.read_back import reader
 from kvfold.kernels.pages import decoded, decoded_by_pytorch
-from kvfold.kernels.view import KVView
+from kvfold.kernels.view import KVView, Rows
 from kvfold.ops.formats import FORMATS
 from tests.toolbox.attention_cases import ISAS, filled, needs_kernels, noise, using
 
@@ -73,3 +73,14 @@ def test_others_kernels_leave_it_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> 
     assert reader(views, torch.float64) is None
     monkeypatch.setenv("KVFOLD_BACKEND", "torch")
     assert reader(views, torch.float32) is None
+
+
+@pytest.mark.parametrize("pages", [0, 1])
+def test_positions_that_the_table_does_not_list_are_zeros(pages: int) -> None:
+    """As in a sliding cache, whose window has gone on: the kernels must not look behind it."""
+    k, v = noise(3, 2, 16, 32), noise(3, 2, 16, 32, seed=1)
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32)[:, :pages].contiguous()
+    view = KVView(Rows.plain(k), Rows.plain(v), table, 16, [3], [40], 40)
+    for found, whole in zip(decoded([view], 40, torch.float32), (k, v), strict=True):
+        assert torch.equal(found[:, :, 3 : 16 * pages], whole[2:3, :, 3 : 16 * pages])
+        assert not found[:, :, 16 * pages :].any()

@@ -29,6 +29,8 @@ def read_back(lib: Library, view: KVView, k: torch.Tensor, v: torch.Tensor) -> N
     """Write what a view holds into ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``; nothing else."""
     call = ReadBack(*k.shape[:3], Tensor.of(k, k.shape, _KEYS), Tensor.of(v, v.shape, _VALUES))
     begin = None if view.begin is None else Int32s(view.begin)
-    end = Int32s(view.end)
+    # Of a sliding cache's positions that are gone there may be no entry in the table.
+    listed = view.table.shape[-1] * view.page_size
+    end = Int32s(min(int(position), listed) for position in view.end)
     call.part = part_of(view, begin, end)
     lib.read_back(call)
