@@ -2,6 +2,8 @@
 // registers on the way. Formats whose layout the machine can multiply directly have kernels of
 // their own (formats/bf16.h; integer.h).
 #pragma once
+#include <algorithm>
+
 #include "encode.h"
 
 namespace KVF_NAMESPACE {
@@ -92,7 +94,7 @@ struct Ahead {
 
   Ahead(const Tile& tile, int64_t bytes, int steps, int calls)
       : tile(tile), bytes(bytes), block(tile.next[0] && tile.streams ? 0 : TILE_BLOCKS),
-        each(groups_of((int)(bytes / 64) * TILE_BLOCKS, steps * calls)) {}
+        each(groups_of((int)(bytes / 64) * TILE_BLOCKS, std::max(1, steps * calls))) {}
 
   INLINE void step() {
     if (block == TILE_BLOCKS) return;
