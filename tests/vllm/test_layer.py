@@ -8,9 +8,10 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.ops.formats import FORMATS
-from kvfold.vllm.batch import groups
+from kvfold.vllm.batch import Group, groups
 from kvfold.vllm.layer import Layer, layer_options
 from kvfold.vllm.pages import PageFormat
+from kvfold.vllm.recent import Rings
 from tests.toolbox.attention_cases import (
     check_as_good_as_pytorch,
     noise,
@@ -69,8 +70,8 @@ class Engine:
         there = torch.tensor(self.lengths, dtype=torch.int32) if self.gpu else None
         upper = [length + 3 for length in self.lengths] if self.gpu else self.lengths
         calls = groups(begins, upper, self.table, there)
-        self.layer.write(k, v, self.cache, calls)
-        self.layer.attend(q, self.cache, calls, layer_options(DIM**-0.5, **options), out)
+        asked = layer_options(DIM**-0.5, **options)
+        self.layer.forward(q, k, v, self.cache, calls, asked, out)
         for b, count in enumerate(new):
             if count:
                 rows = slice(begins[b], begins[b + 1])
@@ -153,27 +154,48 @@ def test_memory_of_other_sizes_is_refused() -> None:
         Layer(engine.fmt, 3, DIM, V_DIM).write(k, v, engine.cache, calls)
 
 
-def test_layers_of_one_step_share_a_call_and_not_what_differs(backend: str) -> None:
-    """The same rows from two layers' memory, in the other order, with other options."""
-    one, two = (Engine("int8", packed=backend == "cpu") for _ in range(2))
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_layers_of_one_step_share_a_call_and_not_what_differs(name: str, backend: str) -> None:
+    """Other memory, other rows, other options and other strides, each after what was shared."""
+    one, two = (Engine(name, packed=backend == "cpu") for _ in range(2))
     two.k, two.v = -one.k, one.v.flip(2)
-    new, q = [2, 1, 2, 2], noise(7, HEADS, DIM)
-    plain, near = layer_options(DIM**-0.5), layer_options(DIM**-0.5, sliding_window=2)
-    calls = groups([0, 2, 3, 5, 7], new, one.table)
+    begins, new, q = [0, 2, 4, 6, 8], [2] * 4, noise(8, HEADS, DIM)
+    wide = torch.zeros(8, HEADS, 2 * DIM)[..., :DIM].copy_(q)
+    plain, near = layer_options(DIM**-0.5), layer_options(DIM**-0.5, sliding_window=1)
     rows = [(b, t) for b, count in enumerate(new) for t in range(count)]
+    steps = [(one, plain, q), (two, plain, -q), (one, near, q), (two, plain, wide), (one, plain, q)]
 
-    def outputs(step: Any) -> list[torch.Tensor]:
+    def step() -> list[Group]:
+        rings = Rings() if name == "int4" else None
+        return groups(begins, new, one.table, rings=rings, page_size=BLOCK)
+
+    def outputs(of: Any) -> list[torch.Tensor]:
         found = []
-        for engine, options in ((one, plain), (two, plain), (one, near), (one, plain)):
-            k, v = (torch.stack([x[b, t] for b, t in rows]) for x in (engine.k, engine.v))
-            out = torch.empty(7, HEADS, V_DIM)
-            engine.layer.write(k, v, engine.cache, step())
-            engine.layer.attend(q, engine.cache, step(), options, out)
-            found.append(out)
+        for _ in range(2):  # what a layer found out about its memory is used from the second on
+            shared = step()
+            for engine, options, asked in steps:
+                k, v = (torch.stack([x[b, t] for b, t in rows]) for x in (engine.k, engine.v))
+                out = torch.empty(8, HEADS, V_DIM)
+                calls = shared if of is None else of()
+                engine.layer.forward(asked, k, v, engine.cache, calls, options, out)
+                found.append(out)
         return found
 
-    shared = outputs(lambda: calls)
-    alone = outputs(lambda: groups([0, 2, 3, 5, 7], new, one.table))
+    shared, alone = outputs(None), outputs(step)
     assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
     assert not torch.equal(shared[0], shared[1])
-    assert torch.equal(shared[0], shared[3])
+    assert not torch.equal(shared[0], shared[2])
+    assert torch.equal(shared[0], shared[4])
+
+
+def test_the_second_layer_of_a_step_asks_c_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_kernels()
+    one, two = (Engine("int8", packed=True) for _ in range(2))
+    k, v, q = noise(4, KV_HEADS, DIM), noise(4, KV_HEADS, V_DIM), noise(4, HEADS, DIM)
+    options, out = layer_options(DIM**-0.5), torch.empty(4, HEADS, V_DIM)
+    for length in (1, 2):
+        calls = groups(range(5), [length] * 4, one.table)
+        one.layer.forward(q, k, v, one.cache, calls, options, out)
+        if length == 2:
+            monkeypatch.setattr(Layer, "attend", None)
+        two.layer.forward(q, k, v, two.cache, calls, options, out)

@@ -198,11 +198,11 @@ class KvfoldImpl(AttentionImpl[KvfoldMetadata]):  # type: ignore[misc]
         if self._layer is None:
             self._prepare(layer, query)
         assert self._layer is not None
-        new = None
+        steps, options = attn_metadata.groups, self._options
         if self.kv_sharing_target_layer_name is None:
-            new = key, value
-            self._layer.write(*new, kv_cache, attn_metadata.groups)
-        self._layer.attend(query, kv_cache, attn_metadata.groups, self._options, output, new)
+            self._layer.forward(query, key, value, kv_cache, steps, options, output)
+        else:
+            self._layer.attend(query, kv_cache, steps, options, output)
         return output
 
     def _prepare(self, layer: Any, query: torch.Tensor) -> None:

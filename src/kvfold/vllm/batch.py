@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvfold.kernels.cpu.again import Again
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.view import KVView, Positions, Rows
 from kvfold.vllm.recent import Recent, Rings
@@ -25,7 +26,7 @@ class Group(NamedTuple):
         table: int32 ``[B, blocks]``. starts, ends: how long the sequences are before and after.
         most: the longest of them, or more.
         recent: what is read exactly, where blocks are too coarse for it.
-        kept: see ``keep``.
+        kept: see ``keep``. again: the step as another layer with the same options made it.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Group(NamedTuple):
     most: int
     recent: Recent | None
     kept: dict[object, dict[str, Any]]
+    again: dict[int, Again]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """The group's part ``[B, H, tokens, D]`` of ``[all tokens, H, D]``; a view of a slice."""
@@ -50,6 +52,11 @@ class Group(NamedTuple):
         if found is None:
             found = self.kept[what] = {}
         return found
+
+    @property
+    def in_a_row(self) -> bool:
+        """Whether they are few tokens of each sequence, behind one another."""
+        return self.tokens <= MAX_TOKENS and isinstance(self.rows, slice)
 
     @property
     def whole(self) -> bool:
@@ -122,9 +129,9 @@ def _group(
     most = max(own)
     if on_device is None:
         starts: Positions = [length - tokens for length in own]
-        return Group(tokens, rows, table[chosen], starts, own, most, None, {})
+        return Group(tokens, rows, table[chosen], starts, own, most, None, {}, {})
     ends = on_device[chosen]
-    return Group(tokens, rows, table[chosen], ends - tokens, ends, most, None, {})
+    return Group(tokens, rows, table[chosen], ends - tokens, ends, most, None, {}, {})
 
 
 def _in_pieces(

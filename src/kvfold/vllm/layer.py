@@ -7,6 +7,7 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.kernels.backend import Call
+from kvfold.kernels.cpu.again import Again, Sides, sides_at_hand
 from kvfold.kernels.registry import attend, home
 from kvfold.kernels.view import KVView, Rows
 from kvfold.ops.format import Format
@@ -72,6 +73,51 @@ class Layer:
             self._rows = format.rows(memory)
             self._cache, self._page_size = cache, page_size
         return self._rows
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: torch.Tensor,
+        groups: Sequence[Group],
+        options: Options,
+        out: torch.Tensor,
+    ) -> None:
+        """``write`` and ``attend``, with what other layers found out about the step."""
+        tensors = q, k, v, out
+        alone = groups[0] if len(groups) == 1 and groups[0].in_a_row else None
+        again = alone.again.get(id(options)) if alone is not None else None
+        if again is not None and alone is not None and again.fits(tensors):
+            stores = self._stores_at_hand(cache, alone)
+            if stores is not None:
+                again.run(tensors, stores)
+                return
+        self.write(k, v, cache, groups)
+        self.attend(q, cache, groups, options, out, (k, v))
+        if alone is not None:
+            self._remember(alone, options, tensors)
+
+    def _remember(self, group: Group, options: Options, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Let the next layer with these options repeat the step."""
+        if not all(other.fits(tensors) for other in group.again.values()):
+            group.again.clear()  # C was told anew how keys and values lie
+        appends = [group.keep("blocks")]
+        if group.recent is not None:
+            appends.append(group.keep("rings"))
+        found = Again.of(appends, group.keep(id(options)), tensors)
+        if found is not None:
+            group.again[id(options)] = found
+
+    def _stores_at_hand(self, cache: torch.Tensor, group: Group) -> list[Sides] | None:
+        """Blocks, and rings if there are some, as C has them; None if that is not known yet."""
+        if cache is not self._cache:
+            return None
+        blocks = sides_at_hand(self._rows)
+        if blocks is None or group.recent is None:
+            return None if blocks is None else [blocks]
+        rings = sides_at_hand(self._ring_rows(group.recent.rings))
+        return None if rings is None else [blocks, rings]
 
     def write(
         self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, groups: Sequence[Group]

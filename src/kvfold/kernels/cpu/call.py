@@ -23,7 +23,8 @@ _NUMBERS = [each for each in _TAKEN if not each[2].is_tensor]
 _TENSORS = [each for each in _TAKEN if each[2].is_tensor]
 
 _KEYS, _VALUES = Buffer("k"), Buffer("v")
-_APPEND = "cpu append"
+#: Where ``append`` keeps its last call.
+APPEND = "cpu append"
 _ROWS = Buffer("rows")
 _PAGES, _SCALES = Buffer("pages", torch.uint8), Buffer("scales", torch.bfloat16)
 
@@ -68,6 +69,11 @@ class KernelCall:
         """The same of other queries of this shape."""
         self._q = readable(q)
         self._call.q = Tensor.of(self._q, self._shape, _QUERIES)
+
+    @property
+    def struct(self) -> Attend:
+        """What C is told."""
+        return self._call
 
     def kept(self, x: Kept) -> Kept:
         """Keep what C reads alive until the call has run."""
@@ -178,7 +184,7 @@ def append(
     size = k.shape[:3]
     keys = Tensor.of(k, (*size, view.keys.dim), _KEYS)
     values = Tensor.of(v, (*size, view.values.dim), _VALUES)
-    last: _Written | None = None if kept is None else kept.get(_APPEND)
+    last: Written | None = None if kept is None else kept.get(APPEND)
     if last is not None and last.size == size and _alike(view, last.view):
         call = last.call
         call.k, call.v = keys, values
@@ -190,11 +196,11 @@ def append(
         call = Append(*size, keys, values, starts.address)
         call.part = part_of(view, None, starts)
         if kept is not None:
-            kept[_APPEND] = _Written(call, view, size, starts)
+            kept[APPEND] = Written(call, view, size, starts)
     lib.append(call)
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     """The last call of ``append``, and what C reads of it."""
 
     call: Append

@@ -90,20 +90,20 @@ class ReadBack(Structure):
 
 
 class Library:
-    """The loaded library."""
+    """The loaded library; ``c`` are its functions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._c = ctypes.CDLL(str(path))
-        self._c.kvf_isa.restype = c_char_p
-        self._c.kvf_isas.restype = c_char_p
-        self._c.kvf_set_isa.argtypes = [c_char_p]
-        self._c.kvf_set_parallel.argtypes = [c_void_p]
-        self._c.kvf_attend.argtypes = [POINTER(Attend)]
-        self._c.kvf_append.argtypes = [POINTER(Append)]
-        self._c.kvf_read.argtypes = [c_void_p, c_int64, c_int32]
-        self._c.kvf_read.restype = c_double
-        self._c.kvf_sizeof.restype = c_int64
+        self.c = ctypes.CDLL(str(path))
+        self.c.kvf_isa.restype = c_char_p
+        self.c.kvf_isas.restype = c_char_p
+        self.c.kvf_set_isa.argtypes = [c_char_p]
+        self.c.kvf_set_parallel.argtypes = [c_void_p]
+        self.c.kvf_attend.argtypes = [POINTER(Attend)]
+        self.c.kvf_append.argtypes = [POINTER(Append)]
+        self.c.kvf_read.argtypes = [c_void_p, c_int64, c_int32]
+        self.c.kvf_read.restype = c_double
+        self.c.kvf_sizeof.restype = c_int64
         if not self._is_of_these_sources():
             raise OSError(f"{path.name} was built from other sources; reinstall kvfold")
         self._share_threads()
@@ -111,13 +111,13 @@ class Library:
     def _is_of_these_sources(self) -> bool:
         """Whether it has the same structs and formats: it would misread others' memory."""
         structs = Side, Part, Tensor, Attend, Append, ReadBack
-        if any(self._c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
+        if any(self.c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
             return False
-        if not (hasattr(self._c, "kvf_formats") and hasattr(self._c, "kvf_read_back")):
+        if not (hasattr(self.c, "kvf_formats") and hasattr(self.c, "kvf_read_back")):
             return False
-        self._c.kvf_read_back.argtypes = [POINTER(ReadBack)]
-        self._c.kvf_formats.restype = c_char_p
-        formats: bytes = self._c.kvf_formats()
+        self.c.kvf_read_back.argtypes = [POINTER(ReadBack)]
+        self.c.kvf_formats.restype = c_char_p
+        formats: bytes = self.c.kvf_formats()
         return formats.decode().split() == list(FORMATS)
 
     def _share_threads(self) -> None:
@@ -125,18 +125,18 @@ class Library:
         run = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
         self.shares_threads = run is not None
         if run is not None:
-            self._c.kvf_set_parallel(ctypes.cast(run, c_void_p))
+            self.c.kvf_set_parallel(ctypes.cast(run, c_void_p))
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        name: bytes = self._c.kvf_isa()
+        name: bytes = self.c.kvf_isa()
         return name.decode()
 
     @property
     def isas(self) -> list[str]:
         """All instruction sets that this machine has kernels for, best first."""
-        names: bytes = self._c.kvf_isas()
+        names: bytes = self.c.kvf_isas()
         return names.decode().split()
 
     def use(self, isa: str) -> None:
@@ -145,26 +145,26 @@ class Library:
         Raises:
             InputError: if this machine does not have it.
         """
-        if self._c.kvf_set_isa(isa.encode()):
+        if self.c.kvf_set_isa(isa.encode()):
             choices = ", ".join(self.isas)
             raise InputError(f"no kernels for {isa!r} on this machine", f"choose one of {choices}")
 
     def attend(self, call: Attend) -> None:
         call.threads = torch.get_num_threads()
-        self._c.kvf_attend(byref(call))
+        self.c.kvf_attend(byref(call))
 
     def append(self, call: Append) -> None:
         call.threads = torch.get_num_threads()
-        self._c.kvf_append(byref(call))
+        self.c.kvf_append(byref(call))
 
     def read_back(self, call: ReadBack) -> None:
         call.threads = torch.get_num_threads()
-        self._c.kvf_read_back(byref(call))
+        self.c.kvf_read_back(byref(call))
 
     def read(self, data: torch.Tensor) -> None:
         """Read a tensor's memory once, as fast as the machine can; for measuring bandwidth."""
         address = Buffer("data", data.dtype).address(data, data.shape)
-        self._c.kvf_read(address, data.nbytes, torch.get_num_threads())
+        self.c.kvf_read(address, data.nbytes, torch.get_num_threads())
 
 
 _FOLDER = Path(__file__).parents[1]
