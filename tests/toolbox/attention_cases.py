@@ -35,7 +35,7 @@ def kernels() -> Library:
 def using(isa: str) -> Iterator[Library]:
     """Run with one instruction set's kernels."""
     lib = kernels()
-    before = lib.isa
+    before = lib.asked
     lib.use(isa)
     try:
         yield lib

@@ -62,7 +62,7 @@ def described(threads: int) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name() or platform.processor() or platform.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "kernels": kernels.isa if kernels else "not built",
+        "kernels": kernels.in_use if kernels else "not built",
         "threads": threads,
         "last_level_cache": last_level_cache(),
         "kvfold": version("kvfold"),

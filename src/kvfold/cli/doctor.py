@@ -73,9 +73,35 @@ def _kernels() -> Check:
         return "CPU kernels", None, f"unknown: {error}"
     if found is not None:
         pool = "PyTorch's threads" if found.shares_threads else "threads of their own"
-        return "CPU kernels", True, f"{found.isa} (of {', '.join(found.isas)}), on {pool}"
+        others = ", ".join(_better_elsewhere())
+        faster = f"; faster in a trial: {others}" if others else ""
+        return "CPU kernels", True, f"{found.isa} (of {', '.join(found.isas)}), on {pool}{faster}"
     lost = "attention over caches goes through PyTorch, many times slower"
     return "CPU kernels", None, f"{why_missing()}. Until then {lost}"
+
+
+def _better_elsewhere() -> list[str]:
+    """For which common steps of decoding another instruction set than the best was chosen."""
+    from itertools import product
+
+    import torch
+
+    from kvfold.cache.kv import KVCache
+    from kvfold.kernels.cpu.library import library
+
+    found = library()
+    assert found is not None
+    for dtype, rows, keys in product(("bf16", "int8", "int4"), (1, 4, 8, 32), (64, 9000)):
+        cache = KVCache(1, 128, dtype=dtype, exact_first=0, exact_recent=0)
+        stored = torch.zeros(1, 1, keys * torch.get_num_threads(), 128, dtype=torch.bfloat16)
+        cache.append(stored, stored)
+        cache.attend(torch.zeros(1, rows, 1, 128, dtype=torch.bfloat16))
+    return [
+        f"{each.isa} for {each.keys}, {each.rows} query heads per KV head, "
+        f"{'long' if each.far else 'short'} contexts"
+        for each in found.choices()
+        if each.isa != found.isa
+    ]
 
 
 def _gpu_kernels() -> Check:

@@ -78,8 +78,6 @@ static int visible(const KvfAttend& call, const KvfPart& part, int b, int head, 
   return count;
 }
 
-constexpr int64_t OWN_CACHE = 1 << 20;  // bytes that lie near a core, as most now have them
-
 static void make_plan(Plan& plan) {
   const KvfAttend& call = *plan.call;
   const int heads = call.num_kv_heads;

@@ -1,7 +1,8 @@
 """Compiling the CPU kernels. Used by the package's build and by the sanitizer's test; no torch.
 
 The library has a C interface and links to nothing but the C++ runtime, so one build serves every
-Python version. Each instruction set is a copy of the same sources; the best is chosen when loaded.
+Python version. Each instruction set is a copy of the same sources; which takes a call is chosen
+when it runs (``choice.h``).
 """
 
 import os

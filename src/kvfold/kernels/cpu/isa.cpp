@@ -6,6 +6,7 @@
 #include "prefill.h"
 #include "read.h"
 #include "read_back.h"
+#include "recipe.h"
 #include "table.h"
 
 namespace KVF_NAMESPACE {
@@ -24,6 +25,7 @@ static const char* formats() {
 }  // namespace
 
 extern const IsaTable KVF_TABLE;
-const IsaTable KVF_TABLE = {KVF_NAMESPACE::formats, KVF_NAMESPACE::attend_any,
+const IsaTable KVF_TABLE = {KVF_NAMESPACE::recipe,     KVF_NAMESPACE::block_bytes_of,
+                            KVF_NAMESPACE::formats,    KVF_NAMESPACE::attend_any,
                             KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_back,
                             KVF_NAMESPACE::read_lines};

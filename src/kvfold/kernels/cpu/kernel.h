@@ -89,8 +89,17 @@ struct KvfReadBack {
 // Run body(data) on `threads` threads, as OpenMP's GOMP_parallel does.
 typedef void (*KvfParallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-const char* kvf_isa();                   // the instruction set in use
-int32_t kvf_set_isa(const char* name);   // 0 when this machine has it
+// How long a copy of the kernels takes for a call like this, in place of measuring it.
+typedef double (*KvfTimer)(const char* isa, const KvfAttend* call);
+
+// The instruction set in use: the one that was set, else the first of kvf_isas, in whose place
+// attention takes the one that was fastest in a trial (choice.h).
+const char* kvf_isa();
+int32_t kvf_set_isa(const char* name);  // 0 when this machine has it; "auto": none is set
+void kvf_set_timer(KvfTimer timer);     // null: trials; forgets what was chosen
+// What was chosen, a line each: formats of keys, values and queries, head sizes, rows, far, name
+// (trial.h: CallKind). Returns the bytes of it all, of which up to `room` are written.
+int64_t kvf_choices(char* out, int64_t room);
 const char* kvf_isas();                  // all that this machine has, best first, space-separated
 const char* kvf_formats();               // names of the formats by code, space-separated
 void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
@@ -101,6 +110,8 @@ double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads);  // sums; 
 int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror
 }
 #pragma GCC visibility pop
+
+constexpr int64_t OWN_CACHE = 1 << 20;  // bytes that lie near a core, as most now have them
 
 // How a part is read: the pages of a sequence as a KV head has them, and which positions it holds.
 static inline const int32_t* pages_of(const KvfPart& part, int b, int head) {

@@ -4,13 +4,7 @@
 #include <thread>
 #include <vector>
 
-#include "table.h"
-
-struct Isa {
-  const char* name;
-  const IsaTable* table;
-  bool (*here)();
-};
+#include "choice.h"
 
 #if defined(__x86_64__)
 extern const IsaTable kvf_avx512_bf16, kvf_avx512_vnni, kvf_avx512, kvf_avx2, kvf_baseline;
@@ -23,14 +17,10 @@ static bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 static bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-// Intel's cores (Sapphire Rapids was measured) multiply bfloat16 pairs at a quarter of the rate of
-// floats, so there the copy without those instructions is the faster one.
-static bool slow_bf16() { return __builtin_cpu_is("intel"); }
-
+// Best first, but where a trial says otherwise.
 static const Isa ISAS[] = {
-    {"avx512_bf16", &kvf_avx512_bf16, [] { return has_bf16() && !slow_bf16(); }},
+    {"avx512_bf16", &kvf_avx512_bf16, has_bf16},
     {"avx512_vnni", &kvf_avx512_vnni, has_vnni},
-    {"avx512_bf16", &kvf_avx512_bf16, [] { return has_bf16() && slow_bf16(); }},
     {"avx512", &kvf_avx512, has_avx512},
     {"avx2", &kvf_avx2, has_avx2},
     {"baseline", &kvf_baseline, [] { return true; }},
@@ -40,16 +30,25 @@ extern const IsaTable kvf_baseline;
 static const Isa ISAS[] = {{"baseline", &kvf_baseline, [] { return true; }}};
 #endif
 
-static const Isa* best() {
+static std::vector<Isa> those_here() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
+  std::vector<Isa> found;
   for (const Isa& isa : ISAS)
-    if (isa.here()) return &isa;
-  return nullptr;
+    if (isa.here()) found.push_back(isa);
+  return found;
 }
 
-static const Isa* current = best();
+static const std::vector<Isa> isas = those_here();
+static std::atomic<const Isa*> asked{nullptr};
+static std::atomic<KvfTimer> timer{nullptr};
+static Choices choices;
+
+static const Isa& current() {
+  const Isa* isa = asked;
+  return isa ? *isa : isas[0];
+}
 
 // Used where the process has no OpenMP runtime to share: threads for this call only.
 static void run_on_own_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
@@ -60,6 +59,20 @@ static void run_on_own_threads(void (*body)(void*), void* data, unsigned threads
 }
 
 static KvfParallel parallel = run_on_own_threads;
+
+// The copy that takes a call.
+static const IsaTable& table_for(const KvfAttend& call) {
+  const Isa* isa = asked;
+  if (isa) return *isa->table;
+  const IsaTable& first = *isas[0].table;
+  if (!call.num_parts || !call.batch || !call.num_kv_heads || isas.size() == 1) return first;
+  const CallKind kind = kind_of(call, first);
+  const uint64_t key = kind.key();
+  int index = choices.find(key);
+  if (index < 0 && choices.full(key)) return first;
+  if (index < 0) index = choices.keep(key, choose(call, kind, isas, parallel, timer));
+  return *isas[(size_t)index].table;
+}
 
 struct Reading {
   const uint8_t* data;
@@ -74,49 +87,65 @@ static void read_thread(void* data) {
   const int32_t i = __atomic_fetch_add(&r.next, 1, __ATOMIC_RELAXED);
   const int64_t lines = r.bytes / 64, first = lines * i / r.threads,
                 last = lines * (i + 1) / r.threads;
-  const uint64_t total = current->table->read_lines(r.data + first * 64, last - first);
+  const uint64_t total = current().table->read_lines(r.data + first * 64, last - first);
   __atomic_fetch_add(&r.sum, total, __ATOMIC_RELAXED);
 }
 
 extern "C" {
 
-const char* kvf_isa() { return current->name; }
+const char* kvf_isa() { return current().name; }
 
 int32_t kvf_set_isa(const char* name) {
-  for (const Isa& isa : ISAS)
-    if (!strcmp(isa.name, name) && isa.here()) {
-      current = &isa;
-      return 0;
-    }
-  return 1;
+  const Isa* found = nullptr;
+  for (const Isa& isa : isas)
+    if (!strcmp(isa.name, name)) found = &isa;
+  if (!found && strcmp("auto", name)) return 1;
+  asked = found;
+  return 0;
 }
 
 const char* kvf_isas() {
   static const std::string names = [] {
     std::string all;
-    for (const Isa& isa : ISAS)
-      if (isa.here()) all += (all.empty() ? "" : " ") + std::string(isa.name);
+    for (const Isa& isa : isas) all += (all.empty() ? "" : " ") + std::string(isa.name);
     return all;
   }();
   return names.c_str();
 }
 
-const char* kvf_formats() { return current->table->formats(); }
+const char* kvf_formats() { return current().table->formats(); }
+
+void kvf_set_timer(KvfTimer with) {
+  timer = with;
+  choices.forget();
+}
+
+int64_t kvf_choices(char* out, int64_t room) {
+  std::string all;
+  choices.for_all([&](const CallKind& kind, int index) {
+    for (const int32_t number :
+         {kind.k_format, kind.v_format, kind.q_format, kind.dim, kind.v_dim, kind.rows, kind.far})
+      all += std::to_string(number) + " ";
+    all += std::string(isas[(size_t)index].name) + "\n";
+  });
+  memcpy(out, all.data(), std::min((size_t)room, all.size()));
+  return (int64_t)all.size();
+}
 
 void kvf_set_parallel(KvfParallel run) { parallel = run ? run : run_on_own_threads; }
 
 int32_t kvf_attend(const KvfAttend* call) {
-  current->table->attend(*call, parallel);
+  table_for(*call).attend(*call, parallel);
   return 0;
 }
 
 int32_t kvf_append(const KvfAppend* call) {
-  current->table->append(*call, parallel);
+  current().table->append(*call, parallel);
   return 0;
 }
 
 int32_t kvf_read_back(const KvfReadBack* call) {
-  current->table->read_back(*call, parallel);
+  current().table->read_back(*call, parallel);
   return 0;
 }
 

@@ -5,6 +5,7 @@ import os
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +15,7 @@ from kvfold.kernels.cpu.header import fields_of
 from kvfold.kernels.cpu.pointer import Buffer, Int32s
 from kvfold.ops.formats import FORMATS, format_of
 
+AUTO = "auto"
 _TABLE = Buffer("page table", torch.int32)
 
 
@@ -89,11 +91,37 @@ class ReadBack(Structure):
     _fields_ = fields_of("KvfReadBack", {"KvfTensor": Tensor, "KvfPart": Part})
 
 
+class Choice(NamedTuple):
+    """Which copy of the kernels takes calls of a kind (``CallKind`` of ``cpu/trial.h``)."""
+
+    keys: str  #: formats
+    values: str
+    queries: str
+    head_dim: int
+    v_head_dim: int
+    rows: int  #: that share a KV head, 0 for many
+    far: bool
+    isa: str
+
+    @classmethod
+    def of(cls, line: str) -> "Choice":
+        """One line of ``kvf_choices``."""
+        *numbers, isa = line.split()
+        k, v, q, dim, v_dim, rows, far = map(int, numbers)
+        names = list(FORMATS)
+        return cls(names[k], names[v], names[q], dim, v_dim, rows, bool(far), isa)
+
+
+#: ``double timer(name of an instruction set, call)`` stands in for measuring.
+TIMER = ctypes.CFUNCTYPE(c_double, c_char_p, POINTER(Attend))
+
+
 class Library:
-    """The loaded library; ``c`` are its functions."""
+    """The loaded library; ``c`` are its functions. ``asked`` is what ``use`` was told last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.asked = AUTO
         self.c = ctypes.CDLL(str(path))
         self.c.kvf_isa.restype = c_char_p
         self.c.kvf_isas.restype = c_char_p
@@ -113,8 +141,12 @@ class Library:
         structs = Side, Part, Tensor, Attend, Append, ReadBack
         if any(self.c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
             return False
-        if not (hasattr(self.c, "kvf_formats") and hasattr(self.c, "kvf_read_back")):
+        newer = "kvf_formats", "kvf_read_back", "kvf_choices", "kvf_set_timer"
+        if not all(hasattr(self.c, name) for name in newer):
             return False
+        self.c.kvf_choices.argtypes = [c_void_p, c_int64]
+        self.c.kvf_choices.restype = c_int64
+        self.c.kvf_set_timer.argtypes = [c_void_p]
         self.c.kvf_read_back.argtypes = [POINTER(ReadBack)]
         self.c.kvf_formats.restype = c_char_p
         formats: bytes = self.c.kvf_formats()
@@ -129,7 +161,7 @@ class Library:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use."""
+        """The instruction set that was asked for, or the best, where no trial says otherwise."""
         name: bytes = self.c.kvf_isa()
         return name.decode()
 
@@ -140,14 +172,32 @@ class Library:
         return names.decode().split()
 
     def use(self, isa: str) -> None:
-        """Use another instruction set than the best.
+        """Use one instruction set for everything; "auto": for each kind of call the fastest.
 
         Raises:
             InputError: if this machine does not have it.
         """
         if self.c.kvf_set_isa(isa.encode()):
-            choices = ", ".join(self.isas)
+            choices = ", ".join([*self.isas, AUTO])
             raise InputError(f"no kernels for {isa!r} on this machine", f"choose one of {choices}")
+        self.asked = isa
+
+    def choices(self) -> list[Choice]:
+        """What trials chose so far, by kinds of calls; empty where nothing was left to choose."""
+        room = 1 << 17
+        text = ctypes.create_string_buffer(room)
+        size = self.c.kvf_choices(text, room)
+        return [Choice.of(line) for line in text.raw[:size].decode().splitlines()]
+
+    @property
+    def in_use(self) -> str:
+        """Every instruction set that took calls so far, as measurements should say."""
+        chosen = {choice.isa for choice in self.choices()} if self.asked == AUTO else set()
+        return " ".join(isa for isa in self.isas if isa in chosen) or self.isa
+
+    def set_timer(self, timer: Any = None) -> None:
+        """Forget what was chosen, and let a ``TIMER`` say how fast each copy is; None: trials."""
+        self.c.kvf_set_timer(None if timer is None else ctypes.cast(timer, c_void_p))
 
     def attend(self, call: Attend) -> None:
         call.threads = torch.get_num_threads()

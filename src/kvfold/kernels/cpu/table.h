@@ -3,6 +3,8 @@
 #include "kernel.h"
 
 struct IsaTable {
+  int32_t (*recipe)(const KvfAttend&);               // see recipe.h
+  int64_t (*block_bytes)(const KvfSide&, bool key);  // of 16 tokens
   const char* (*formats)();
   void (*attend)(const KvfAttend&, KvfParallel);
   void (*append)(const KvfAppend&, KvfParallel);
