@@ -2,9 +2,8 @@
 
     python benchmarks/prefill.py            # about 3 minutes on 2 cores
 
-kvfold hands prompts to PyTorch; this shows that nothing is lost on the way, whatever the number of
-KV heads. One layer, 32 query heads of 128, batch 1. Competitors take turns; speeds are multiples
-of the fastest of PyTorch's ways in the same rounds. A result further from float64 than twice
+One layer, 32 query heads of 128, batch 1. Competitors take turns; speeds are multiples of the
+fastest of PyTorch's ways in the same rounds. A result further from float64 than twice
 PyTorch's own bfloat16 error gets no speed. Writes ``prefill.jsonl`` beside this file.
 """
 

@@ -17,6 +17,7 @@ from tests.toolbox.attention_cases import (
     naive,
     needs_kernels,
     noise,
+    prompts_by,
     qkv,
     skip_without_kernels,
     slopes,
@@ -24,7 +25,12 @@ from tests.toolbox.attention_cases import (
 )
 
 # How each path is reached: number of queries and of keys, and whether kernels may be used.
-PATHS = {"kernel": (2, 65, True), "matmul": (2, 65, False), "sdpa": (37, 65, True)}
+PATHS = {
+    "kernel": (2, 65, True),
+    "kernel, prompt": (37, 65, True),
+    "matmul": (2, 65, False),
+    "sdpa": (37, 65, False),
+}
 GROUPS = (1, 2, 3, 5, 6, 7, 8, 9, 16)
 DIMS = [(8, 8), (13, 13), (59, 59), (64, 32), (80, 80), (13, 80), (128, 128), (576, 512)]
 
@@ -32,9 +38,10 @@ DIMS = [(8, 8), (13, 13), (59, 59), (64, 32), (80, 80), (13, 80), (128, 128), (5
 @pytest.fixture(params=list(PATHS))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name = str(request.param)
-    if name == "kernel":
+    if PATHS[name][2]:
         skip_without_kernels()
-    if not PATHS[name][2]:
+        prompts_by(monkeypatch, kernels=True)
+    else:
         without_kernels(monkeypatch)
     return name
 
@@ -43,7 +50,7 @@ def check(path: str | None, *given: torch.Tensor, **options: Any) -> None:
     """The call takes the path and is as exact as PyTorch, with log-sum-exp where there is one."""
     q, k, v = given
     if path is not None:
-        assert kvfold.explain(q, k, v, **options).name == path
+        assert kvfold.explain(q, k, v, **options).name == path.split(",")[0]
     out = kvfold.attention(q, k, v, **options)
     assert isinstance(out, torch.Tensor)
     assert out.dtype == q.dtype

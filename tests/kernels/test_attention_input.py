@@ -8,16 +8,31 @@ import torch
 
 import kvfold
 from kvfold.errors import InputError
-from tests.toolbox.attention_cases import needs_kernels, noise, qkv, without_kernels
+from tests.toolbox.attention_cases import (
+    kernels,
+    needs_kernels,
+    noise,
+    qkv,
+    using,
+    without_kernels,
+)
 
 
 @needs_kernels
-def test_explain() -> None:
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(1, (4, 2), 1, 64)
     many = noise(1, 4, 64, 32)
     assert str(kvfold.explain(q, k, v)).startswith("kernel: ")
     assert kvfold.explain(many, k, v).name == "sdpa"
     assert kvfold.explain(many, k, v, softcap=1.0).name == "matmul"
+    more = [x.float() for x in qkv(1, (4, 2), 512, 512)]
+    vectors = kernels().isa != "baseline"
+    assert kvfold.explain(*more).name == ("kernel" if vectors else "sdpa")
+    with monkeypatch.context() as none:
+        without_kernels(none)
+        assert kvfold.explain(*more).name == "sdpa"
+    with using("baseline"):
+        assert kvfold.explain(*more).name == "sdpa"
     assert kvfold.explain(q.double(), k.double(), v.double()).name == "matmul"
     assert kvfold.explain(q.requires_grad_(), k, v).name != "kernel"
     with torch.no_grad():

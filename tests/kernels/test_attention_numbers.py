@@ -22,13 +22,15 @@ from tests.toolbox.attention_cases import (
     naive,
     needs_kernels,
     noise,
+    prompts_by,
     qkv,
+    skip_without_kernels,
     stores,
     using,
     without_kernels,
 )
 
-PATHS = ("kernel", "matmul", "sdpa", "gradients")
+PATHS = ("kernel", "prompt", "matmul", "sdpa", "gradients")
 EXTRAS: list[dict[str, Any]] = [
     {},
     {"softcap": 3.0},
@@ -48,8 +50,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "matmul":
         without_kernels(monkeypatch)
-    elif request.param == "kernel" and not ISAS:
-        pytest.skip("the CPU kernels were not built")
+    elif request.param in ("kernel", "prompt"):
+        skip_without_kernels()
+    prompts_by(monkeypatch, kernels=request.param == "prompt")
     return str(request.param)
 
 

@@ -19,6 +19,7 @@ from kvfold.ops.options import Options, Scoring, Visibility, check_options
 from tests.toolbox.attention_cases import (
     needs_kernels,
     noise,
+    prompts_by,
     skip_without_kernels,
     without_kernels,
 )
@@ -27,7 +28,8 @@ from tests.toolbox.tiny import make
 # How each path is reached: number of queries, whether kernels may be used, and gradients.
 PATHS = {
     "kernel": (3, True, False),
-    "sdpa": (37, True, False),
+    "kernel, prompt": (37, True, False),
+    "sdpa": (37, False, False),
     "sdpa, gradients": (37, True, True),
     "matmul": (3, False, False),
 }
@@ -39,8 +41,9 @@ CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 @pytest.fixture(params=list(PATHS))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name = str(request.param)
-    if name == "kernel":
+    if name.startswith("kernel"):
         skip_without_kernels()
+        prompts_by(monkeypatch, kernels=True)
     if not PATHS[name][1]:
         without_kernels(monkeypatch)
     return name
@@ -106,6 +109,7 @@ OPTIONS = list(options_of(3, 65))
 BENT = {"softcap", "lse", "everything"}
 ASKED = {
     "kernel": OPTIONS,
+    "kernel, prompt": ["causal", "window", "lengths", "lse", "everything"],
     "sdpa": [name for name in OPTIONS if name not in BENT],
     "sdpa, gradients": ["scale", "bias", "sink logits"],
     "matmul": ["causal", "scale", *sorted(BENT)],

@@ -61,6 +61,11 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.kernels.cpu.backend.library", lambda: None)
 
 
+def prompts_by(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    """Many queries over tensors go to the CPU kernels, or to PyTorch, whatever their number."""
+    monkeypatch.setattr("kvfold.kernels.cpu.backend._pytorch_is_faster", lambda _: not kernels)
+
+
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 import kvfold.transformers as drop_in
 from kvfold.errors import InputError
+from tests.toolbox.attention_cases import prompts_by
 from tests.toolbox.tiny import CASES, build, make
 
 NEW_TOKENS = 24
@@ -86,6 +87,13 @@ def test_our_cache_serves_other_implementations(case: str, implementation: str) 
     assert torch.equal(generate(model, prompt(), implementation, past_key_values=cache), expected)
 
 
+@pytest.fixture(params=[False, True], ids=["prompts by PyTorch", "prompts by kernels"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts as short as these go to PyTorch, long ones to the kernels: try both on these."""
+    prompts_by(monkeypatch, kernels=bool(request.param))
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3_text", "mistral"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_left_padding(case: str, cached: bool) -> None:
@@ -117,6 +125,7 @@ def test_static_cache() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("case", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("turn", [3, 20], ids=["short turn", "long turn"])
 def test_continued_chat(case: str, turn: int) -> None:

@@ -20,7 +20,7 @@ from kvfold.ops.options import SCHEMA, unflattened
 def attend_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *flat: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kvfold.attention`` for few queries; output and log-sum-exp (float32).
+    """``kvfold.attention`` by the kernels; output and log-sum-exp (float32).
 
     Args:
         flat: ``Options.flat``.

@@ -34,7 +34,7 @@ class Sdpa(Backend):
     def why(self, call: Call) -> str:
         if call.gradients or call.dropout:
             return "gradients are needed, and PyTorch's kernels have them"
-        return "many queries: bound by arithmetic, where PyTorch's kernels are best"
+        return "many queries, which PyTorch's kernels multiply"
 
     def attend(self, call: Call) -> Found:
         return _sdpa(plain(call)), None
