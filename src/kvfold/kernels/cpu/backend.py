@@ -14,10 +14,10 @@ from kvfold.kernels.limits import BLOCK, MAX_DIM, MAX_TOKENS
 from kvfold.kernels.view import Angles, KVView
 
 # Products of numbers of queries and of keys from which many queries over tensors are faster here
-# than by PyTorch. Measured on an EPYC with AVX-512 BF16, one thread, causal, prompts of 512 to 8,192
-# tokens, 9 heads of 64 to 32 of 128: 3.1 to 5.7 times PyTorch's speed in bfloat16, 2.2 to 3.6 in
-# float32, 3.4 to 6.8 in float16; with AVX2 alone 1.7 to 3.4; without vectors 0.7 to 0.9, so never
-# then. At 2^20 products it is 1.4, 1.0 and 2.4, at 2^17 0.8, 0.7 and 1.2: a call costs 40 us.
+# than by PyTorch. Measured on an EPYC with AVX-512 BF16, one thread, causal, prompts of 512 to
+# 8,192 tokens, 9 heads of 64 to 32 of 128: 3.1 to 5.7 times PyTorch's speed in bfloat16, 2.2 to 3.6
+# in float32, 3.4 to 6.8 in float16; with AVX2 alone 1.7 to 3.4; without vectors 0.7 to 0.9: not
+# taken. At 2^20 products it is 1.4, 1.0 and 2.4, at 2^17 0.8, 0.7 and 1.2: a call costs 40 us.
 _WORTH = 1 << 21
 _NO_VECTORS = "baseline"
 
