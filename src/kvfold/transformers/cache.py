@@ -81,24 +81,19 @@ def plain(x: Any) -> Any:
     return x
 
 
-class KVLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of ``KVCache``; made when its first keys come."""
+class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer whose keys and values are in a cache of kvfold's; made when its first keys come."""
 
     is_croppable = True
 
     def __init__(self, dtype: Dtype | tuple[Dtype, Dtype] | None, window: int | None) -> None:
-        self.cache: LayerCache | None = None
+        self.cache: Any = None
         super().__init__()
         self._dtype, self._window = dtype, window
         self.is_sliding = window is not None
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Let a window free nothing until ``crop``, which can go back to any token until then."""
-        self.record_past = True
 
     @property
-    def held(self) -> LayerCache:
+    def held(self) -> Any:
         """The cache of the layer.
 
         Raises:
@@ -127,6 +122,47 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         refuse_tensors(given)
 
     def _all(self, side: int) -> Stored | None:
+        """What stands for all of a side, 0 for keys; None if nothing came yet."""
+        raise NotImplementedError
+
+    def _note(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take from the first keys and values what transformers and ``_all`` ask a layer for."""
+        self.dtypes = key_states.dtype, value_states.dtype
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+
+def length_after_crop(length: int, tokens_to_remove: int) -> int:
+    """How many of ``length`` tokens are left where transformers' own layer removes so many.
+
+    Raises:
+        InputError: for what that layer refuses.
+    """
+    left = DynamicLayer()
+    left.lazy_initialization(empty := torch.empty(1, 1, 0, 1), empty)
+    left.keys = left.values = torch.empty(1, 1, length, 1)
+    try:
+        left.crop(tokens_to_remove)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"crop({tokens_to_remove!r}): {error}", "crop(-n) removes the last n tokens"
+        ) from error
+    return int(left.keys.shape[2])
+
+
+class KVLayer(HeldLayer):
+    """One layer of ``KVCache``."""
+
+    cache: LayerCache | None
+
+    def __init__(self, dtype: Dtype | tuple[Dtype, Dtype] | None, window: int | None) -> None:
+        super().__init__(dtype, window)
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Let a window free nothing until ``crop``, which can go back to any token until then."""
+        self.record_past = True
+
+    def _all(self, side: int) -> Stored | None:
         if self.cache is None:
             return None
         return Stored(self, side, self.get_seq_length(), self.dtypes[side])
@@ -135,8 +171,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the cache for keys ``[B, Hkv, T, D]`` and values of these sizes and dtypes."""
         batch, heads, _, head_dim = key_states.shape
-        self.dtypes = key_states.dtype, value_states.dtype
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._note(key_states, value_states)
         self.cache = LayerCache(
             heads,
             head_dim,
@@ -190,16 +225,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises:
             InputError: for what that layer refuses, and where a window has freed what is needed.
         """
-        left = DynamicLayer()
-        left.lazy_initialization(empty := torch.empty(1, 1, 0, 1), empty)
-        left.keys = left.values = torch.empty(1, 1, self.get_seq_length(), 1)
-        try:
-            left.crop(tokens_to_remove)
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"crop({tokens_to_remove!r}): {error}", "crop(-n) removes the last n tokens"
-            ) from error
-        length: int = left.keys.shape[2]
+        length = length_after_crop(self.get_seq_length(), tokens_to_remove)
         if self.cache is not None and not self.cache.can_truncate(length):
             raise InputError(
                 f"cannot go back to {length} tokens: a window has freed what they see",

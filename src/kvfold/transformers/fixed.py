@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache
 
 from kvfold.cache.checks import check_sizes
 from kvfold.cache.fixed import Dtype
 from kvfold.cache.fixed import FixedKVCache as LayerCache
-from kvfold.errors import InputError, UnsupportedError
+from kvfold.errors import UnsupportedError
 from kvfold.kernels.dispatch import attention
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import outside_graphs
-from kvfold.transformers.cache import Stored, refuse_tensors, windows_of
+from kvfold.transformers.cache import HeldLayer, Stored, length_after_crop, windows_of
 
 
 class FixedStored(Stored):
@@ -27,58 +27,29 @@ class FixedStored(Stored):
         return FixedStored(self.layer, self.side, self.shape[2], dtype, self.new)
 
 
-class FixedKVLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of ``FixedKVCache``; made when its first keys come, or before."""
+class FixedKVLayer(HeldLayer):
+    """One layer of ``FixedKVCache``; its cache may also be made before its first keys come."""
 
     is_compileable = True
-    is_croppable = True
+    cache: LayerCache | None
 
     def __init__(
         self, max_length: int, dtype: Dtype | tuple[Dtype, Dtype] | None, window: int | None
     ) -> None:
-        self.cache: LayerCache | None = None
-        super().__init__()
-        self.max_length, self._dtype, self._window = max_length, dtype, window
-        self.is_sliding = window is not None
+        super().__init__(dtype, window)
+        self.max_length = max_length
 
-    @property
-    def held(self) -> LayerCache:
-        """The cache of the layer.
+    def _all(self, side: int) -> FixedStored | None:
+        return None if self.cache is None else self._new(side, self.dtypes[side], None)
 
-        Raises:
-            InputError: if nothing came yet.
-        """
-        if self.cache is None:
-            raise InputError("a layer of the cache was read before it was given any keys")
-        return self.cache
-
-    @property
-    def keys(self) -> Stored | None:
-        """Stands for all keys ``[B, Hkv, max_length, D]``; None before the first."""
-        return None if self.cache is None else self._all(0, self.dtypes[0], None)
-
-    @keys.setter
-    def keys(self, given: None) -> None:
-        refuse_tensors(given)
-
-    @property
-    def values(self) -> Stored | None:
-        """Stands for all values ``[B, Hkv, max_length, Dv]``; None before the first."""
-        return None if self.cache is None else self._all(1, self.dtypes[1], None)
-
-    @values.setter
-    def values(self, given: None) -> None:
-        refuse_tensors(given)
-
-    def _all(self, side: int, dtype: torch.dtype, new: torch.Tensor | None) -> FixedStored:
+    def _new(self, side: int, dtype: torch.dtype, new: torch.Tensor | None) -> FixedStored:
         return FixedStored(self, side, self.max_length, dtype, new)
 
     @outside_graphs("a graph cannot make a cache: run one step, or early_initialization, before it")
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the cache for keys ``[B, Hkv, T, D]`` and values of these sizes and dtypes."""
         batch, heads, _, head_dim = key_states.shape
-        self.dtypes = key_states.dtype, value_states.dtype
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._note(key_states, value_states)
         self.cache = LayerCache(
             heads,
             head_dim,
@@ -98,8 +69,8 @@ class FixedKVLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.cache is None:
             self.lazy_initialization(key_states, value_states)
         self.held.append(key_states, value_states)
-        keys = self._all(0, key_states.dtype, key_states)
-        return keys, self._all(1, value_states.dtype, value_states)
+        keys = self._new(0, key_states.dtype, key_states)
+        return keys, self._new(1, value_states.dtype, value_states)
 
     def get_seq_length(self) -> torch.Tensor | int:
         """Tokens so far, as a tensor: ``torch.compile`` would make a graph for every number.
@@ -120,16 +91,9 @@ class FixedKVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as transformers' own layers do."""
-        length = int(self.get_seq_length())
-        left = DynamicLayer()
-        left.lazy_initialization(empty := torch.empty(1, 1, 0, 1), empty)
-        left.keys = left.values = torch.empty(1, 1, length, 1)
-        try:
-            left.crop(tokens_to_remove)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"crop({tokens_to_remove!r}): {error}") from error
+        length = length_after_crop(int(self.get_seq_length()), tokens_to_remove)
         if self.cache is not None:
-            self.cache.truncate(left.keys.shape[2])
+            self.cache.truncate(length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make sequence i what sequence ``beam_idx[i]`` was."""
