@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold import verify
 from kvfold.engines.known import ENGINES
+from kvfold.engines.request import VerifyRequest
 from kvfold.errors import InputError
 from tests.conftest import Kvfold, Run
 from tests.engines.conftest import PROMPTS, SPECIAL, STEPS, Program, answering
@@ -337,3 +338,26 @@ def test_the_scripts_need_nothing_of_kvfold() -> None:
     for path in folder.glob("*.py"):
         assert "import kvfold" not in path.read_text()
         assert "from kvfold" not in path.read_text()
+
+
+def test_vllm_with_kvfold_is_where_vllm_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In vllm's Python, given or in the environment, unless it has its own."""
+    paths = [tmp_path / name for name in ("a", "b", "c", "d")]
+    for path in paths:
+        path.write_text("")
+        path.chmod(0o755)
+    theirs, ours, its, its_own = map(str, paths)
+
+    def python(*pythons: str) -> str:
+        request = VerifyRequest(source="x", pythons=pythons)
+        return request.python_of("vllm+kvfold")
+
+    assert python() == sys.executable
+    assert python(f"vllm={theirs}") == theirs
+    assert python(f"vllm+kvfold={ours}", f"vllm={theirs}") == ours
+    monkeypatch.setenv("KVFOLD_PYTHON_VLLM", its)
+    assert python() == its
+    assert python(f"vllm={theirs}") == theirs
+    monkeypatch.setenv("KVFOLD_PYTHON_VLLM_KVFOLD", its_own)
+    assert python(f"vllm={theirs}") == its_own
+    assert VerifyRequest(source="x", pythons=(f"vllm+kvfold={ours}",)).python_of("vllm") == its

@@ -14,8 +14,9 @@ def command(request: VerifyRequest, as_json: bool) -> None:
     """Check that engines give the same greedy tokens for OUT as transformers.
 
     Each engine runs in a process of its own, with this Python or the one that --python or
-    KVFOLD_PYTHON_VLLM (…_VLLM_KVFOLD, …_LLAMA_CPP, …_LITGPT, …_CTRANSLATE2, …_MISTRAL_RS) names; it
-    needs no kvfold there. What has to be converted is converted to a temporary folder, which is
+    KVFOLD_PYTHON_VLLM (…_LLAMA_CPP, …_LITGPT, …_CTRANSLATE2, …_MISTRAL_RS) names; it needs no
+    kvfold there. vllm+kvfold does: it is in vllm's Python, unless KVFOLD_PYTHON_VLLM_KVFOLD or
+    --python says otherwise. What has to be converted is converted to a temporary folder, which is
     removed. Exit code 3 if tokens differ, 1 if an engine crashes or none opens OUT.
     """
     from kvfold.cli.progress import progress_bar

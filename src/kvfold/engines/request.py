@@ -59,7 +59,8 @@ class VerifyRequest(Request):
         tokens: greedy ones after each prompt. dtype: that engines compute in; transformers, the
             reference, takes float32.
         near: a difference counts as none where the reference's own two logits differ by no more.
-        pythons: ``ENGINE=PATH`` for engines that are installed in other environments.
+        pythons: ``ENGINE=PATH`` for engines that are installed in other environments;
+            ``vllm+kvfold`` is where ``vllm`` is, unless it has its own.
         llama_cpp: a checkout of llama.cpp, for its converter. timeout: seconds for each engine.
 
     Raises:
@@ -111,11 +112,17 @@ class VerifyRequest(Request):
         return self.llama_cpp or os.environ.get(_CHECKOUT, "")
 
     def python_of(self, engine: str) -> str:
-        """The Python to ask an engine with: as given, as the environment says, or this one.
+        """The Python to ask an engine with: its own, that of the one beside it, or this one.
 
         Raises:
             InputError: for one that the environment names and that is not there.
         """
+        beside = ENGINES[engine].beside
+        found = self._named_for(engine) or (self._named_for(beside) if beside else None)
+        return found or sys.executable
+
+    def _named_for(self, engine: str) -> str | None:
+        """As given, or as the environment says."""
         for each in reversed(self.pythons):
             name, _, path = each.partition("=")
             if name == engine:
@@ -124,4 +131,4 @@ class VerifyRequest(Request):
         path = os.environ.get(variable, "")
         if path:
             _check_program(path, variable)
-        return path or sys.executable
+        return path or None
