@@ -22,7 +22,7 @@ from kvfold import convert, evaluate
 from kvfold.checkpoint.gguf import transcode
 from kvfold.files import append_text
 from kvfold.fold.request import DATA_FREE
-from tables import folding
+from pages.quality import folding
 
 # Method, fit. The GQA paper's methods look at no data until they are refitted.
 ROWS = (

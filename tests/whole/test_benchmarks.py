@@ -66,7 +66,7 @@ def test_tables_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plans_tell_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers in ``kvfold.plan.evidence`` are those of the results."""
-    results = script("tables", monkeypatch).results
+    results = script("pages.rows", monkeypatch).results
     healing = {(row["name"], row["text"]): row for row in results("healing", "name", "text")}
     for told, name in zip(evidence.FOLDED, ("folded", "healed"), strict=True):
         texts = (healing[name, f"{text}.txt"] for text in ("handbook", "documentation"))

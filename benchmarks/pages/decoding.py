@@ -1,0 +1,106 @@
+"""Tables of attention and of decoding in transformers."""
+
+from collections.abc import Iterator
+
+from pages.rows import Row, measured, results, table
+
+NAMES = {"sdpa": "transformers `sdpa`, DynamicCache", "bf16": "kvfold bf16",
+         "int8": "kvfold int8", "int4": "kvfold int4",
+         "mistral.rs BF16": "mistral.rs, bfloat16"}  # fmt: skip
+
+
+def attention(file: str, by: str, columns: tuple[str, ...], **case: int) -> str:
+    """Share of the floor, and speed over the fastest of PyTorch's ways."""
+    fields = ("num_kv_heads", "head_dim", "context", "batch")
+    rows = results(file, *(f"case.{name}" for name in fields), "implementation")
+    rows = [r for r in rows if all(r["case"][k] == v for k, v in case.items())]
+    found = {(r["case"]["num_kv_heads"], r["implementation"]): r for r in rows}
+    heads = sorted({r["case"]["num_kv_heads"] for r in rows}, reverse=True)
+
+    def cell(row: Row | None) -> str:
+        if row is None or row["status"] != "ok":
+            return "–"
+        share, ratio = row["floor_fraction"]["median"], row["vs_best_peer"]["median"]
+        return f"{share:.0%}, {ratio:.2f} ×"
+
+    def own(count: int) -> str:
+        ratios = [found[count, f"kvfold {name}"]["vs_own_bf16"] for name in ("int8", "int4")]
+        return ", ".join(f"{ratio['median']:.2f}" for ratio in ratios)
+
+    names = [f"kvfold {name}" for name in ("bf16", "int8", "int4")] + list(columns)
+    body = ((str(n), *(cell(found.get((n, name))) for name in names), own(n)) for n in heads)
+    return table((by, *names, "int8, int4 over own bf16"), body, 0) + measured(rows)
+
+
+def decoding() -> str:
+    """The short table of the README."""
+    rows = results("attention", "case.num_kv_heads", "case.context", "implementation")
+    found = {(r["case"]["num_kv_heads"], r["implementation"]): r
+             for r in rows if r["case"]["context"] == 16384}  # fmt: skip
+    heads = sorted({count for count, _ in found}, reverse=True)
+
+    def cells(count: int) -> Iterator[str]:
+        bf16, int8, int4 = (found[count, f"kvfold {name}"] for name in ("bf16", "int8", "int4"))
+        seconds = [row["seconds"]["median"] for row in (found[count, "repeat"], bf16)]
+        best = [f"{row['vs_best_peer']['median']:.1f}" for row in (bf16, int8, int4)]
+        yield str(count)
+        yield f"{bf16['floor_fraction']['median']:.0%}"
+        yield best[0]
+        yield f"{seconds[0] / seconds[1]:.0f}"
+        yield from best[1:]
+
+    columns = ("bf16: of floor", "× PyTorch's best", "× repeated K, V",
+               "int8: × PyTorch's best", "int4: × PyTorch's best")  # fmt: skip
+    return table(("KV heads", *columns), map(cells, heads), 0)
+
+
+def prompts() -> str:
+    rows = results("prefill", "kv_heads", "context")
+    body = ((f"{r['context']:,}", str(r["kv_heads"]), *(f"{r['speed'][n]:.2f} ×"
+             for n in ("kvfold", "repeat"))) for r in rows)  # fmt: skip
+    return table(("tokens", "KV heads", "kvfold", "repeat K, V"), body, 0) + measured(rows)
+
+
+def slope() -> str:
+    rows = [r for r in results("decode_slope", "way", "weights")
+            if r.get("weights", "bfloat16") == "bfloat16"]  # fmt: skip
+    rows.sort(key=lambda r: list(NAMES).index(r["way"]))
+    contexts = ("512", "2048", "4096", "7900")
+
+    def cells(row: Row) -> Iterator[str]:
+        yield NAMES[row["way"]]
+        times = row["milliseconds"]
+        yield " / ".join(f"{times[c]:.0f}" if c in times else "–" for c in contexts)
+        yield f"{row['microseconds_per_token_of_context']:.2f}"
+
+    (ours,) = (r for r in rows if r["way"] == "bf16")
+    floor = (f"floor, bf16 KV ({ours['read_bandwidth'] / 1e9:.0f} GB/s)", "",
+             f"{ours['bf16_floor']:.2f}")  # fmt: skip
+    heads = ("attention, cache", "ms at 512 / 2,048 / 4,096 / 7,900", "µs per token of context")
+    return table(heads, [*map(cells, rows), floor]) + measured(rows)
+
+
+def profile() -> str:
+    rows = [r for r in results("decode_profile", "way", "context", "weights")
+            if r["context"] == 7900]  # fmt: skip
+    parts = ("linear layers", "attention", "cache update", "rest")
+    body = ((r["weights"], NAMES[r["way"]], *(f"{r['milliseconds'][p]:.1f}" for p in parts),
+             f"{r['milliseconds']['step']:.0f}") for r in rows)  # fmt: skip
+    return table(("weights", "attention, cache", *parts, "step"), body, 2) + measured(rows)
+
+
+def whole_step() -> str:
+    """Milliseconds of a step, by how it is computed."""
+    rows = results("whole_step", "attention", "packed", "compiled", "variant", "threads", "weights")
+    rows = [r for r in rows if r["weights"] == "bfloat16" and not r["variant"]]
+    most = max((r["threads"] for r in rows), default=0)
+    rows = [r for r in rows if r["threads"] == most]
+
+    def cells(row: Row) -> Iterator[str]:
+        yield "compiled" if row["compiled"] else "eager"
+        yield "prepacked" if row["packed"] else "plain"
+        yield "`sdpa`" if row["attention"] == "sdpa" else f"kvfold {row['attention']}"
+        yield from (f"{row['milliseconds'][c]:.1f}" for c in ("512", "4096", "7900"))
+
+    heads = ("step", "linear layers", "attention, cache", "ms at 512", "4,096", "7,900")
+    return table(heads, map(cells, rows), 3) + measured(rows)

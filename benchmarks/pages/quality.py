@@ -1,0 +1,124 @@
+"""Tables of what folding, healing and cache formats keep, and the memory that folding takes."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from pages.rows import Row, measured, results, table
+
+
+def caches() -> str:
+    rows = results("cache_quality", "text", "cache")
+    found = {(r["text"], r["cache"]): r for r in rows}
+    names = dict.fromkeys(r["cache"] for r in rows)
+
+    def cells(name: str) -> Iterator[str]:
+        yield name
+        for text in ("handbook", "documentation"):
+            row = found[text, name]
+            yield f"{row['kl']:.1e}"
+            yield f"{row['perplexity_ratio']:.4f}"
+            yield f"{row['top1']:.1%}"
+        size = found["handbook", name]["bytes_per_token"]
+        yield "–" if math.isnan(size) else f"{size / 1024:.1f}"
+
+    scores = ("perplexity ratio", "same top-1")
+    heads = ("cache", "handbook: KL", *scores, "documentation: KL", *scores,
+             "KiB per token, allocated")  # fmt: skip
+    return table(heads, map(cells, names)) + measured(rows)
+
+
+def folding() -> str:
+    rows = results("fold_quality", "method", "fit")
+
+    def cells(row: Row) -> Iterator[str]:
+        yield row["method"]
+        yield row["fit"]
+        yield from (f"{s['nats_lost']:.2f} ± {s['nats_lost_error']:.2f}" for s in row["scores"])
+        yield " / ".join(f"{s['kl']:.2f}" for s in row["scores"])
+        yield " / ".join(f"{s['top1']:.0%}" for s in row["scores"])
+        yield f"{row['run']['seconds']:.0f}"
+
+    heads = ("method", "fit", "handbook", "documentation", "KL", "top-1", "seconds")
+    handbook, documentation = rows[-1]["source_perplexity"]
+    source = f"The source's perplexity: {handbook:.2f} on the handbook, {documentation:.2f} on the "
+    return f"{table(heads, map(cells, rows), 2)}\n\n{source}documentation." + measured(rows)
+
+
+LABELS = {
+    "random-none": "`random` (arXiv 2305.13245)",
+    "first-none": "`first` (arXiv 2305.13245)",
+    "mean-none": "`mean` (arXiv 2305.13245)",
+    "aligned-none": "`aligned`",
+    "pca-none": "`pca`, closed form",
+    "pca-refit": "`pca` + refit",
+    "auto-local": "**`auto`** (default: `pca` + fit + refit)",
+}
+
+
+def kept() -> str:
+    """The short table of the README, healing included."""
+
+    def took(seconds: float) -> str:
+        return "seconds" if seconds < 60 else f"{seconds / 60:.0f} min"
+
+    def cells(what: str, scores: Iterable[Row], time: str) -> tuple[str, ...]:
+        lost = (f"{s['nats_lost']:.2f} ± {s['nats_lost_error']:.2f}" for s in scores)
+        return what, *lost, time
+
+    folded = results("fold_quality", "method", "fit")
+    body = [cells(LABELS[f"{r['method']}-{r['fit']}"], r["scores"], took(r["run"]["seconds"]))
+            for r in folded]  # fmt: skip
+    healed = [row for row in results("healing", "name", "text") if row["name"] == "healed"]
+    what = "**`auto`, then healed** with 200,000 tokens"
+    body.append(cells(what, healed, f"+ {took(healed[0]['seconds'])}"))
+    return table(("", "handbook", "documentation", "time"), body)
+
+
+def energies() -> str:
+    rows = [row for row in results("fold_quality", "method", "fit") if row["fit"] == "none"]
+    layers = enumerate(zip(*(row["captured"] for row in rows), strict=True))
+    body = ((str(n), *(f"{v:.2f}, {k:.2f}" for v, k in pairs)) for n, pairs in layers)
+    return table(("layer", *(f"{row['method']} V, K" for row in rows)), body) + measured(rows)
+
+
+def healing() -> str:
+    rows = results("healing", "name", "text")
+    found = {(r["name"], r["text"].removesuffix(".txt")): r for r in rows}
+    texts = ("handbook", "documentation")
+
+    def cells(name: str) -> Iterator[str]:
+        yield name
+        for row in (found[name, text] for text in texts):
+            yield f"{row['nats_lost']:.3f} ± {row['nats_lost_error']:.3f}"
+
+    less = (1 - found["healed", t]["nats_lost"] / found["folded", t]["nats_lost"] for t in texts)
+    body = [*map(cells, ("folded", "healed")), ("less by", *(f"{part:.0%}" for part in less))]
+    return table(("", *texts), body) + measured(rows)
+
+
+def healing_small() -> str:
+    rows = [r for r in results("healing_small", "method", "kv_heads", "share")
+            if r["kv_heads"] == 1]  # fmt: skip
+    found = {(r["method"], r["share"]): r for r in rows}
+    shares = sorted({r["share"] for r in rows})
+
+    def cells(name: str) -> Iterator[str]:
+        yield f"`{name}`"
+        for row in (found[name, share] for share in shares):
+            yield f"{row['ratio']:.2f} ± {row['ratio_error']:.2f}"
+
+    heads = ["8 → 1", *(f"{share:.1%}".replace(".0%", "%") for share in shares)]
+    heads[1] = "no healing"
+    return table(heads, map(cells, dict.fromkeys(r["method"] for r in rows))) + measured(rows)
+
+
+def memory() -> str:
+    rows = results("streaming_memory", "case")
+
+    def cells(row: Row) -> Iterator[str]:
+        yield row["case"]
+        yield f"{row['run']['peak_memory_bytes'] / 1e9:.2f} GB"
+        yield "–" if "calibrated" in row["case"] else f"{row['limit_bytes'] / 1e9:.2f} GB"
+        yield f"{row['run']['seconds']:.0f}"
+
+    return table(("case", "peak", "limit", "seconds"), map(cells, rows)) + measured(rows)
