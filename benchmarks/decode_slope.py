@@ -32,6 +32,15 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
 @torch.no_grad()
+def read_into(cache: Any, model: Any, context: int) -> torch.Tensor:
+    """Fill a cache with so many tokens, always the same ones, and return them."""
+    ids = torch.randint(100, 40_000, (1, context), generator=torch.Generator().manual_seed(1))
+    for piece in ids.split(1024, 1):
+        model(piece, past_key_values=cache, logits_to_keep=1)
+    return ids
+
+
+@torch.no_grad()
 def filled(model: Any, way: str, context: int) -> Callable[[], None]:
     """A function that decodes one token at the context."""
     from transformers import DynamicCache
@@ -39,9 +48,7 @@ def filled(model: Any, way: str, context: int) -> Callable[[], None]:
     model.set_attn_implementation("sdpa" if way == "sdpa" else "kvfold")
     config = model.config
     cache = DynamicCache(config=config) if way == "sdpa" else drop_in.KVCache(config, dtype=way)
-    ids = torch.randint(100, 40_000, (1, context), generator=torch.Generator().manual_seed(1))
-    for piece in ids.split(1024, 1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
+    ids = read_into(cache, model, context)
 
     @torch.no_grad()
     def step() -> None:

@@ -22,6 +22,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import kvfold.transformers as drop_in
+from decode_slope import read_into, seconds
 from fold_quality import machine, source_folder
 from kvfold.files import append_text
 from kvfold.quality.run import load_model
@@ -58,15 +59,11 @@ VARIANTS = [
 ]
 
 
-@torch.no_grad()
 def keys_and_values(model: Any) -> Tensors:
     """Of every layer, of the longest context."""
     cache = DynamicCache(config=model.config)
     model.set_attn_implementation("kvfold")
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(100, 40_000, (1, max(CONTEXTS)), generator=generator)
-    for piece in ids.split(1024, 1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
+    read_into(cache, model, max(CONTEXTS))
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -118,9 +115,7 @@ def sample(model: Any, way: Way, step: Step, back: Callable[[], None]) -> float:
     model.set_attn_implementation("sdpa" if way.attention == "sdpa" else "kvfold")
     found = []
     for _ in range(2):
-        start = perf_counter()
-        step()
-        found.append(perf_counter() - start)
+        found.append(seconds(step))
         back()
     return min(found)
 
@@ -141,8 +136,8 @@ def measured(
     for _ in range(rounds):
         cases = cases[1:] + cases[:1]  # nobody always follows the same neighbour
         for at, context, step, back in cases:
-            seconds = sample(models[ways[at].packed], ways[at], step, back)
-            samples.setdefault((at, context), []).append(seconds)
+            took = sample(models[ways[at].packed], ways[at], step, back)
+            samples.setdefault((at, context), []).append(took)
     places = range(len(ways))
     return [{context: median(samples[at, context]) for context in CONTEXTS} for at in places]
 
