@@ -10,7 +10,7 @@ import pytest
 
 from kvfold.kernels.cpu.build import NAME, BuildError, build, compiler
 from kvfold.kernels.cpu.library import Library
-from tests.toolbox.attention_cases import FOUND
+from tests.toolbox.attention_cases import FOUND, ISAS
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -54,6 +54,19 @@ def test_a_failing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BuildError, match=r"failed: .*--?no-such-option"):
         build(tmp_path / NAME)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_flags_that_a_compiler_does_not_know_cost_their_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "older"
+    older.write_text(f'#!/bin/sh\ncase "$*" in *amx*) exit 1;; esac\nexec {compiler()} "$@"\n')
+    older.chmod(0o755)
+    monkeypatch.setenv("CXX", str(older))
+    build(tmp_path / NAME, ("-O0",), ("avx512_amx", "avx2"))
+    assert Library(tmp_path / NAME).isas == [isa for isa in ("avx2", "baseline") if isa in ISAS]
 
 
 ASK = "from kvfold.kernels.cpu.library import library, why_missing as w; print(library(), w())"

@@ -244,7 +244,7 @@ def allowed_error(
     best = kernels().isa.startswith("avx512_")
     integers = best and any(name.startswith(("int", "nl")) for name in names)
     own = q.dtype is torch.bfloat16
-    brains = own and kernels().isa == "avx512_bf16" and "bf16" in names
+    brains = own and kernels().isa in ("avx512_bf16", "avx512_amx") and "bf16" in names
     dim = 32 * -(-cache.head_dim // 32)
     if 0 in (q.numel(), k.numel()):
         return 0.0

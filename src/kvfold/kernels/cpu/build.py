@@ -23,8 +23,10 @@ _FLAGS = [
 ]
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+_BF16 = f"{_AVX512} -mavx512vnni -mavx512bf16"
 _X86 = {
-    "avx512_bf16": f"{_AVX512} -mavx512vnni -mavx512bf16",
+    "avx512_bf16": _BF16,
+    "avx512_amx": f"{_BF16} -mamx-tile -mamx-bf16 -DKVF_AMX",
     "avx512_vnni": f"{_AVX512} -mavx512vnni",
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -42,8 +44,12 @@ def compiler() -> str | None:
     return next((c for c in candidates if c and shutil.which(c.split()[0])), None)
 
 
-def build(target: Path, extra: tuple[str, ...] = ()) -> None:
+def build(target: Path, extra: tuple[str, ...] = (), only: tuple[str, ...] = tuple(_X86)) -> None:
     """Compile the kernels into the shared library ``target``.
+
+    Args:
+        extra: more flags for the compiler.
+        only: instruction sets; those whose flags the compiler does not know are left out.
 
     Raises:
         BuildError: if it cannot be done.
@@ -52,8 +58,10 @@ def build(target: Path, extra: tuple[str, ...] = ()) -> None:
     if cxx is None:
         raise BuildError("no C++ compiler found (tried $CXX, g++, clang++, c++)")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = _X86 if x86 else {"baseline": ""}
     command = [*cxx.split(), *_FLAGS, *extra]
+    isas = {"baseline": ""}
+    if x86:
+        isas |= {isa: flags for isa, flags in _X86.items() if isa in only and _knows(cxx, flags)}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compile_isa(isa: str) -> str:
@@ -64,13 +72,21 @@ def build(target: Path, extra: tuple[str, ...] = ()) -> None:
 
         objects = list(pool.map(compile_isa, isas))
         main = str(Path(folder) / "library.o")
-        _run([*command, "-c", str(SOURCES / "library.cpp"), "-o", main])
+        have = [f"-DKVF_HAVE_{isa}" for isa in isas]
+        _run([*command, *have, "-c", str(SOURCES / "library.cpp"), "-o", main])
         whole = Path(folder) / NAME
         _run([*command, "-shared", *objects, main, "-o", str(whole), "-pthread"])
         # Renamed, not overwritten: a process that runs the old library keeps it.
         fresh = target.with_suffix(".new")
         shutil.copy(whole, fresh)
         fresh.replace(target)
+
+
+def _knows(cxx: str, flags: str) -> bool:
+    """Whether the compiler takes the flags, and its assembler the instructions of AMX."""
+    code = 'int main() { asm volatile("tilerelease"); }' if "amx" in flags else ""
+    command = [*cxx.split(), *flags.split(), "-x", "c++", "-c", "-o", os.devnull, "-"]
+    return not subprocess.run(command, input=code, text=True, capture_output=True).returncode
 
 
 def _run(command: list[str]) -> None:

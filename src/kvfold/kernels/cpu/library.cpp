@@ -4,10 +4,12 @@
 #include <thread>
 #include <vector>
 
+#include "amx_here.h"
 #include "choice.h"
 
+// KVF_HAVE_ and a name: the copies that were compiled (build.py).
 #if defined(__x86_64__)
-extern const IsaTable kvf_avx512_bf16, kvf_avx512_vnni, kvf_avx512, kvf_avx2, kvf_baseline;
+extern const IsaTable kvf_avx512_bf16, kvf_avx512_amx, kvf_avx512_vnni, kvf_avx512, kvf_avx2;
 
 static bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -16,19 +18,29 @@ static bool has_avx512() {
 static bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool has_amx() { return has_bf16() && may_use_amx(); }
+#endif
+extern const IsaTable kvf_baseline;
 
 // Best first, but where a trial says otherwise.
 static const Isa ISAS[] = {
+#if defined(KVF_HAVE_avx512_bf16)
     {"avx512_bf16", &kvf_avx512_bf16, has_bf16},
+#endif
+#if defined(KVF_HAVE_avx512_amx)
+    {"avx512_amx", &kvf_avx512_amx, has_amx},
+#endif
+#if defined(KVF_HAVE_avx512_vnni)
     {"avx512_vnni", &kvf_avx512_vnni, has_vnni},
+#endif
+#if defined(KVF_HAVE_avx512)
     {"avx512", &kvf_avx512, has_avx512},
+#endif
+#if defined(KVF_HAVE_avx2)
     {"avx2", &kvf_avx2, has_avx2},
+#endif
     {"baseline", &kvf_baseline, [] { return true; }},
 };
-#else
-extern const IsaTable kvf_baseline;
-static const Isa ISAS[] = {{"baseline", &kvf_baseline, [] { return true; }}};
-#endif
 
 static std::vector<Isa> those_here() {
 #if defined(__x86_64__)

@@ -17,11 +17,17 @@ static int32_t own_kernels(const KvfPart& part, int queries) {
   return keys | values << 8;
 }
 
+constexpr int32_t AMX = 1 << 24;
+
 static int32_t recipe(const KvfAttend& call) {
   int32_t own = 0;
   if (call.tokens <= KVF_MAX_TOKENS) own = own_kernels(call.parts[0], call.q.format);
 #if defined(__AVX512BF16__)
   else own = call.q.format == KVF_BF16 ? 16 : 0;
+#endif
+#if defined(KVF_AMX)
+  const int rows = call.num_heads / call.num_kv_heads * call.tokens;
+  if ((own & 16 || own >> 8 & 16) && rows >= LEAST_AMX_ROWS) own |= AMX;
 #endif
   return own | WIDTH << 16;
 }

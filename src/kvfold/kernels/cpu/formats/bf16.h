@@ -1,6 +1,6 @@
 // bfloat16, as it is.
 #pragma once
-#include "../generic.h"
+#include "../amx.h"
 
 namespace KVF_NAMESPACE {
 
@@ -60,6 +60,9 @@ static INLINE void score_bf16_rows(const Queries& q, int row, const Tile& tile, 
 }
 
 static void score_bf16(const Queries& q, const Tile& tile, float* s) {
+#if defined(KVF_AMX)
+  if (q.rows >= LEAST_AMX_ROWS) return score_amx(q, tile, s);
+#endif
   in_shape(q.rows, tile.blocks, tile.streams, [&](auto shape) {
     using Shape = decltype(shape);
     Ahead ahead(tile, 32 * q.dim, q.dim / 2, shape.calls(q.rows, TILE_BLOCKS));
@@ -112,6 +115,9 @@ static void add_bf16(const Weights& w, const Tile& tile, float* o) {
       const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(w.p + r * TILE + i * BLOCK));
       memcpy(weights + r * TILE + i * BLOCK, &half, sizeof half);
     }
+#if defined(KVF_AMX)
+  if (w.rows >= LEAST_AMX_ROWS) return add_amx(w, weights, tile, o);
+#endif
   const int padded = round_up(tile.dim, 16), chunks = padded / 16;
   const int32_t* pairs = (const int32_t*)weights;
   in_shape(w.rows, chunks, tile.streams, [&](auto shape) {
