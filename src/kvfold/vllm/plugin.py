@@ -12,6 +12,15 @@ FALLBACK = "KVFOLD_VLLM_FALLBACK"
 _BACKEND = "kvfold.vllm.backend.KvfoldBackend"
 
 
+def knows(version: str) -> bool:
+    """Whether the backend is for a release of vLLM.
+
+    >>> knows("0.32.1+cpu"), knows("0.3.2")
+    (True, False)
+    """
+    return ".".join(version.split(".")[:2]) in KNOWN
+
+
 def register() -> None:
     """Let vLLM's ``--attention-backend`` know the name KVFOLD.
 
@@ -21,7 +30,7 @@ def register() -> None:
     from vllm.logger import init_logger
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if ".".join(vllm.__version__.split(".")[:2]) not in KNOWN:
+    if not knows(vllm.__version__):
         init_logger("vllm.kvfold").warning(
             "kvfold %s knows vLLM %s, not %s: no attention backend KVFOLD here (pip install"
             " 'vllm==%s.*', or a kvfold that knows it)",
