@@ -173,10 +173,11 @@ static void prepare_queries(const Plan& plan, const Unit& unit, const Stored<Key
 static void finish_scores(const Plan& plan, const Unit& unit, int first, int count, float* s) {
   const KvfAttend& call = *plan.call;
   const int group_size = call.num_heads / call.num_kv_heads;
+  const int64_t oldest = (int64_t)call.length[unit.b] - call.tokens;
+  if (is_plain(call, unit, oldest, oldest + call.tokens - 1, first, count)) return;
   for (int row = 0; row < plan.rows; ++row) {
     const int head = unit.head * group_size + row / call.tokens, t = row % call.tokens;
-    const int64_t position = (int64_t)call.length[unit.b] - call.tokens + t;
-    finish_row(call, unit, head, t, position, first, count, s + row * TILE);
+    finish_row(call, unit, head, t, oldest + t, first, count, s + row * TILE);
   }
 }
 

@@ -8,6 +8,16 @@ namespace KVF_NAMESPACE {
 
 constexpr float LOG2E = 1.44269504f;  // logits are kept in base 2
 
+// Whether queries at positions `oldest` to `newest` see all of `count` keys from `first` on, and their
+// scores are logits as they are.
+static bool is_plain(const KvfAttend& call, const Unit& unit, int64_t oldest, int64_t newest,
+                     int first, int count) {
+  if (call.softcap > 0 || call.alibi_slopes || call.mask) return false;
+  if (first < unit.low || first + count > unit.high) return false;
+  if (call.left >= 0 && first < newest - call.left) return false;
+  return call.right < 0 || first + count <= oldest + call.right + 1;
+}
+
 // One row's scores become logits: those of query t, at `position`, of a head over `count` keys (a
 // multiple of 16) from `first` on. They are capped and biased; what it may not see is hidden.
 static void finish_row(const KvfAttend& call, const Unit& unit, int head, int t, int64_t position,
