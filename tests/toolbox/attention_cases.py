@@ -235,8 +235,8 @@ def allowed_error(
     off by exp(2 d) - 1 of the largest value in all. Weights become integers of 1/65280 of a tile's
     largest: 64 of them are off by at most half of that each, times a value; bfloat16 instructions,
     which queries of bfloat16 get over keys and values of bfloat16, round them by 2^-9. INT4 values
-    have weights of one byte where none is above 16 times the mean: off by at most 16 / 510 of the
-    mean each. Four more 2^-20 are for exp, sums and scales in float32.
+    have weights of one byte while all these together are off by at most 16 / 510 of the sum of
+    weights. Four more 2^-20 are for exp, sums and scales in float32.
     """
     names = [fmt.name for fmt in cache.formats]
     if len(stores(cache)) > 1:

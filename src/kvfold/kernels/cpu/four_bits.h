@@ -99,87 +99,118 @@ struct FourBits : InFloats<F> {
                          _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q.unit[row + r])));
   }
 
-  // A group of 32 dimensions is two chunks. A scale's sign (the format gives the code -8 to the
-  // largest number, whatever its sign) moves to the values: codes of such tokens are negated.
-  template <int ROWS, int CHUNKS, int PLANES>
-  static INLINE void add_rows(int row, const Planes& planes, const float* decay, const Tile& tile,
-                              int chunk, bool fetch, float* o, int padded) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512i high[ROWS][CHUNKS], low[ROWS][CHUNKS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int c = 0; c < CHUNKS; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
-    for (int block = 0; block < tile.blocks; ++block) {
-      const uint8_t* base = tile.block[block] + chunk * 128;
+  // A tile's values as signed bytes, four tokens of a chunk at a time. A scale's sign (the format gives
+  // the code -8 to the largest number, whatever its sign) moves to them: those of such tokens are
+  // negated.
+  struct AsStored {
+    const Tile& tile;
+    int chunk;
+    bool fetch;
+    alignas(16) int32_t signs[4] = {};
+
+    INLINE void begin(int block) {
       const __m256i scales =
           _mm256_loadu_si256((const __m256i*)(tile.scales[block] + chunk / 2 * BLOCK));
       // 16 bytes, all ones where the token's scale is negative
-      const __m128i negative = _mm256_cvtepi16_epi8(_mm256_srai_epi16(scales, 15));
-      alignas(16) int32_t signs[4];
-      _mm_store_si128((__m128i*)signs, negative);
-      for (int eighth = 0; eighth < 2; ++eighth)
-        for (int half = 0; half < 2; ++half) {
-          const int quad = eighth * 2 + half;
-          const __m512i sign = _mm512_set1_epi32(signs[quad]);
-          __m512i v[CHUNKS];
-          for (int c = 0; c < CHUNKS; ++c) {
-            __m512i both = _mm512_loadu_si512(base + c * 128 + eighth * 64);
-            if (fetch && half == 0) prefetch(tile.next[block] + (chunk + c) * 128 + eighth * 64);
-            if (half) both = _mm512_srli_epi16(both, 4);
-            const __m512i codes = F::signed_bytes(_mm512_and_si512(both, nibble));
-            v[c] = _mm512_sub_epi8(_mm512_xor_si512(codes, sign), sign);
-          }
-          for (int r = 0; r < ROWS; ++r) {
-            const __m512i l = dword(planes.low[r] + block * BLOCK + quad * 4);
-            for (int c = 0; c < CHUNKS; ++c) low[r][c] = dot_quads(low[r][c], l, v[c]);
-            if constexpr (PLANES > 1) {
-              const __m512i h = dword(planes.high[r] + block * BLOCK + quad * 4);
-              for (int c = 0; c < CHUNKS; ++c) high[r][c] = dot_quads(high[r][c], h, v[c]);
-            }
+      _mm_store_si128((__m128i*)signs, _mm256_cvtepi16_epi8(_mm256_srai_epi16(scales, 15)));
+    }
+
+    INLINE __m512i quad(int block, int i, int c) const {
+      const int64_t at = (int64_t)(chunk + c) * 128 + i / 2 * 64;
+      __m512i both = _mm512_loadu_si512(tile.block[block] + at);
+      if (fetch && i % 2 == 0) prefetch(tile.next[block] + at);
+      if (i % 2) both = _mm512_srli_epi16(both, 4);
+      const __m512i sign = _mm512_set1_epi32(signs[i]);
+      const __m512i x = F::signed_bytes(_mm512_and_si512(both, _mm512_set1_epi8(15)));
+      return _mm512_sub_epi8(_mm512_xor_si512(x, sign), sign);
+    }
+  };
+
+  // Those of a group's two chunks, unpacked once for many rows.
+  struct Unpacked {
+    const __m512i (*quads)[4][2];
+    int first;
+
+    INLINE void begin(int) {}
+    INLINE __m512i quad(int block, int i, int c) const { return quads[block][i][first + c]; }
+  };
+
+  static INLINE void unpack(AsStored values, __m512i (*to)[4][2]) {
+    for (int block = 0; block < values.tile.blocks; ++block) {
+      values.begin(block);
+      for (int i = 0; i < 4; ++i)
+        for (int c = 0; c < 2; ++c) to[block][i][c] = values.quad(block, i, c);
+    }
+  }
+
+  // o += weights times the values of chunks.
+  template <int ROWS, int CHUNKS, int PLANES, class Values>
+  static INLINE void add_rows(const Planes& planes, const float* decay, int blocks, Values values,
+                              float* o, int padded) {
+    __m512i high[ROWS][CHUNKS], low[ROWS][CHUNKS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < CHUNKS; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
+    for (int block = 0; block < blocks; ++block) {
+      values.begin(block);
+      for (int i = 0; i < 4; ++i) {
+        __m512i v[CHUNKS];
+        for (int c = 0; c < CHUNKS; ++c) v[c] = values.quad(block, i, c);
+        for (int r = 0; r < ROWS; ++r) {
+          const __m512i l = dword(planes.low[r] + block * BLOCK + i * 4);
+          for (int c = 0; c < CHUNKS; ++c) low[r][c] = dot_quads(low[r][c], l, v[c]);
+          if constexpr (PLANES > 1) {
+            const __m512i h = dword(planes.high[r] + block * BLOCK + i * 4);
+            for (int c = 0; c < CHUNKS; ++c) high[r][c] = dot_quads(high[r][c], h, v[c]);
           }
         }
+      }
     }
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < CHUNKS; ++c)
-        add_sums<PLANES>(o + (row + r) * (int64_t)padded + (chunk + c) * 16, decay[row + r],
-                         planes.unit[r], high[r][c], low[r][c]);
+        add_sums<PLANES>(o + r * (int64_t)padded + c * 16, decay[r], planes.unit[r], high[r][c],
+                         low[r][c]);
   }
 
-  template <int ROWS>
-  static INLINE void add_group(int row, const float* p, const float* tops, bool flat,
-                               const float* decay, const Tile& tile, int group, bool fetch,
-                               float* o, int padded) {
+  // A group of 32 dimensions is two chunks: values(0) gives both, values(1) the second.
+  template <int ROWS, class Values>
+  static INLINE void add_group(int row, const Weights& w, bool flat, const Tile& tile, int g,
+                               Values values, float* o, int padded) {
     Planes planes;
-    const int chunk = group * 2;
+    const float *p = w.p + row * TILE, *decay = w.decay + row, *top = w.top + row;
+    const int blocks = tile.blocks;
+    float* to = o + row * (int64_t)padded + g * group;
     if (flat) {
-      round_weights(ROWS, p, tops, tile, group, planes);
-      add_rows<ROWS, 2, 1>(row, planes, decay, tile, chunk, fetch, o, padded);
-      return;
+      round_weights(ROWS, p, top, tile, g, planes);
+      return add_rows<ROWS, 2, 1>(planes, decay, blocks, values(0), to, padded);
     }
-    split_weights(ROWS, p, tops, tile, group, planes);
+    split_weights(ROWS, p, top, tile, g, planes);
     if constexpr (ROWS <= 4) {
-      add_rows<ROWS, 2, 2>(row, planes, decay, tile, chunk, fetch, o, padded);
+      add_rows<ROWS, 2, 2>(planes, decay, blocks, values(0), to, padded);
     } else {
-      add_rows<ROWS, 1, 2>(row, planes, decay, tile, chunk, fetch, o, padded);
-      add_rows<ROWS, 1, 2>(row, planes, decay, tile, chunk + 1, fetch, o, padded);
+      add_rows<ROWS, 1, 2>(planes, decay, blocks, values(0), to, padded);
+      add_rows<ROWS, 1, 2>(planes, decay, blocks, values(1), to + 16, padded);
     }
   }
 
   static void add(const Weights& w, const Tile& tile, float* o) {
-    const int rows = w.rows;
-    float* p = w.p;
-    const float* decay = w.decay;
     const int padded = round_up(tile.dim, group);
-    for_rows<8>(rows, [&](auto n, int row) {
-      constexpr int ROWS = decltype(n)::value;
-      float tops[ROWS];
-      float* weights = p + row * TILE;
-      largest_weights(ROWS, weights, tile.blocks, tops);
-      const bool flat = is_flat(ROWS, weights, tops, tile.blocks);
-      if (flat) normalize_weights(ROWS, weights, tops, tile.blocks);
-      for (int g = 0; g * group < padded; ++g)
-        add_group<ROWS>(row, weights, tops, flat, decay, tile, g, tile.next[0] && row == 0, o,
-                        padded);
-    });
+    const bool flat = is_flat(w), fetch = tile.next[0] != nullptr;
+    if (flat) normalize_weights(w, tile.blocks);
+    if (w.rows <= 8)
+      return with_number<8>(w.rows, [&](auto n) {
+        for (int g = 0; g * group < padded; ++g)
+          add_group<n.value>(
+              0, w, flat, tile, g, [&](int c) { return AsStored{tile, 2 * g + c, fetch}; }, o,
+              padded);
+      });
+    __m512i quads[TILE_BLOCKS][4][2];
+    for (int g = 0; g * group < padded; ++g) {
+      unpack(AsStored{tile, 2 * g, fetch}, quads);
+      for_rows<8>(w.rows, [&](auto n, int row) {
+        add_group<n.value>(
+            row, w, flat, tile, g, [&](int c) { return Unpacked{quads, c}; }, o, padded);
+      });
+    }
   }
 #endif
 };

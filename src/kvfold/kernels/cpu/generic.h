@@ -44,7 +44,9 @@ struct Weights {
   int rows;
   float* p;            // [rows][TILE]; scratch that may be overwritten
   const float* decay;  // [rows], of what was summed before
-  const float* top;    // [rows], the largest of each row, or null where values are floats
+  const float* top;    // [rows], the largest of each row …
+  const float* l;      // [rows], … and the sum so far; not asked for where values are floats
+  float* spent;        // [rows], what weights were rounded by so far (integer.h)
 };
 
 struct ValueMath {

@@ -111,16 +111,7 @@ struct Planes {
   float unit[8];
 };
 
-// The largest weight of each row, and the largest scale of a tile's group.
-static INLINE void largest_weights(int rows, const float* p, int blocks, float* tops) {
-  for (int r = 0; r < rows; ++r) {
-    __m512 top = _mm512_loadu_ps(p + r * TILE);
-    for (int b = 1; b < blocks; ++b)
-      top = _mm512_max_ps(top, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
-    tops[r] = _mm512_reduce_max_ps(top);
-  }
-}
-
+// The largest scale of a tile's group.
 static INLINE float largest_scale(const Tile& tile, int group) {
   __m512 top = _mm512_setzero_ps();
   for (int b = 0; b < tile.blocks; ++b)
@@ -150,26 +141,34 @@ static INLINE void split_weights(int rows, const float* p, const float* tops, co
   }
 }
 
-// Weights of one plane need no more than their bytes where no weight stands out: at most FLAT times
-// the mean, they are off by at most FLAT / 510 of it. That is below what four bits did to values.
+// Weights of one plane need no more than their bytes where no weight stands out. They are off by at
+// most half of 1/255 of their tile's largest each: may all of that, over all tiles so far, come to
+// FLAT / 510 of the sum of all weights so far? That is below what four bits did to values. Tiles whose
+// weights are even, or small beside earlier ones, leave room for others.
 constexpr float FLAT = 16;
 
-static INLINE bool is_flat(int rows, const float* p, const float* tops, int blocks) {
-  for (int r = 0; r < rows; ++r) {
-    __m512 sum = _mm512_loadu_ps(p + r * TILE);
-    for (int b = 1; b < blocks; ++b)
-      sum = _mm512_add_ps(sum, _mm512_loadu_ps(p + r * TILE + b * BLOCK));
-    if (!(tops[r] * (blocks * BLOCK) <= FLAT * _mm512_reduce_add_ps(sum))) return false;
-  }
-  return true;
+static INLINE bool is_flat(const Weights& w) {
+  const auto after = [&](int row) {
+    return fma(load(w.spent + row), load(w.decay + row), splat(TILE) * load(w.top + row));
+  };
+  bool flat = true;
+  for_vectors(0, w.rows, [&](int row, __mmask16 some) {
+    const F16x limit = splat(FLAT) * load(w.l + row);
+    flat &= _mm512_mask_cmp_ps_mask(some, (__m512)after(row).v[0], (__m512)limit.v[0],
+                                    _CMP_NLE_UQ) == 0;
+  });
+  for_vectors(0, w.rows, [&](int row, __mmask16) {
+    store(w.spent + row, flat ? after(row) : load(w.spent + row) * load(w.decay + row));
+  });
+  return flat;
 }
 
 // Weights become shares of 255 of their row's largest.
-static INLINE void normalize_weights(int rows, float* p, const float* tops, int blocks) {
-  for (int r = 0; r < rows; ++r) {
-    const __m512 inverse = _mm512_set1_ps(tops[r] > 0 ? 255.f / tops[r] : 0);
+static INLINE void normalize_weights(const Weights& w, int blocks) {
+  for (int r = 0; r < w.rows; ++r) {
+    const __m512 inverse = _mm512_set1_ps(w.top[r] > 0 ? 255.f / w.top[r] : 0);
     for (int b = 0; b < blocks; ++b) {
-      float* x = p + r * TILE + b * BLOCK;
+      float* x = w.p + r * TILE + b * BLOCK;
       _mm512_storeu_ps(x, _mm512_mul_ps(_mm512_loadu_ps(x), inverse));
     }
   }

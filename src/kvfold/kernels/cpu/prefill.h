@@ -207,8 +207,11 @@ static void run_span(Rows<To>& r, const KvfPart& part, const Unit& unit, const M
     Tile tile{};
     tile.blocks = span.blocks[i];
     values.load(part, unit, span.first[i], without[i], r.a.spare, r.a.room.data(), tile);
-    const float* ones = r.a.ones.data();  // nothing decays, and no weight is larger
-    const Weights weights{span.to[i] - from, s + i * size + from * TILE, ones, ones};
+    const float* ones = r.a.ones.data();  // nothing decays
+    Weights weights{};
+    weights.rows = span.to[i] - from;
+    weights.p = s + i * size + from * TILE;
+    weights.decay = ones;
     To::value_math(r.plan.call->q.format).add(weights, tile, &r.a.o[(size_t)from * r.padded]);
   }
 }

@@ -28,6 +28,7 @@ using Aligned = std::vector<T, Lines<T>>;
 // scores, then weights, the largest and the sum of these, and by what earlier sums must decay.
 struct Softmax {
   Aligned<float> s, m, l, top, sum, decay;
+  Aligned<float> spent;  // belongs to values' formats
   Aligned<float> parts;  // [rows][16], to be reduced
 
   void begin(int rows) {
@@ -39,9 +40,12 @@ struct Softmax {
     top.assign(padded, -INFINITY);
     sum.assign(padded, 0.f);
     decay.resize(padded);
+    spent.assign(padded, 0.f);
   }
 
-  Weights weights(int rows) { return {rows, s.data(), decay.data(), top.data()}; }
+  Weights weights(int rows) {
+    return {rows, s.data(), decay.data(), top.data(), l.data(), spent.data()};
+  }
 };
 
 static INLINE float larger_of(float a, float b) { return a > b ? a : b; }  // b where a is NaN

@@ -102,9 +102,7 @@ struct Int8 : InFloats<Int8> {
     for_rows<4>(rows, [&](auto n, int row) {
       constexpr int ROWS = decltype(n)::value;
       Planes planes;
-      float tops[ROWS];
-      largest_weights(ROWS, p + row * TILE, tile.blocks, tops);
-      split_weights(ROWS, p + row * TILE, tops, tile, 0, planes);
+      split_weights(ROWS, p + row * TILE, w.top + row, tile, 0, planes);
       const bool fetch = tile.next[0] && row == 0;
       int chunk = 0;
       if (in_order<Int8>(rows, tile))
