@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from kvfold.cache.fixed import FixedKVCache
     from kvfold.cache.kv import KVCache
+    from kvfold.cache.latent import LatentCache
     from kvfold.engines.run import Verification, verify
     from kvfold.errors import KVFoldError
     from kvfold.fold.convert import convert
@@ -32,6 +33,7 @@ _HOMES = {
     "FoldedModel": "kvfold.fold.model",
     "KVCache": "kvfold.cache.kv",
     "KVFoldError": "kvfold.errors",
+    "LatentCache": "kvfold.cache.latent",
     "Quality": "kvfold.quality.scores",
     "Verification": "kvfold.engines.run",
     "attention": "kvfold.kernels.dispatch",
@@ -56,6 +58,7 @@ __all__ = [
     "FoldedModel",
     "KVCache",
     "KVFoldError",
+    "LatentCache",
     "Quality",
     "Verification",
     "__version__",

@@ -12,8 +12,9 @@ import torch
 
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.cache.kv import KVCache
+from kvfold.cache.latent import LatentCache
 from kvfold.errors import InputError
-from kvfold.nn import GroupedQueryAttention, Rotary
+from kvfold.nn import GroupedQueryAttention, LatentAttention, Rotary
 from tests.toolbox.attention_cases import filled, noise
 from tests.toolbox.nn_cases import layer
 from tests.toolbox.nn_cases import tokens as inputs
@@ -182,3 +183,53 @@ def test_calls_of_layers() -> None:
             given = arguments(one.forward) | needed | ({"cache": cache} if cached else {})
             wrong = tried(call, given, cached=cached)
             assert not wrong, "\n".join(wrong)
+
+
+def test_caches_of_latents() -> None:
+    given = arguments(LatentCache.__init__) | {"kv_lora_rank": 16, "qk_rope_head_dim": 4}
+    assert not tried(LatentCache, given)
+    c, k_rope = noise(2, 3, 16), noise(2, 3, 4)
+    calls: dict[str, dict[str, Any]] = {
+        "append": {"c": c, "k_rope": k_rope},
+        "attend": {"q": noise(2, 4, 1, 20), "scale": 0.1},
+        "read": {},
+        "tensors": {"dtype": torch.float32},
+        "truncate": {"length": 2},
+        "clear": {},
+        "fork": {"source": 0, "target": 1},
+        "reorder": {"sequences": [1, 0]},
+    }
+    assert set(calls) == {
+        n for n in vars(LatentCache) if not n.startswith("_") and callable(getattr(LatentCache, n))
+    }
+
+    def call(method: str, **given: Any) -> None:
+        cache = LatentCache(16, 4, batch=2, kind="paged")
+        cache.append(c, k_rope)
+        getattr(cache, method)(**given)
+
+    for name, needed in calls.items():
+        given = arguments(getattr(LatentCache, name)) | needed
+        assert not tried(lambda name=name, **g: call(name, **g), given, method=name)
+
+
+def test_making_latent_layers() -> None:
+    given = arguments(LatentAttention.__init__) | {"hidden_size": 24, "num_heads": 4}
+    given |= {"kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+    assert not tried(LatentAttention, given)
+
+
+@torch.inference_mode()
+def test_calls_of_latent_layers() -> None:
+    single = LatentAttention(24, 4, kv_lora_rank=16, qk_nope_head_dim=6, qk_rope_head_dim=4)
+    x = noise(2, 3, 24)
+    assert not tried(single, arguments(LatentAttention.forward) | {"x": x})
+
+    def later(**given: Any) -> None:
+        cache = single.new_cache(2)
+        single(x, cache=cache)
+        single(**({"cache": cache} | given))
+
+    given = arguments(LatentAttention.forward) | {"x": x}
+    del given["cache"]
+    assert not tried(later, given)

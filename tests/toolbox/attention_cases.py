@@ -26,6 +26,15 @@ def skip_without_kernels() -> None:
         pytest.skip("the CPU kernels were not built")
 
 
+def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with the kernels ``cpu``, ``triton`` or ``torch``, or skip."""
+    if name == "cpu":
+        skip_without_kernels()
+    if name == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("KVFOLD_BACKEND", name)
+
+
 def kernels() -> Library:
     assert FOUND is not None
     return FOUND

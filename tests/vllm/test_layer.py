@@ -18,6 +18,7 @@ from tests.toolbox.attention_cases import (
     one_byte_weights,
     skip_without_kernels,
     slopes,
+    use_backend,
 )
 from tests.toolbox.cache_cases import as_stored
 
@@ -29,11 +30,7 @@ STEPS = [[37, 1, 19, 3], [1, 1, 40, 1], [4, 1, 4, 0], [2, 33, 1, 1]]
 
 @pytest.fixture(params=("cpu", "triton", "torch"))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu":
-        skip_without_kernels()
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    monkeypatch.setenv("KVFOLD_BACKEND", request.param)
+    use_backend(request.param, monkeypatch)
     return str(request.param)
 
 

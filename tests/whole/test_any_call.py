@@ -27,7 +27,8 @@ from tests.toolbox import tiny
 # Results, made by kvfold and not by callers.
 RESULTS = {"FoldedModel", "Quality", "Verification", "KVFoldError", "__version__"}
 # Whose arguments have tests of their own beside them.
-ELSEWHERE = {"attention", "attention_varlen", "explain", "merge", "KVCache", "FixedKVCache"}
+ELSEWHERE = {"attention", "attention_varlen", "explain", "merge", "KVCache", "FixedKVCache",
+             "LatentCache"}  # fmt: skip
 NAMES = sorted(set(kvfold.__all__) - RESULTS - ELSEWHERE)
 MODEL = tiny.make("llama", num_key_value_heads=6)
 

@@ -21,6 +21,10 @@ _RANGES = {
     "kv_hidden_size": (1, 1 << 22),
     "head_dim": (1, MAX_DIM),
     "v_head_dim": (1, MAX_DIM),
+    "kv_lora_rank": (1, MAX_DIM),
+    "q_lora_rank": (1, 1 << 22),
+    "qk_nope_head_dim": (1, MAX_DIM),
+    "qk_rope_head_dim": (2, MAX_DIM),
     "batch": (0, 1 << 20),
     "page_size": (1, 1 << 20),
     "exact_first": (0, 1 << 20),
@@ -35,7 +39,9 @@ _RANGES = {
 }
 
 
-_MAY_BE_NONE = {"max_length", "window", "exact_first", "exact_recent", "queries", "splits"}
+_MAY_BE_NONE = {
+    "max_length", "window", "exact_first", "exact_recent", "queries", "splits", "q_lora_rank",
+}  # fmt: skip
 
 
 def check_sizes(**sizes: object) -> None:
@@ -160,6 +166,21 @@ def check_heads(q: torch.Tensor, num_kv_heads: int) -> None:
     """Query heads ``[B, Hq, T, D]`` share KV heads evenly."""
     if q.shape[1] < 1 or q.shape[1] % num_kv_heads:
         raise InputError(f"q has {q.shape[1]} heads, not a multiple of the cache's {num_kv_heads}")
+
+
+def check_latents(
+    c: torch.Tensor, k_rope: torch.Tensor, batch: int, sizes: tuple[int, int]
+) -> None:
+    """Latents ``[batch, T, rank]`` and rotary keys ``[batch, T, rope]`` of the same tokens."""
+    for name, x, dim in zip(("c", "k_rope"), (c, k_rope), sizes, strict=True):
+        check_tensor(name, x)
+        if x.dim() != 3 or x.shape[0] != batch or x.shape[2] != dim:
+            raise InputError(f"{name} has shape {list(x.shape)}, expected [{batch}, T, {dim}]")
+    if c.shape[1] != k_rope.shape[1]:
+        raise InputError(f"c has {c.shape[1]} tokens but k_rope has {k_rope.shape[1]}")
+    if c.dtype != k_rope.dtype or c.device != k_rope.device:
+        kinds = f"{c.dtype} on {c.device} and {k_rope.dtype} on {k_rope.device}"
+        raise InputError(f"c and k_rope are {kinds}: expected one dtype and device")
 
 
 def check_rotary(rotary: object, head_dim: int) -> None:

@@ -50,11 +50,12 @@ class Half:
         new.scales.copy_(self.scales[pages])
         return new
 
-    def rows(self) -> Rows:
-        """The pages as kernels read them."""
+    def rows(self, dim: int | None = None) -> Rows:
+        """The pages as kernels read them; of plain rows perhaps only the first ``dim`` numbers."""
         layout, fmt, data, scales = self.layout, self.layout.fmt, self.data, self.scales
         if not layout.packed:
             with normal_tensors():  # they are kept for other calls
                 data = data.unflatten(-1, (layout.page_size, -1)).view(fmt.dtype)
                 scales = scales.unflatten(-1, (layout.page_size, fmt.groups(layout.dim)))
-        return Rows(fmt, data, scales, layout.dim, layout.packed, self.rotation)
+        data = data if dim is None else data[..., :dim]
+        return Rows(fmt, data, scales, dim or layout.dim, layout.packed, self.rotation)

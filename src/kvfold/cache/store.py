@@ -35,6 +35,7 @@ class Shape:
     Attributes:
         reserve: pages to allocate at once, or 0 to grow as needed.
         device: where the pages are; their table is always on the CPU.
+        within: values are the first numbers of the keys, and stored with them.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Shape:
     page_size: int
     reserve: int = 0
     device: torch.device = CPU
+    within: bool = False
 
 
 class Store:
@@ -55,18 +57,20 @@ class Store:
         self.shape = shape
         self.page_size = shape.page_size
         self.kernels = home(shape.device)
-        packed = self.kernels.packs(shape.page_size)
-        self.keys = self._half(shape.k_format, shape.head_dim, packed, key=True)
-        self.values = self._half(shape.v_format, shape.v_head_dim, packed, key=False)
+        packed = self.kernels.packs(shape.page_size) and not shape.within
+        self.halves = [self._half(shape.k_format, shape.head_dim, packed, key=True)]
+        if not shape.within:
+            self.halves.append(self._half(shape.v_format, shape.v_head_dim, packed, key=False))
         self.references = [0] * shape.reserve
         self._free = list(range(shape.reserve - 1, -1, -1))
         self.table = _empty_table(shape.batch, 0)
         self._all = list(range(shape.batch))  # the sequences
         self._sides: tuple[Rows, Rows] | None = None
+        self._none: Rows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: everything but views of this store's memory."""
-        return {**vars(self), "_sides": None, "kernels": self.kernels.name}
+        return {**vars(self), "_sides": None, "_none": None, "kernels": self.kernels.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, kernels=named(state["kernels"]))
@@ -77,14 +81,22 @@ class Store:
         return Half(layout, shape.num_kv_heads, shape.reserve, shape.device)
 
     @property
+    def keys(self) -> Half:
+        return self.halves[0]
+
+    @property
+    def values(self) -> Half:
+        return self.halves[-1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, used or not, tables included."""
-        return self.keys.nbytes + self.values.nbytes + self.table.nbytes
+        return sum(half.nbytes for half in self.halves) + self.table.nbytes
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of a token of one sequence, all heads, scales included."""
-        layouts = self.keys.layout, self.values.layout
+        layouts = [half.layout for half in self.halves]
         size = sum(layout.page_bytes + 2 * layout.page_scales for layout in layouts)
         return self.shape.num_kv_heads * size / self.page_size
 
@@ -95,20 +107,21 @@ class Store:
     def lengthen(self, capacity: int) -> None:
         """Make the (one) page of every sequence hold ``capacity`` positions."""
         self.page_size = capacity
-        pages = len(self.references)
-        self.keys = self.keys.resized(pages, capacity)
-        self.values = self.values.resized(pages, capacity)
-        self._sides = None
+        self._resize(len(self.references))
+
+    def _resize(self, pages: int) -> None:
+        self._replace([half.resized(pages, self.page_size) for half in self.halves])
+
+    def _replace(self, halves: list[Half]) -> None:
+        self.halves, self._sides, self._none = halves, None, None
 
     def _take_page(self) -> int:
         if not self._free:
             old = len(self.references)
             new = max(old + 1, math.ceil(old * _GROWTH), self.shape.batch)
-            self.keys = self.keys.resized(new, self.page_size)
-            self.values = self.values.resized(new, self.page_size)
+            self._resize(new)
             self.references += [0] * (new - old)
             self._free = list(range(new - 1, old - 1, -1))
-            self._sides = None
         page = self._free.pop()
         self.references[page] = 1
         return page
@@ -141,7 +154,7 @@ class Store:
     def _own_copy(self, page: int) -> int:
         """Copy a shared page before it is written to."""
         copy = self._take_page()
-        for half in (self.keys, self.values):
+        for half in self.halves:
             half.data[copy] = half.data[page]
             half.scales[copy] = half.scales[page]
         self._drop_page(page)
@@ -168,9 +181,9 @@ class Store:
         moved[pages] = torch.arange(len(used), dtype=torch.int32, device=CPU)
         self.table.copy_(moved[self.table.long()])  # -1 reads the last one, which is -1
         pages = pages.to(self.shape.device)
-        self.keys, self.values = self.keys.only(pages), self.values.only(pages)
+        self._replace([half.only(pages) for half in self.halves])
         self.references = [self.references[page] for page in used]
-        self._free, self._sides = [], None
+        self._free = []
 
     def clear(self, sequence: int) -> None:
         self.release(sequence, 0, self.table.shape[1] * self.page_size)
@@ -200,7 +213,18 @@ class Store:
 
         Positions without a page are skipped.
         """
-        self.kernels.append(k, v, self.view(rows, None, [first] * len(rows), 0))
+        view = self.view(rows, None, [first] * len(rows), 0)
+        if self.shape.within:
+            v, view = v[..., :0], view._replace(values=self._no_values())
+        self.kernels.append(k, v, view)
+
+    def _no_values(self) -> Rows:
+        """For writing where values are there with the keys."""
+        if self._none is None:
+            sizes = *self.keys.data.shape[:2], self.page_size, 0
+            with normal_tensors():
+                self._none = Rows.plain(torch.zeros(sizes, device=self.shape.device))
+        return self._none
 
     def read(self, sequence: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
@@ -222,13 +246,14 @@ class Store:
             most: the most positions that one of them holds; as many as its pages by default.
         """
         if self._sides is None:
-            self._sides = self.keys.rows(), self.values.rows()
+            first = self.shape.v_head_dim if self.shape.within else None
+            self._sides = self.keys.rows(), self.values.rows(first)
         table = self.table if sequences == self._all else self.table[sequences]
         most = table.shape[1] * self.page_size if most is None else most
         return KVView(*self._sides, table, self.page_size, begin, end, most)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The tensors that hold the store."""
-        for half in (self.keys, self.values):
+        for half in self.halves:
             yield half.data
             yield half.scales

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kvfold.cache.checks import check_sizes, check_switches, check_tensor
+from kvfold.cache.checks import check_sizes, check_switches
 from kvfold.cache.kv import Dtype, KVCache
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
@@ -20,12 +20,11 @@ from kvfold.nn.checks import (
     check_options,
     check_weights,
 )
+from kvfold.nn.turns import CosSin, turns_of
 from kvfold.ops.mask import visible
 from kvfold.ops.options import Scoring, Visibility, Window, reach
 from kvfold.ops.reference import attend
-from kvfold.ops.rope import Rotary, following
-
-_CosSin = tuple[torch.Tensor, torch.Tensor]
+from kvfold.ops.rope import Rotary
 
 
 class GroupedQueryAttention(nn.Module):
@@ -229,28 +228,17 @@ class GroupedQueryAttention(nn.Module):
 
     def _cos_sin(
         self, x: torch.Tensor, positions: torch.Tensor | None, cache: KVCache | None
-    ) -> _CosSin | None:
+    ) -> CosSin | None:
         if self.rotary is None:
             return None
-        if positions is None:
-            lengths = [] if cache is None else cache.lengths
-            return self._turns(following(x.shape[1], lengths, x.device), x.dtype)
-        check_tensor("positions", positions)
-        if positions.shape not in ((x.shape[1],), x.shape[:2]):
-            shapes = f"{list(positions.shape)}, expected [T] or [B, T] = {list(x.shape[:2])}"
-            raise InputError(f"positions has shape {shapes}")
-        return self._turns(positions, x.dtype)
-
-    def _turns(self, positions: torch.Tensor, dtype: torch.dtype) -> _CosSin | None:
-        precise = torch.promote_types(dtype, torch.float32)
-        return None if self.rotary is None else self.rotary.cos_sin(positions, precise)
+        return turns_of(self.rotary, x, positions, [] if cache is None else cache.lengths)
 
     def _heads(self, projected: torch.Tensor, dim: int) -> torch.Tensor:
         """``[B, T, H dim]`` to ``[B, H, T, dim]``."""
         return projected.unflatten(-1, (-1, dim)).transpose(1, 2)
 
     def _normed(
-        self, heads: torch.Tensor, norm: nn.RMSNorm | None, cos_sin: _CosSin | None
+        self, heads: torch.Tensor, norm: nn.RMSNorm | None, cos_sin: CosSin | None
     ) -> torch.Tensor:
         """Queries or keys ``[B, H, T, D]`` after norm and rotary embedding, in their dtype."""
         out = heads if norm is None else norm(heads.to(norm.weight.dtype))
@@ -259,7 +247,7 @@ class GroupedQueryAttention(nn.Module):
         return out.to(heads.dtype)
 
     def _keys_values(
-        self, x: torch.Tensor, cos_sin: _CosSin | None
+        self, x: torch.Tensor, cos_sin: CosSin | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         k = self._heads(self.k_proj(x), self.geometry.head_dim)
         v = self._heads(self.v_proj(x), self.geometry.v_head_dim)

@@ -18,6 +18,7 @@ from kvfold.cache.checks import (
     refuse_gradients,
 )
 from kvfold.cache.kv import KVCache
+from kvfold.cache.latent import LatentCache
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry
 from kvfold.kernels.dispatch import explain
@@ -25,20 +26,44 @@ from kvfold.names import shown
 from kvfold.ops.options import Window
 from kvfold.ops.rope import Rotary
 
+_LATE_LENGTHS = (
+    "lengths were given with a cache that holds tokens already",
+    "right padding is only for the first tokens; then all sequences take equally many",
+)
+
 
 class Layer(Protocol):
     """What is checked of an attention layer."""
 
-    geometry: AttentionGeometry
-    kv_hidden_size: int
-    rotary: Rotary | None
-    causal: bool
-    window: Window | None
-    sinks: int
-    softcap: float | None
-    scale: float | None
-    dropout: float
-    q_proj: nn.Linear
+    @property
+    def geometry(self) -> AttentionGeometry: ...
+
+    @property
+    def kv_hidden_size(self) -> int: ...
+
+    @property
+    def rotary(self) -> Rotary | None: ...
+
+    @property
+    def causal(self) -> bool: ...
+
+    @property
+    def window(self) -> Window | None: ...
+
+    @property
+    def sinks(self) -> int: ...
+
+    @property
+    def softcap(self) -> float | None: ...
+
+    @property
+    def scale(self) -> float | None: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def o_proj(self) -> nn.Linear: ...
 
     @property
     def _slides(self) -> int | None: ...
@@ -74,12 +99,12 @@ def check_options(layer: Layer, qk_norm: float | None) -> None:
     if not isinstance(layer.window, tuple | list):
         check_sizes(window=layer.window)
     check_sizes(sinks=layer.sinks)
-    given = {"softcap": layer.softcap, "scale": layer.scale, "qk_norm": qk_norm}
+    given = {"softcap": layer.softcap, "scale": layer.scale}
     for name, number in ({"dropout": layer.dropout} | given).items():
         if number is not None or name == "dropout":
             _check_number(name, number)
-    if qk_norm is not None and not qk_norm > 0:
-        raise InputError(f"qk_norm={qk_norm}: expected a positive epsilon, or None")
+    if qk_norm is not None:
+        check_epsilon("qk_norm", qk_norm)
     if layer.sinks and layer.window is None:
         raise InputError(f"sinks={layer.sinks} without a window: every token is seen anyway")
     check_call(layer, torch.empty(1, 1, 1, dtype=torch.float32), 1, Hidden(None, None, None))
@@ -89,6 +114,13 @@ def _check_number(name: str, number: object) -> None:
     real = isinstance(number, Real) and not isinstance(number, bool)
     if not real or not math.isfinite(number):  # type: ignore[arg-type]
         raise InputError(f"{name}={shown(number)}: expected a finite number")
+
+
+def check_epsilon(name: str, epsilon: float) -> None:
+    """What a norm adds to a mean square."""
+    _check_number(name, epsilon)
+    if not epsilon > 0:
+        raise InputError(f"{name}={epsilon}: expected a positive epsilon")
 
 
 def check_weights(device: object, dtype: object) -> None:
@@ -129,7 +161,7 @@ def check_inputs(
             check_tensor(name, beside)
             if beside.is_meta and not x.is_meta:
                 raise InputError(f"{name} is on meta: it has no numbers", "move it with .to(...)")
-    weight = layer.q_proj.weight
+    weight = layer.o_proj.weight
     given = {"x": (x, layer.geometry.hidden_size)}
     if context is not None:
         given["context"] = (context, layer.kv_hidden_size)
@@ -150,6 +182,25 @@ def check_inputs(
             "a context was given to a layer that is causal or has rotary embedding",
             "positions in two sequences do not compare; build it with causal=False, rotary=None",
         )
+
+
+def check_latent_cache(
+    layer: Layer, cache: LatentCache, sizes: tuple[int, int], x: torch.Tensor, hidden: Hidden
+) -> None:
+    """The cache is one that a latent layer of these sizes can fill and read now."""
+    if not isinstance(cache, LatentCache):
+        raise InputError(f"cache is {shown(cache)}", "make one: layer.new_cache(batch)")
+    refuse_gradients(x, *layer.parameters())
+    expected = x.shape[0], *sizes
+    found = cache.batch, cache.kv_lora_rank, cache.qk_rope_head_dim
+    if found != expected:
+        names = "batch, kv_lora_rank, qk_rope_head_dim"
+        raise InputError(
+            f"the cache has {names} = {found}, expected {expected}",
+            f"make it with layer.new_cache({x.shape[0]})",
+        )
+    if any(cache.lengths) and hidden.lengths is not None:
+        raise InputError(*_LATE_LENGTHS)
 
 
 def check_cache(
@@ -188,10 +239,7 @@ def check_cache(
         return
     lengths = hidden.lengths
     if context is None and lengths is not None:
-        raise InputError(
-            "lengths were given with a cache that holds tokens already",
-            "right padding is only for the first tokens; then all sequences take equally many",
-        )
+        raise InputError(*_LATE_LENGTHS)
     if context is not None:
         held = [context.shape[1]] * cache.batch if lengths is None else lengths.tolist()
         if held != cache.lengths:

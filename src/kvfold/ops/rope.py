@@ -23,6 +23,8 @@ class Rotary:
         interleaved: a pair is dimensions 2 j and 2 j + 1 (GPT-J), not j and j + dim / 2 (Llama).
         inv_freq: ``[dim / 2]``, radians per position of each pair, instead of ``base``: for models
             that scale their frequencies. A tensor of any float dtype; kept as a tuple of floats.
+        attention_factor: what cosines and sines are multiplied by, so that scores of the turned
+            dimensions grow by its square, as YaRN does (arXiv 2309.00071).
 
     Raises:
         InputError: for values that cannot be.
@@ -37,6 +39,7 @@ class Rotary:
     base: float = 10000.0
     interleaved: bool = False
     inv_freq: torch.Tensor | tuple[float, ...] | None = None
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
@@ -46,6 +49,9 @@ class Rotary:
             )
         if not (self.base > 0 and math.isfinite(self.base)):
             raise InputError(f"rotary base={self.base}: expected a positive number")
+        if not (self.attention_factor > 0 and math.isfinite(self.attention_factor)):
+            factor = f"rotary attention_factor={self.attention_factor}"
+            raise InputError(f"{factor}: expected a positive number")
         if self.inv_freq is not None:
             object.__setattr__(self, "inv_freq", _as_floats(self.inv_freq, self.dim // 2))
 
@@ -59,7 +65,7 @@ class Rotary:
     def cos_sin(
         self, positions: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of every pair's angle.
+        """Cosine and sine of every pair's angle, times ``attention_factor``.
 
         Angles are float64: in float32 they would be off by 0.004 radians at position 65,536.
 
@@ -71,7 +77,8 @@ class Rotary:
             ``[T, dim / 2]`` or ``[B, T, dim / 2]``, twice.
         """
         angles = positions.to(torch.float64)[..., None] * self.frequencies(positions.device)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = (turn * self.attention_factor for turn in (angles.cos(), angles.sin()))
+        return cos.to(dtype), sin.to(dtype)
 
     def apply(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Turn queries or keys.

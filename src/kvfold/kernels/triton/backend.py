@@ -86,6 +86,8 @@ class Triton(Kernels):
             return
         (view,), first = _sent([view], view.end, k.device)
         for x, rows in ((k, view.keys), (v, view.values)):
+            if not rows.dim:  # values that are stored with the keys
+                continue
             rotated = rows.rotation > 0
             launch.append(x, rows, view.table, view.page_size, first, rotated=rotated)
 
