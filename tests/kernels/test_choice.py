@@ -86,11 +86,11 @@ def test_noise_chooses_the_first() -> None:
     assert kernels().choices()[0].isa == last
 
 
-def test_the_hopeless_are_tried_once() -> None:
+def test_the_hopeless_are_tried_twice() -> None:
     asked = told(lambda isa: 1.0 if isa == ISAS[0] else 2.0)
     step()
     assert {isa: asked.count(isa) for isa in set(asked) - {ISAS[0]}} == dict.fromkeys(
-        candidates()[1:], 1
+        candidates()[1:], 2
     )
 
 

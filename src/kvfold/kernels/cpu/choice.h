@@ -14,10 +14,10 @@ struct Isa {
   bool (*here)();
 };
 
-// So much slower than the best: a copy is not worth another round; is not preferred to an earlier
+// So much slower than the best: a copy is not worth a third round; is not preferred to an earlier
 // one, as noise is of that size.
 constexpr double HOPELESS = 1.5, ALIKE = 1.05;
-constexpr int NEAR_ROUNDS = 5, FAR_ROUNDS = 3;
+constexpr int NEAR_ROUNDS = 5, FAR_ROUNDS = 4;
 
 // The kinds that were met so far, each with its copy. Nothing is ever taken out, and what two threads
 // find at once, or a forked process goes on with, is what the first of them wrote.
@@ -78,7 +78,7 @@ static int fastest(const std::vector<int>& candidates, int rounds, Seconds secon
   double best = INFINITY;
   for (int round = 0; round < rounds; ++round)
     for (size_t i = 0; i < candidates.size(); ++i) {
-      if (round && least[i] > HOPELESS * best) continue;
+      if (round > 1 && least[i] > HOPELESS * best) continue;
       least[i] = std::min(least[i], seconds(candidates[i]));
       best = std::min(best, least[i]);
     }

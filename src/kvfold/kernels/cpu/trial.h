@@ -28,6 +28,7 @@ struct CallKind {
   }
 };
 
+constexpr int FAR_HEADS = 8;                 // of a thread
 constexpr int FEW_ROWS = 8, MOST_ROWS = 64;  // rows by one, by eight; more are as so many
 
 static int64_t token_bytes(const KvfPart& part, const IsaTable& table) {
@@ -57,19 +58,24 @@ static CallKind kind_of(const KvfAttend& call, const IsaTable& table) {
   return kind;
 }
 
-// As many KV heads as threads, with a page each. All memory is 0x3f, which makes an ordinary number
-// in every format (0.75 in bfloat16), scales too: these are read where the numbers lie.
+// Over pages as large as those of the call, none after its neighbour, and where memory's speed counts
+// some heads side by side. All memory is 0x3f, which makes an ordinary number in every format (0.75 in
+// bfloat16), scales too: these are read where the numbers lie.
 class Trial {
  public:
   Trial(const KvfAttend& like, const CallKind& kind, const IsaTable& table, KvfParallel parallel)
       : far(kind.far), parallel(parallel) {
-    const int heads = std::max(like.threads, 1), rows = kind.rows ? kind.rows : MOST_ROWS;
+    const int each = far ? std::min(like.num_kv_heads, FAR_HEADS) : 1;
+    const int heads = std::max(like.threads, 1) * each, rows = kind.rows ? kind.rows : MOST_ROWS;
     const int wide = kind.dim + kind.v_dim;
     const int64_t bytes = std::max<int64_t>(token_bytes(like.parts[0], table), 1);
     const int64_t few = std::min<int64_t>(PRODUCTS / (rows * wide + 1), OWN_CACHE / 2 / bytes);
-    const int64_t keys = std::clamp<int64_t>(far ? OWN_CACHE * 5 / 4 / bytes : few, 64, 1 << 16);
+    const int64_t keys =
+        std::clamp<int64_t>(far ? OWN_CACHE * 5 / 4 / bytes / each : few, 64, 1 << 16);
     length = (int32_t)(keys / 64 * 64);
-    stored.resize(heads * length * bytes + LINE);
+    const int size = std::min(like.parts[0].page_size, length), count = (length + size - 1) / size;
+    for (int i = 0; i < count; ++i) pages.push_back(i % 2 ? i / 2 : count - 1 - i / 2);
+    stored.resize((size_t)heads * count * size * bytes + LINE);
     rest.assign((size_t)heads * rows * wide * 4 + LINE, BYTE);
 
     call.batch = 1;
@@ -87,13 +93,13 @@ class Trial {
     call.num_parts = 1;
     call.threads = like.threads;
     KvfPart& part = call.parts[0];
-    part.table = &page;
-    part.page_size = length;
+    part.table = pages.data();
+    part.page_size = size;
     part.end = &length;
     const int64_t key_bytes = table.block_bytes(like.parts[0].k, true) / KVF_BLOCK;
     uint8_t* begin = stored.data() + (LINE - (uintptr_t)stored.data() % LINE) % LINE;
     part.k = side(like.parts[0].k, key_bytes, begin);
-    part.v = side(like.parts[0].v, bytes - key_bytes, begin + heads * length * key_bytes);
+    part.v = side(like.parts[0].v, bytes - key_bytes, begin + part.k.page_stride * count);
     fill();
   }
 
@@ -115,7 +121,8 @@ class Trial {
   const bool far;
   const KvfParallel parallel;
   KvfAttend call{};
-  int32_t length = 0, page = 0;
+  int32_t length = 0;
+  std::vector<int32_t> pages;  // not one after the other
   std::vector<uint8_t> stored, rest;
   std::atomic<int32_t> next{0};
 
@@ -127,10 +134,12 @@ class Trial {
   KvfSide side(const KvfSide& like, int64_t bytes, uint8_t* data) const {
     KvfSide made = like;
     made.data = data;
-    made.head_stride = length * bytes;
+    made.head_stride = call.parts[0].page_size * bytes;
+    made.page_stride = call.num_kv_heads * made.head_stride;
     made.row_stride = bytes;  // rows that are not packed take no more
     made.scales = (uint16_t*)data;
     made.scale_head_stride = made.head_stride / 2;
+    made.scale_page_stride = made.page_stride / 2;
     return made;
   }
 
