@@ -195,17 +195,17 @@ def test_a_slope_needs_two_contexts() -> None:
 
 def test_the_benchmark_fills_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    serving, tables = (importlib.import_module(name) for name in ("serving", "tables"))
+    serving, pages, rows = map(importlib.import_module, ("serving", "pages.serving", "pages.rows"))
     monkeypatch.setattr(serving, "RESULTS", tmp_path / "serving.jsonl")
-    monkeypatch.setattr(tables, "FOLDER", tmp_path)
-    assert tables.serving("SmolLM2") == tables.serving_memory() == tables.NOT_YET
+    monkeypatch.setattr(rows, "FOLDER", tmp_path)
+    assert pages.serving("SmolLM2") == pages.serving_memory() == rows.NOT_YET
     options = ["--models", "smollm2", "--contexts", "512,1024", "--concurrency", "2"]
     quick = ["--formats", "bf16", "--rounds", "1", "--output", "4"]
     monkeypatch.setattr("sys.argv", ["serving.py", sys.executable, *options, *quick])
     serving.main()
-    load, memory = tables.serving("SmolLM2").splitlines(), tables.serving_memory().splitlines()
+    load, memory = pages.serving("SmolLM2").splitlines(), pages.serving_memory().splitlines()
     assert [line.split(" | ")[1] for line in load[2:6]] == ["vLLM bf16", "kvfold bf16"] * 2
     assert f"{1e6 * OWN:.2f} |" in load[2]
     # Two and seven of 16 requests: 2.5 times the source's 4,100 tokens hold 7.5 of a third.
     assert [line.split(" | ")[4] for line in memory[2:6]] == ["2", "2", "7", "7"]
-    assert tables.serving("TinyLlama") == tables.NOT_YET
+    assert pages.serving("TinyLlama") == rows.NOT_YET
