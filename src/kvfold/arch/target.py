@@ -91,3 +91,21 @@ class Grouped:
 
     def compared(self, source: AttentionGeometry) -> dict[str, Any]:
         return {"num_kv_heads": {"source": source.num_kv_heads, "folded": self.num_kv_heads}}
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434): one latent and one rotary key for all heads.
+
+    Attributes:
+        rank: numbers of the latent; one of them holds a constant. rotary: of the rotary key.
+        stride: the rotary key has every so-manieth of the source's frequencies, from the highest.
+    """
+
+    rank: int
+    rotary: int
+    stride: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"a latent of {self.rank}+{self.rotary} numbers"

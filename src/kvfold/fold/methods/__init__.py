@@ -3,7 +3,8 @@
 A method is a function decorated with :func:`method`, which says what targets it can make
 (``arch.target``). To make ``Grouped`` it is a function ``(HeadGroup, torch.Generator) ->
 SharedHead``: base code validates, regroups, runs it group by group, and skips groups of one head,
-which are returned bit for bit.
+which are returned bit for bit. To make ``Latent`` it is a function ``(HeadGroup, LatentSizes,
+torch.Generator) -> SharedLatent`` of all heads of a layer (``fold.latents``).
 """
 
 import importlib
@@ -11,14 +12,13 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from kvfold.arch.target import Target
 from kvfold.arguments import choice
 from kvfold.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from kvfold.fold.heads import FoldGroup
+Fold = TypeVar("Fold", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Method:
     """A registered method.
 
     Attributes:
+        fold: what makes them; its arguments are those of the targets' kind.
         targets: the kinds of target that it can make.
         regroups: heads that fit together are found first; otherwise neighbours share, as in
             the GQA paper.
@@ -33,10 +34,10 @@ class Method:
     """
 
     name: str
-    fold: "FoldGroup"
+    fold: Callable[..., Any]
     summary: str
     paper: str
-    targets: tuple[type[Target], ...]
+    targets: tuple[type, ...]
     regroups: bool
     candidate: bool
 
@@ -49,14 +50,14 @@ AUTO_SUMMARY = "per layer, the candidate that captures the most energy"
 def method(
     name: str,
     *,
-    targets: tuple[type[Target], ...],
+    targets: tuple[type, ...],
     paper: str = "",
     regroups: bool = True,
     candidate: bool = False,
-) -> Callable[["FoldGroup"], "FoldGroup"]:
+) -> Callable[[Fold], Fold]:
     """Register a folding method; its docstring's first line is its summary."""
 
-    def register(fold: "FoldGroup") -> "FoldGroup":
+    def register(fold: Fold) -> Fold:
         summary = (fold.__doc__ or "").strip().splitlines()[0]
         _METHODS[name] = Method(name, fold, summary, paper, targets, regroups, candidate)
         return fold
