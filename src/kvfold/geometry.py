@@ -182,3 +182,50 @@ class AttentionGeometry:
                 f"choose one of {', '.join(map(str, allowed))}",
             )
         return replace(self, num_kv_heads=num_kv_heads)
+
+
+@dataclass(frozen=True)
+class LatentGeometry(AttentionGeometry):
+    """Of multi-head latent attention (arXiv 2405.04434), which caches a latent and a rotary key.
+
+    Every query head has a KV head of its own, but none of them is cached; ``head_dim`` is that of
+    queries, ``qk_rope_head_dim`` included. Queries are projected in two steps with a
+    ``q_lora_rank``; 0 says that they are not.
+
+    >>> LatentGeometry(27, 16, 16, 192, 128, 2048, 512, 64).kv_bytes_per_token() // (27 * 2)
+    576
+    """
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    q_lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "q_lora_rank":
+                _FIELDS.get(name, HEADS).check(value, name)
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """Numbers of a query head that read the latent."""
+        return self.head_dim - self.qk_rope_head_dim
+
+    @property
+    def kind(self) -> str:
+        """``MLA``."""
+        return "MLA"
+
+    def kv_bytes_per_token(self, bits: int = 16) -> int:
+        """Bytes that a token adds to the cache of one sequence, over all layers."""
+        bits = _BITS.check(bits, "bits")
+        return self.num_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bits // 8
+
+    def with_kv_heads(self, num_kv_heads: int) -> "AttentionGeometry":
+        """Refuse: there are no KV heads to share.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "latent attention keeps no KV heads that could be fewer", "fold the model it came from"
+        )

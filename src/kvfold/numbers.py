@@ -290,6 +290,7 @@ KV_HEADS = Whole(
     -(1 << 16), 1 << 16, "`kvfold inspect SRC` lists them", "a divisor of the source's KV heads"
 )
 HEAD_DIM = Whole(1, 1024, "64 and 128 are usual")
+LATENT_SIZE = Whole(1, 1 << 16, "160+32 is a latent of 160 numbers and a rotary key of 32")
 LAYER = Whole(0, 1 << 14, "layers are counted from 0")
 LORA_RANK = Whole(0, 1 << 14, "for instance 8; 0 trains the weights themselves")
 

@@ -61,6 +61,8 @@ def some(*values: Any, least: int = 1) -> st.SearchStrategy[Any]:
     return st.lists(st.sampled_from(values), min_size=least, max_size=3, unique=True)
 
 
+LATENTS = st.builds("{}+{}".format, st.integers(2, 512), st.integers(1, 64))
+
 # What random values of a kind would seldom be: right, and right together.
 RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "method": st.sampled_from(["auto", "mean", "pca"]),
@@ -73,6 +75,16 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "against": some("sdpa", "matmul", least=0),
     "pythons": some(f"vllm={sys.executable}", f"mistral.rs={sys.executable}"),
     "working_set": st.integers(1, 1 << 16),
+    "grouped": st.integers(1, 64),
+    "latent": LATENTS,
+    "pad": LATENTS,
+}
+# What excludes each other, and what needs the other.
+TOGETHER: dict[type[Request], st.SearchStrategy[dict[str, Any]]] = {
+    ConvertRequest: st.one_of(
+        st.fixed_dictionaries({"grouped": RIGHT["grouped"]}),
+        st.fixed_dictionaries({"latent": LATENTS, "pad": st.none() | LATENTS}),
+    ).map(lambda given: {"grouped": None, "latent": None, "pad": None} | given),
 }
 
 
@@ -114,6 +126,7 @@ def value_of(name: str, option: Option) -> st.SearchStrategy[Any]:
 @st.composite
 def requests(draw: Any, /, kind: type[Request], **fixed: Any) -> Request:
     given = {name: draw(value_of(name, option)) for name, option in options_of(kind).items()}
+    given |= draw(TOGETHER[kind]) if kind in TOGETHER else {}
     given |= fixed
     try:
         return kind.asked(**given)
@@ -180,7 +193,7 @@ def test_defaults_are_the_requests_own(kind: type[Request], data: Any) -> None:
     needed = {
         name: each
         for name, each in options_of(kind).items()
-        if each.is_required or name in ("source", "texts")
+        if each.is_required or name in ("source", "texts", "grouped")
     }
     given = {name: data.draw(values(each.kind, name)) for name, each in needed.items()}
     try:
@@ -209,7 +222,7 @@ def test_defaults_of_calls_are_the_requests_own(
         if parameter.kind is Parameter.KEYWORD_ONLY and name in declared and name != "calibration":
             assert parameter.default == declared[name].default, name
     if call in (kvfold.convert, kvfold.heal):
-        known = {*found, *(OPTIONS if call is kvfold.heal else ()), "target"}
+        known = {*found, *(OPTIONS if call is kvfold.heal else ()), "grouped"}
         assert declared.keys() <= known
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvfold.arch.carried import Carried
 from kvfold.arch.family import Family
 from kvfold.arch.projections import AttentionWeights, FusedProjections, Projections
 from kvfold.arch.target import Grouped, Target
@@ -18,6 +19,7 @@ from kvfold.fold.layer import LAYER_FOLDS, FoldPlan
 from kvfold.fold.loop import fold_all
 from kvfold.fold.methods import Method, all_methods
 from kvfold.fold.statistics import LayerStatistics
+from kvfold.fold.stored_layer import StoredLayer
 from kvfold.geometry import AttentionGeometry
 from tests.toolbox import tiny
 
@@ -34,7 +36,9 @@ class Fused:
     def is_source(self, source: AttentionGeometry) -> bool:
         return False
 
-    def geometry(self, source: AttentionGeometry) -> AttentionGeometry:
+    def geometry(
+        self, source: AttentionGeometry, family: Family, config: Mapping[str, Any]
+    ) -> AttentionGeometry:
         return source
 
     def config(self, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +46,11 @@ class Fused:
 
     def projections(self, family: Family) -> Projections:
         return FusedProjections()
+
+    def carried(
+        self, family: Family, config: Mapping[str, Any], name: str, shape: tuple[int, ...]
+    ) -> tuple[Carried, ...]:
+        return (Carried(name, shape),)
 
     def kv_bytes_per_token(self, source: AttentionGeometry) -> int:
         return source.kv_bytes_per_token()
@@ -53,7 +62,9 @@ class Fused:
 class FusedFold:
     """Takes the heads as they are."""
 
-    def __init__(self, heads: LayerHeads, target: Fused, statistics: LayerStatistics) -> None:
+    def __init__(
+        self, layer: StoredLayer, heads: LayerHeads, target: Fused, statistics: LayerStatistics
+    ) -> None:
         self._heads = heads
 
     def groups(self, method: Method) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family, and ways to hide their structure."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,39 @@ def words(count: int, seed: int = 3) -> str:
 
 def every_model_type() -> set[str]:
     return {name for family in FAMILIES for name in family.model_types}
+
+
+# So high a base that the lower half of the frequencies does not turn within a test's tokens.
+STILL_HALF: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e16}}
+
+
+def hidden_mla(case: str, rank: int, seed: int = 11, **changes: Any) -> Any:
+    """An MHA model whose keys and values are read out of one latent of ``rank`` numbers.
+
+    The faster half of the rotary frequencies is one key, turned and scaled for each head; the
+    slower half stands still, so that latent attention can be written out with plain heads. Every
+    head's coordinates are scrambled.
+    """
+    heads = CASES[case][1]["num_attention_heads"]
+    model = make(case, seed, num_key_value_heads=heads, **STILL_HALF, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    return with_kv_heads(
+        model,
+        [scrambled(_from_latent(layer, rank, generator), seed) for layer in all_heads(model)],
+    )
+
+
+def _from_latent(heads: LayerHeads, rank: int, generator: torch.Generator) -> LayerHeads:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+
+    down = random(rank, heads.k.shape[-1]) * 3
+    down[:, -1] *= heads.has_bias
+    pairs, rest = heads.pairs.split(heads.k)
+    kept = pairs.shape[1] // 2
+    slow = random(len(pairs), 2 * (pairs.shape[1] - kept), rank) @ down
+    real, imaginary = slow.tensor_split(2, dim=1)
+    shared = pairs[:1, :kept].expand(len(pairs), -1, -1)
+    k = heads.pairs.join(torch.cat([shared, torch.complex(real, imaginary)], 1), rest)
+    v = random(len(pairs), heads.v.shape[1], rank) @ down
+    return replace(heads, k=k, v=v)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
 from kvfold.arch.experts import ReadExperts, usual_experts
+from kvfold.arch.latent import latent_geometry
 from kvfold.arch.layers import Unlisted, all_alike
 from kvfold.arch.parameters import Renamed
 from kvfold.arch.projections import Projections, SeparateProjections
@@ -80,6 +81,9 @@ class Family:
         target_projections: how the folded model stores its projections, if otherwise.
         rewrite, rewritten_shape: a tensor that is not attention in the folded model's form.
         dropped: tensors the folded model has no place for.
+        no_latent: why no model of the family can be stored with latent attention, if so.
+        opens: whether a model is what folds are stored as: it is opened, run and healed like
+            others, and cannot be folded again.
     """
 
     model_types: tuple[str, ...]
@@ -107,6 +111,8 @@ class Family:
     rewrite: "Callable[[str, torch.Tensor], torch.Tensor] | None" = None
     rewritten_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
     dropped: Callable[[str], bool] = lambda name: False
+    no_latent: str = ""
+    opens: Callable[[Config], bool] = lambda config: False
 
     @property
     def name(self) -> str:
@@ -152,6 +158,8 @@ class Family:
                 f"{sizes.num_layers}, one per layer",
                 CONFIG.hint,
             )
+        if config.get("kv_lora_rank"):
+            return latent_geometry(config, sizes)
         size = sizes.head_dim
         return AttentionGeometry(
             sizes.num_layers, sizes.num_heads, sizes.num_kv_heads, size, size, sizes.hidden_size

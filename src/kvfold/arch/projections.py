@@ -6,7 +6,7 @@ size, Dv value head size, C hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvfold.geometry import AttentionGeometry
 
@@ -39,7 +39,11 @@ class AttentionWeights:
 
 
 class Projections(Protocol):
-    """How an architecture stores q, k, v and o below its attention module."""
+    """How an architecture stores q, k, v and o below its attention module.
+
+    The weights it reads and writes are ``AttentionWeights``, or ``LatentWeights`` where a latent
+    is cached.
+    """
 
     @property
     def o(self) -> str:
@@ -48,12 +52,10 @@ class Projections(Protocol):
     def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
         """Every tensor this layout holds, with its shape; biases only if in ``names``."""
 
-    def read(
-        self, prefix: str, geometry: AttentionGeometry, load: Load, names: set[str]
-    ) -> AttentionWeights:
+    def read(self, prefix: str, geometry: AttentionGeometry, load: Load, names: set[str]) -> Any:
         """Load one layer's weights."""
 
-    def write(self, prefix: str, weights: AttentionWeights) -> "dict[str, torch.Tensor]":
+    def write(self, prefix: str, weights: Any) -> "dict[str, torch.Tensor]":
         """The inverse of :meth:`read`."""
 
 

@@ -6,14 +6,25 @@ target is one more class here, a way to fold a layer to it (``fold.layer.LAYER_F
 methods that declare that they can make it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvfold.arch.carried import Carried, rewritten
 from kvfold.arch.family import Family
+from kvfold.arch.latent import LAYOUTS, LatentProjections, Layout
+from kvfold.arch.latent_config import check_latent, latent_config, rope_of
 from kvfold.arch.projections import Projections
-from kvfold.geometry import AttentionGeometry
-from kvfold.numbers import KV_HEADS
+from kvfold.arch.sizes import Config
+from kvfold.errors import InputError
+from kvfold.geometry import AttentionGeometry, LatentGeometry
+from kvfold.names import shown
+from kvfold.numbers import KV_HEADS, LATENT_SIZE
+
+_LATENT = re.compile(r"([0-9]{1,6})\+([0-9]{1,6})(?:/([1-9][0-9]{0,3}))?")
+_LONGEST = 64
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 class Target(Protocol):
@@ -32,8 +43,13 @@ class Target(Protocol):
     def is_source(self, source: AttentionGeometry) -> bool:
         """Whether the source is like this already, so that nothing need be folded."""
 
-    def geometry(self, source: AttentionGeometry) -> AttentionGeometry:
+    def geometry(
+        self, source: AttentionGeometry, family: Family, config: Config
+    ) -> AttentionGeometry:
         """The folded model's.
+
+        Args:
+            config: the source's.
 
         Raises:
             InputError: if a model of the source's geometry cannot be folded to this.
@@ -48,6 +64,11 @@ class Target(Protocol):
 
     def projections(self, family: Family) -> Projections:
         """How the folded model stores its attention."""
+
+    def carried(
+        self, family: Family, config: Config, name: str, shape: tuple[int, ...]
+    ) -> tuple[Carried, ...]:
+        """What becomes of a tensor that is not attention."""
 
     def kv_bytes_per_token(self, source: AttentionGeometry) -> int:
         """Of the folded model's cache, at 16 bits."""
@@ -77,7 +98,9 @@ class Grouped:
     def is_source(self, source: AttentionGeometry) -> bool:
         return self.num_kv_heads == source.num_kv_heads
 
-    def geometry(self, source: AttentionGeometry) -> AttentionGeometry:
+    def geometry(
+        self, source: AttentionGeometry, family: Family, config: Config
+    ) -> AttentionGeometry:
         return source.with_kv_heads(self.num_kv_heads)
 
     def config(self, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +109,13 @@ class Grouped:
     def projections(self, family: Family) -> Projections:
         return family.target_projections or family.projections
 
+    def carried(
+        self, family: Family, config: Config, name: str, shape: tuple[int, ...]
+    ) -> tuple[Carried, ...]:
+        return rewritten(family, name, shape)
+
     def kv_bytes_per_token(self, source: AttentionGeometry) -> int:
-        return self.geometry(source).kv_bytes_per_token()
+        return source.with_kv_heads(self.num_kv_heads).kv_bytes_per_token()
 
     def compared(self, source: AttentionGeometry) -> dict[str, Any]:
         return {"num_kv_heads": {"source": source.num_kv_heads, "folded": self.num_kv_heads}}
@@ -100,12 +128,150 @@ class Latent:
     Attributes:
         rank: numbers of the latent; one of them holds a constant. rotary: of the rotary key.
         stride: the rotary key has every so-manieth of the source's frequencies, from the highest.
+        layout: what it is stored as; a name in ``arch.latent.LAYOUTS``.
+        padded: rank and rotary size with zeros behind, for engines that take certain sizes only.
     """
 
     rank: int
     rotary: int
     stride: int = 1
+    layout: str = "deepseek_v3"
+    padded: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, words: str, name: str) -> "Latent":
+        """Of words: ``160+32``, or ``160+32/2`` for every second frequency.
+
+        Raises:
+            InputError: for others.
+        """
+        found = _LATENT.fullmatch(words.strip()) if len(words) <= _LONGEST else None
+        if found is None:
+            raise InputError(
+                f"{name} {shown(words)}: expected RANK+ROTARY, two whole numbers",
+                "for instance 160+32: a latent of 160 numbers and a rotary key of 32",
+            )
+        rank, rotary, stride = (int(part or 1) for part in found.groups())
+        if rank < 2:
+            raise InputError(f"{name} {words}: expected a rank of at least 2, one of it a constant")
+        return cls(LATENT_SIZE.check(rank, name, words), rotary, stride)
 
     @property
     def label(self) -> str:
-        return f"a latent of {self.rank}+{self.rotary} numbers"
+        return f"a latent of {self.words} numbers"
+
+    @property
+    def words(self) -> str:
+        """As it is asked for."""
+        return f"{self.rank}+{self.rotary}" + (f"/{self.stride}" if self.stride > 1 else "")
+
+    @property
+    def stored(self) -> Layout:
+        """What it is stored as."""
+        return LAYOUTS[self.layout]
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Rank and rotary size as they are stored."""
+        return self.padded or (self.rank, self.rotary)
+
+    def as_dict(self) -> dict[str, Any]:
+        padded = None if self.padded is None else list(self.padded)
+        return {"latent": self.words, "layout": self.layout, "padded": padded}
+
+    def is_source(self, source: AttentionGeometry) -> bool:
+        return False
+
+    def frequencies(self, rotary_dim: int) -> tuple[int, ...]:
+        """Which of a layer's frequencies the rotary key has; none in a layer without rotary."""
+        kept = self.stride * self.rotary // 2 if rotary_dim else 0
+        return tuple(range(0, kept, self.stride))
+
+    def geometry(self, source: AttentionGeometry, family: Family, config: Config) -> LatentGeometry:
+        rotary_dims = [
+            family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
+        ]
+        self._check_sizes(source, max(rotary_dims))
+        # A head's other dimensions are position-free; all of them where a layer does not rotate,
+        # or where those between the kept frequencies stay.
+        split = self.stride == 1 and min(rotary_dims) > 0
+        nope = source.head_dim - (self.rotary if split else 0)
+        rank, rotary = self.cached
+        return LatentGeometry(
+            source.num_layers,
+            source.num_heads,
+            source.num_heads,
+            max(nope, 1) + rotary,
+            source.v_head_dim,
+            source.hidden_size,
+            rank,
+            rotary,
+        )
+
+    def config(self, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+        check_latent(family, config, self.stored)
+        source = family.geometry(config)
+        rotary_dim = max(
+            family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
+        )
+        geometry = self.geometry(source, family, config)
+        kept, size = self.rotary // 2, self.cached[1]
+        rope = rope_of(config, rotary_dim, kept, self.stride, size, self.stored)
+        return latent_config(config, geometry, self.stored, rope)
+
+    def projections(self, family: Family) -> Projections:
+        return LatentProjections(bias=self.stored.bias)
+
+    def carried(
+        self, family: Family, config: Config, name: str, shape: tuple[int, ...]
+    ) -> tuple[Carried, ...]:
+        tied = bool(config.get("tie_word_embeddings"))
+        if tied and name == _HEAD:
+            return ()
+        made = rewritten(family, name, shape)
+        if tied and self.stored.untied and name.endswith(_EMBEDDING):
+            return (*made, Carried(_HEAD, shape))
+        return made
+
+    def kv_bytes_per_token(self, source: AttentionGeometry) -> int:
+        return 2 * source.num_layers * sum(self.cached)
+
+    def compared(self, source: AttentionGeometry) -> dict[str, Any]:
+        numbers = source.num_kv_heads * (source.head_dim + source.v_head_dim)
+        rank, rotary = self.cached
+        return {
+            "num_kv_heads": {"source": source.num_kv_heads, "folded": source.num_heads},
+            "kv_numbers": {"source": numbers, "folded": rank + rotary},
+            "latent": {"rank": rank, "rotary": rotary, "layout": self.layout},
+        }
+
+    def _check_sizes(self, source: AttentionGeometry, rotary_dim: int) -> None:
+        """Refuse what the source has no room for.
+
+        Raises:
+            InputError: naming the sizes there can be.
+        """
+        name, most = f"--latent {self.words}", rotary_dim // self.stride
+        if not 2 <= self.rotary <= most or self.rotary % 2:
+            raise InputError(
+                f"{name}: expected a rotary size that is even and at least 2, at most {most}, "
+                "as the source's keys have",
+                f"for instance {self.rank}+{max(2, most // 4 * 2)}",
+            )
+        numbers = source.num_kv_heads * (source.head_dim + source.v_head_dim)
+        asked = self.rank + self.rotary
+        if asked > numbers:
+            raise InputError(
+                f"{name}: {asked} numbers a token and layer is {asked / numbers:.0%} of the "
+                f"source's {numbers}",
+                f"expected fewer than {numbers}: the cache is to shrink",
+            )
+        if self.padded and (self.padded[0] < self.rank or self.padded[1] < self.rotary):
+            rank, rotary = self.padded
+            raise InputError(
+                f"--pad {rank}+{rotary}: expected at least {self.rank}+{self.rotary}, as --latent"
+            )
+        if self.padded and self.padded[1] % 2:
+            raise InputError(
+                f"--pad {self.padded[0]}+{self.padded[1]}: expected an even rotary size"
+            )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.config import CONFIG
-from kvfold.arch.families import can_be_folded, described_as, family_of
+from kvfold.arch.families import can_be_opened, described_as, known_family
 from kvfold.arch.family import Family
 from kvfold.arch.parameters import StoredNames
 from kvfold.arch.projections import AttentionWeights, Load, Shapes
@@ -126,7 +126,7 @@ class Checkpoint(Weights):
     geometry: AttentionGeometry = field(init=False)
 
     def __post_init__(self) -> None:
-        self.family = family_of(self.config)
+        self.family = known_family(self.config)
         self.geometry = self.family.geometry(self.config)
         super().__post_init__()
         self._checked: set[str] = set()
@@ -167,6 +167,12 @@ class Checkpoint(Weights):
             self.attention_prefix(layer), self.geometry, self.names
         )
 
+    @property
+    def attention_names(self) -> set[str]:
+        """The tensors of all layers' projections."""
+        layers = range(self.geometry.num_layers)
+        return {name for layer in layers for name in self.attention_shapes(layer)}
+
     def attention_dtype(self, layer: int) -> str:
         """Of a layer's projections; what is made of them has the same."""
         return self.store.dtype(next(iter(self.attention_shapes(layer))))
@@ -191,11 +197,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises:
         InputError: if there is no such thing. CheckpointError: if it is damaged or
-        contradicts itself. UnsupportedError: if its architecture cannot be folded.
+        contradicts itself. UnsupportedError: if its architecture cannot be folded, and is none
+        that folds are stored as.
     """
     folder = resolve(source)
     config = read_config(folder)
-    family_of(config)  # an unknown architecture is worth more than any other complaint
+    known_family(config)  # an unknown architecture is worth more than any other complaint
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedError(
@@ -215,7 +222,7 @@ def open_weights(source: str | Path) -> Weights:
     """
     folder = resolve(source)
     config = read_config(folder)
-    if can_be_folded(config) and not config.get("quantization_config"):
+    if can_be_opened(config) and not config.get("quantization_config"):
         return open_checkpoint(folder)
     return Weights(str(folder), config, _open_files(folder, config))
 

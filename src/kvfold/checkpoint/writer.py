@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.carried import Carried
 from kvfold.arch.target import Target
 from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
@@ -39,7 +40,7 @@ class Shard:
 def attention_specs(checkpoint: Checkpoint, target: Target) -> dict[str, TensorSpec]:
     """Every attention tensor of the folded model by name, in the dtype of its layer."""
     projections = target.projections(checkpoint.family)
-    geometry = target.geometry(checkpoint.geometry)
+    geometry = target.geometry(checkpoint.geometry, checkpoint.family, checkpoint.config)
     specs: dict[str, TensorSpec] = {}
     for layer in range(geometry.num_layers):
         dtype = checkpoint.attention_dtype(layer)
@@ -59,16 +60,27 @@ def folded_specs(checkpoint: Checkpoint, target: Target) -> list[TensorSpec]:
     """The folded model's tensors, in the source's order; those it names otherwise come last."""
     if target.is_source(checkpoint.geometry):
         return stored_specs(checkpoint)
-    attention, family = attention_specs(checkpoint, target), checkpoint.family
-    layers = range(checkpoint.geometry.num_layers)
-    replaced = {name for layer in layers for name in checkpoint.attention_shapes(layer)}
-    own = [
-        attention.get(spec.name)
-        or replace(spec, shape=family.rewritten_shape(spec.name, spec.shape))
-        for spec in stored_specs(checkpoint)
-        if spec.name in attention or not (spec.name in replaced or family.dropped(spec.name))
-    ]
+    attention, replaced = attention_specs(checkpoint, target), checkpoint.attention_names
+    family, config = checkpoint.family, checkpoint.config
+    own: list[TensorSpec] = []
+    for spec in stored_specs(checkpoint):
+        if spec.name in attention:
+            own.append(attention[spec.name])
+        elif spec.name not in replaced:
+            carried = target.carried(family, config, spec.name, spec.shape)
+            own += [replace(spec, name=made.name, shape=made.shape) for made in carried]
     return own + [spec for name, spec in attention.items() if name not in checkpoint.names]
+
+
+def carried_from(checkpoint: Checkpoint, target: Target) -> dict[str, tuple[str, Carried]]:
+    """Of every tensor that is not attention: the source's name of what it is made of, and how."""
+    family, config = checkpoint.family, checkpoint.config
+    return {
+        made.name: (spec.name, made)
+        for spec in stored_specs(checkpoint)
+        if spec.name not in checkpoint.attention_names
+        for made in target.carried(family, config, spec.name, spec.shape)
+    }
 
 
 def plan_shards(specs: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:

@@ -31,6 +31,7 @@ from kvfold.checkpoint.tensors import (
 from kvfold.checkpoint.workspace import Workspace, opened, peak_memory
 from kvfold.checkpoint.writer import (
     Shard,
+    carried_from,
     carry_files,
     files_read,
     folded_config,
@@ -69,8 +70,11 @@ _SOURCE = "the source"
 def convert(
     source: str | Path,
     out: str | Path,
-    num_kv_heads: int,
+    num_kv_heads: int | None = None,
     *,
+    latent: str | None = None,
+    layout: str = ConvertRequest.layout,
+    pad: str | None = None,
     method: str = ConvertRequest.method,
     fit: str | None = None,
     calibration: Sequence[str | Path] | None = None,
@@ -83,10 +87,14 @@ def convert(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Fold a checkpoint to ``num_kv_heads`` KV heads and write it to ``out``.
+    """Fold a checkpoint to ``num_kv_heads`` KV heads, or to a latent, and write it to ``out``.
 
     Args:
         source: a Hugging Face folder, a hub name, or a GGUF file.
+        latent: in place of ``num_kv_heads``: ``"160+32"`` makes all heads read one latent of 160
+            numbers and one rotary key of 32 (multi-head latent attention, arXiv 2405.04434).
+        layout: what a latent is stored as: ``deepseek_v3`` or ``youtu``.
+        pad: sizes that a latent is padded to with zeros, for engines that take no others.
         method: see ``kvfold methods``. fit: ``none``, ``refit`` or ``local``; by default
             ``local``, and ``none`` for the GQA paper's data-free methods.
         calibration: UTF-8 text files; the small built-in text by default. ``calibrate=False``
@@ -107,7 +115,10 @@ def convert(
     texts = () if calibration is None else several(calibration, "--calibration", location)
     request = ConvertRequest.asked(
         source=source,
-        target=num_kv_heads,
+        grouped=num_kv_heads,
+        latent=latent,
+        layout=layout,
+        pad=pad,
         method=method,
         fit=fit,
         calibration=NO_CALIBRATION.choose(texts, not flag(calibrate, "calibrate")),
@@ -319,13 +330,15 @@ def _write(
     changed: dict[str, TensorEntry] = {}
     for path in (partial / "layers").glob("*.safetensors"):
         changed |= read_header(path)
-    rewrite = checkpoint.family.rewrite if changed else None
+    carried = carried_from(checkpoint, request.target) if changed else {}
 
     def load(name: str) -> "torch.Tensor":
         if name in changed:
             return read_tensor(changed[name])
-        tensor = checkpoint.tensor(name)
-        return rewrite(name, tensor) if rewrite else tensor
+        if name not in carried:
+            return checkpoint.tensor(name)
+        source, made = carried[name]
+        return made.make(checkpoint.tensor(source)).contiguous()
 
     write_shards(
         partial / "out", shards, load, lambda done, total: progress("writing", done, total)

@@ -48,21 +48,26 @@ class Energy:
 
 def fold_energy(group: HeadGroup, shared: SharedHead) -> Energy:
     """Compare a folded group with its source."""
-    value, value_error = _outputs(group, shared)
+    value, value_error = output_errors(
+        group.value_moment, (group.v, shared.v.expand_as(group.v)), (group.o, shared.o)
+    )
     key, key_error = _scores(group, shared)
     return Energy(value, value_error, key, key_error)
 
 
-def _outputs(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
-    """sum_r E||O V x||^2 and its error, from D x D products only."""
-    moment = group.value_moment
-    v_new = shared.v.expand_as(group.v)
-    own = torch.einsum("hdx,hex->hde", through(group.v, moment), group.v)
-    cross = torch.einsum("hdx,hex->hde", through(group.v, moment), v_new)
+def output_errors(moment: torch.Tensor, values: "Both", outputs: "Both") -> tuple[float, float]:
+    """sum_r E||O V x||^2 and its error, from D x D products only.
+
+    Args:
+        values: ``[g, Dv, X]``; outputs: ``[g, R, C, Dv]``.
+    """
+    (v_old, v_new), (o_old, o_new) = values, outputs
+    own = torch.einsum("hdx,hex->hde", through(v_old, moment), v_old)
+    cross = torch.einsum("hdx,hex->hde", through(v_old, moment), v_new)
     new = torch.einsum("hdx,hex->hde", through(v_new, moment), v_new)
-    oo = torch.einsum("hrcd,hrce->hde", group.o, group.o)
-    on = torch.einsum("hrcd,hrce->hde", group.o, shared.o)
-    nn = torch.einsum("hrcd,hrce->hde", shared.o, shared.o)
+    oo = torch.einsum("hrcd,hrce->hde", o_old, o_old)
+    on = torch.einsum("hrcd,hrce->hde", o_old, o_new)
+    nn = torch.einsum("hrcd,hrce->hde", o_new, o_new)
     size = (oo * own).sum()
     error = size - 2 * (on * cross).sum() + (nn * new).sum()
     return float(size), float(error.clamp_min(0))
@@ -75,10 +80,10 @@ def _scores(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
     q_old, q_rest = group.pairs.split(group.q)
     q_new, q_new_rest = group.pairs.split(shared.q)
     (k_old, k_rest), (k_new, k_new_rest) = group.pairs.split(k_old), group.pairs.split(k_new)
-    still = _still_scores(group.moment, q_rest, q_new_rest, k_rest, k_new_rest)
+    still = still_errors(group.moment, (q_rest, q_new_rest), (k_rest, k_new_rest))
     queries, rotating = (q_old, q_new), (k_old, k_new)
     if group.key_moments is None:
-        size, error = _rotating_scores(group, queries, rotating)
+        size, error = rotating_errors(group.moment, queries, rotating)
     else:
         size, error = _attended_scores(group.moment, group.key_moments, queries, rotating)
     return size + still[0], max(error, 0.0) + still[1]
@@ -87,12 +92,12 @@ def _scores(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
 Both = tuple[torch.Tensor, torch.Tensor]  # the source's rows and the folded ones
 
 
-def _rotating_scores(group: HeadGroup, queries: Both, keys: Both) -> tuple[float, float]:
+def rotating_errors(moment: torch.Tensor, queries: Both, keys: Both) -> tuple[float, float]:
     """Complex pairs, queries and keys at independent positions."""
     (q_old, q_new), (k_old, k_new) = queries, keys
 
     def second(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (through(a, group.moment) * b.conj()).sum(-1)
+        return (through(a, moment) * b.conj()).sum(-1)
 
     def product(qa: torch.Tensor, qb: torch.Tensor, ka: torch.Tensor, kb: torch.Tensor) -> float:
         # E[(conj(qa) ka) conj(conj(qb) kb)] = conj(E[qa conj(qb)]) E[ka conj(kb)]
@@ -133,14 +138,9 @@ def _attended_scores(
     return float(size), float(error.sum() + outside.sum())
 
 
-def _still_scores(
-    moment: torch.Tensor,
-    q_old: torch.Tensor,
-    q_new: torch.Tensor,
-    k_old: torch.Tensor,
-    k_new: torch.Tensor,
-) -> tuple[float, float]:
+def still_errors(moment: torch.Tensor, queries: Both, keys: Both) -> tuple[float, float]:
     """The same for dimensions without rotary, with centred keys."""
+    (q_old, q_new), (k_old, k_new) = queries, keys
     covariance = centred(moment)
 
     def product(qa: torch.Tensor, qb: torch.Tensor, ka: torch.Tensor, kb: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ from kvfold.fold.grouping import consecutive_groups, find_groups, pair_losses
 from kvfold.fold.heads import HeadGroup, LayerHeads, SharedHead
 from kvfold.fold.methods import Method
 from kvfold.fold.statistics import LayerStatistics
+from kvfold.fold.stored_layer import StoredLayer
 
 Groups = list[list[int]]
 
@@ -19,10 +20,12 @@ class GroupedFold:
     """Folds one layer by any method; the methods see one group at a time.
 
     Args:
-        heads: the layer's. statistics: what its inputs look like.
+        layer: the source's. heads: its heads. statistics: what its inputs look like.
     """
 
-    def __init__(self, heads: LayerHeads, target: Grouped, statistics: LayerStatistics) -> None:
+    def __init__(
+        self, layer: StoredLayer, heads: LayerHeads, target: Grouped, statistics: LayerStatistics
+    ) -> None:
         self._heads, self._statistics = heads, statistics
         self._count = target.num_kv_heads
 

@@ -6,12 +6,13 @@ from typing import Any, Protocol
 
 import torch
 
-from kvfold.arch.projections import AttentionWeights
-from kvfold.arch.target import Grouped, Target
+from kvfold.arch.carried import Carrier, carry
+from kvfold.arch.target import Grouped, Latent, Target
 from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.fold.energy import Energy
 from kvfold.fold.grouped import GroupedFold
 from kvfold.fold.heads import LayerHeads
+from kvfold.fold.latent import LatentFold
 from kvfold.fold.methods import Method, methods_for
 from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer, Tensors
@@ -73,15 +74,16 @@ class FoldedLayer:
         report = {"layer": self.index} if self.report is None else self.report.as_dict()
         return {**report, "stages": self.stages, "drift": self.drift}
 
-    def completed(self, base: StoredLayer) -> Tensors:
-        """All tensors, named below the layer; what did not change is taken from ``base``."""
-        checkpoint, rewrite = base.checkpoint, base.checkpoint.family.rewrite
+    def completed(self, base: StoredLayer, carrier: Carrier) -> Tensors:
+        """All tensors, named below the layer; what did not change is carried from ``base``."""
+        checkpoint = base.checkpoint
         replaced = checkpoint.attention_shapes(self.index)
-        tensors = dict(self.tensors)
-        for name in checkpoint.layer_names(self.index):
-            if name not in replaced and name not in tensors:
-                tensor = base.tensor(name)
-                tensors[name] = rewrite(name, tensor) if rewrite else tensor
+        others = {
+            name: base.tensor(name)
+            for name in checkpoint.layer_names(self.index)
+            if name not in replaced and name not in self.tensors
+        }
+        tensors = carry(carrier, checkpoint.family, checkpoint.config, others) | self.tensors
         return {name.removeprefix(base.prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -90,12 +92,15 @@ class LayerFold(Protocol):
 
     def groups(self, method: Method) -> list[list[int]]: ...
 
-    def by(self, method: Method, seed: int) -> tuple[AttentionWeights, Energy]: ...
+    def by(self, method: Method, seed: int) -> tuple[Any, Energy]:
+        """Weights that the target's projections write, and what they keep."""
 
 
-# How a layer is folded to each kind of target.
-LAYER_FOLDS: dict[type, Callable[[LayerHeads, Any, LayerStatistics], LayerFold]] = {
-    Grouped: GroupedFold
+# How a layer is folded to each kind of target: given the layer, its heads, the target, and what
+# the layer's inputs look like.
+LAYER_FOLDS: dict[type, Callable[[StoredLayer, LayerHeads, Any, LayerStatistics], LayerFold]] = {
+    Grouped: GroupedFold,
+    Latent: LatentFold,
 }
 
 
@@ -110,7 +115,7 @@ def fold_layer(
     if statistics is None:
         statistics = LayerStatistics.without_data(source.checkpoint.geometry.hidden_size)
     heads = source.heads(statistics.moment.device)
-    fold = LAYER_FOLDS[type(plan.target)](heads, plan.target, statistics)
+    fold = LAYER_FOLDS[type(plan.target)](source, heads, plan.target, statistics)
     methods = methods_for(plan.method, plan.target)
     candidates = ((method, *fold.by(method, plan.seed + source.index)) for method in methods)
     best, weights, energy = max(candidates, key=lambda candidate: candidate[2].captured)
@@ -120,7 +125,7 @@ def fold_layer(
     return FoldedLayer(source.index, _stored(source, plan.target, weights), report)
 
 
-def _stored(source: StoredLayer, target: Target, weights: AttentionWeights) -> Tensors:
+def _stored(source: StoredLayer, target: Target, weights: Any) -> Tensors:
     """Folded projections as the folded checkpoint stores them, in the source's dtype."""
     checkpoint = source.checkpoint
     projections = target.projections(checkpoint.family)

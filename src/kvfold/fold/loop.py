@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.carried import Carrier
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.fold.layer import FoldedLayer, FoldPlan, fold_layer
@@ -27,7 +28,7 @@ class Making:
     Attributes:
         label: what progress calls it.
         source: what they are to behave like. base: what they are made from.
-        config: the folded model's.
+        config: the folded model's. carrier: what becomes of the base's other tensors.
         make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
             ``gathers`` says that it looks at them, and there is text to gather them from.
         fit: a name in ``fold.fit.FITS``.
@@ -37,6 +38,7 @@ class Making:
     source: Checkpoint
     base: Checkpoint
     config: Mapping[str, Any]
+    carrier: Carrier
     make: Callable[[StoredLayer, LayerStatistics | None], FoldedLayer]
     gathers: bool
     fit: str
@@ -56,6 +58,7 @@ def fold_all(
         source=source,
         base=source,
         config=plan.target.config(source.family, source.config),
+        carrier=plan.target,
         make=lambda layer, statistics: fold_layer(layer, plan, statistics),
         gathers=True,
         fit=plan.fit,
@@ -104,7 +107,7 @@ class _SideBySide:
             if making.base is not making.source:
                 load = loader(making.base)
             self._folded = FoldedPass(
-                making.base, making.config, self._source, calibration, load,
+                making.base, making.config, making.carrier, self._source, calibration, load,
                 fit=making.fit, seed=making.seed,
             )  # fmt: skip
 

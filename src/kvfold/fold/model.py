@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvfold.arch.target import Grouped
+from kvfold.arch.carried import carry
+from kvfold.arch.families import family_of
+from kvfold.arch.target import Grouped, Latent, Target
 from kvfold.arguments import callback
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
@@ -32,7 +34,7 @@ class FoldedModel:
 
 def fold_model(
     model: "PreTrainedModel",
-    num_kv_heads: int,
+    num_kv_heads: int | Latent,
     method: str = AUTO,
     fit: str = "local",
     windows: torch.Tensor | None = None,
@@ -43,7 +45,8 @@ def fold_model(
 
     Args:
         model: of a supported family (``kvfold families``).
-        num_kv_heads: a divisor of the model's number of KV heads.
+        num_kv_heads: a divisor of the model's number of KV heads; or a ``Latent``, which makes
+            all heads share one latent.
         windows: token ids ``[N, T]`` (int64) for calibration. Without them the fold is
             data-free and ``fit`` must be ``none``.
 
@@ -58,27 +61,31 @@ def fold_model(
         raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
     check_model(model)
     windows = None if windows is None else check_windows(windows, model)
-    target = Grouped.asked(num_kv_heads, "num_kv_heads")
+    target = _target(num_kv_heads)
     seed = SEED.check(seed, "seed")
     callback(progress, "progress")
     config = model.config.to_dict()
+    family = family_of(config)
     checkpoint = Checkpoint(type(model).__name__, config, TensorDict(model.state_dict()))
-    target.geometry(checkpoint.geometry)
+    target.geometry(checkpoint.geometry, checkpoint.family, config)
     methods_for(method, target)
     folded = {**config}
     state = {name: checkpoint.tensor(name) for name in model.state_dict()}
     reports: list[dict[str, Any]] = []
     if not target.is_source(checkpoint.geometry):
-        family = checkpoint.family
         folded = target.config(family, config)
-        if family.rewrite:
-            state = {name: family.rewrite(name, tensor) for name, tensor in state.items()}
+        others = {n: t for n, t in state.items() if n not in checkpoint.attention_names}
+        state = carry(target, family, config, others)
         plan = FoldPlan(target, method, fit, seed)
         calibration = None if windows is None else Calibration(windows)
         for layer in fold_all(checkpoint, plan, calibration, progress=progress):
             state.update(layer.tensors)
             reports.append(layer.as_dict())
     return FoldedModel(_build(folded, state, model), reports)
+
+
+def _target(asked: object) -> Target:
+    return asked if isinstance(asked, Latent) else Grouped.asked(asked, "num_kv_heads")
 
 
 def _build(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.carried import Carrier
 from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.fit import FITS, FitTask
@@ -115,7 +116,8 @@ class FoldedPass:
 
     Args:
         base: has the names of its tensors, and those that folding leaves as they are.
-        config: the folded model's. fit: a name in ``fold.fit.FITS``.
+        config: the folded model's. carrier: what becomes of the base's other tensors.
+        fit: a name in ``fold.fit.FITS``.
 
     Attributes:
         attention: what the source's attention puts out, to be filled before a layer is fitted.
@@ -125,6 +127,7 @@ class FoldedPass:
         self,
         base: Checkpoint,
         config: Mapping[str, Any],
+        carrier: Carrier,
         source: SourcePass,
         calibration: Calibration,
         load: Load,
@@ -133,7 +136,7 @@ class FoldedPass:
         seed: int,
     ) -> None:
         self._config, self._family = config, BY_TYPE[config["model_type"]]
-        self._source, self._fit, self._seed = source, fit, seed
+        self._source, self._carrier, self._fit, self._seed = source, carrier, fit, seed
         family = self._family
         self._stream = LayerStream(config, family.layer, family.attention, calibration.device)
         self._inputs = calibration.states("folded-in", base.geometry.hidden_size)
@@ -142,7 +145,7 @@ class FoldedPass:
 
     def fit(self, folded: FoldedLayer, base: StoredLayer, progress: Progress) -> None:
         """Fit a folded layer to what the source's layer, run just now, puts out."""
-        tensors = folded.completed(base)
+        tensors = folded.completed(base, self._carrier)
         with self._stream.layer(folded.index, tensors, copied=True) as live:
             task = self._task(live, folded.index)
             error = task.error()
@@ -176,7 +179,7 @@ class FoldedPass:
     def run(self, folded: FoldedLayer, base: StoredLayer) -> float:
         """Go on with the layer as it is stored; return its drift (see ``FoldedLayer``)."""
         ratios = []
-        with self._stream.layer(folded.index, folded.completed(base)) as live:
+        with self._stream.layer(folded.index, folded.completed(base, self._carrier)) as live:
             for batch in self._inputs.batches():
                 found, wanted = live(self._inputs[batch]), self._source.outputs[batch]
                 self._inputs[batch] = found

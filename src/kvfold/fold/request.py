@@ -4,12 +4,13 @@ No torch: bad input is told in a fraction of a second.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvfold.arch.families import family_of
-from kvfold.arch.target import Grouped, Target
+from kvfold.arch.latent import LAYOUTS
+from kvfold.arch.target import Grouped, Latent, Target
 from kvfold.arguments import choice, text
 from kvfold.checkpoint.gguf import is_gguf, read_gguf_config, summarize
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
@@ -45,6 +46,10 @@ def _method(value: object, name: str) -> str:
     return found
 
 
+def _latent(value: object, name: str) -> str:
+    return Latent.read(text(value, name), name).words
+
+
 NO_CALIBRATION = Switch("--no-calibration", None, "calibration text", "Look at the weights only.")
 
 
@@ -66,11 +71,35 @@ class ConvertRequest(Request):
     makes_folder = True
 
     source: str = option("SRC", Model())
-    target: Target = option(
+    grouped: Grouped | None = option(
         "--kv-heads",
         Made(KV_HEADS, Grouped, Grouped, lambda target: target.num_kv_heads),
+        None,
+        "KV heads to fold to (a divisor).",
         metavar="N",
-        help="KV heads to fold to (a divisor).",
+    )
+    latent: str | None = option(
+        "--latent",
+        Text(_latent),
+        None,
+        "Or: a latent of RANK numbers and a rotary key of ROTARY for all heads (MLA), for instance "
+        "160+32; 160+32/2 keeps every second rotary frequency in place of the highest.",
+        metavar="RANK+ROTARY",
+    )
+    layout: str = option(
+        "--layout",
+        Choice(tuple(LAYOUTS)),
+        "deepseek_v3",
+        "What a latent is stored as: deepseek_v3 opens in transformers and vLLM; youtu has biases, "
+        "which are more exact, and opens in transformers.",
+    )
+    pad: str | None = option(
+        "--pad",
+        Text(_latent),
+        None,
+        "Pad the latent with zeros to these sizes, for engines that take no others (vLLM on CPUs: "
+        "512+64).",
+        metavar="RANK+ROTARY",
     )
     method: str = option("--method", Text(_method), AUTO, "See `kvfold methods`.")
     fit: str = option(
@@ -98,6 +127,7 @@ class ConvertRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_target()
         data_free = self.method in DATA_FREE
         if data_free and not self.calibration and self.fit in (None, "none"):
             self.fill(calibration=None)
@@ -105,6 +135,25 @@ class ConvertRequest(Request):
             self.fill(fit="none" if data_free or not self.calibrates else "local")
         if self.fit != "none" and not self.calibrates:
             raise InputError(f"--fit {self.fit} needs calibration text", "drop --no-calibration")
+
+    def _check_target(self) -> None:
+        if self.grouped is not None and self.latent is not None:
+            raise InputError("--kv-heads and --latent exclude each other", "drop one")
+        if self.grouped is None and self.latent is None:
+            raise InputError("nothing to fold to", "give --kv-heads N, or --latent RANK+ROTARY")
+        if self.pad is not None and self.latent is None:
+            raise InputError("--pad is for latents", "give --latent too, or drop it")
+
+    @property
+    def target(self) -> Target:
+        """What is folded to."""
+        if self.latent is None:
+            assert self.grouped is not None
+            return self.grouped
+        asked = Latent.read(self.latent, "--latent")
+        padded = Latent.read(self.pad, "--pad") if self.pad else None
+        sizes = None if padded is None else (padded.rank, padded.rotary)
+        return replace(asked, layout=self.layout, padded=sizes)
 
     @property
     def calibrates(self) -> bool:
@@ -118,7 +167,8 @@ class ConvertRequest(Request):
     def as_dict(self) -> dict[str, Any]:
         """What another run must ask for to go on with this one."""
         source, target, rest = self.source, self.target, dict(vars(self))
-        del rest["source"], rest["target"]
+        for name in ("source", "grouped", "latent", "layout", "pad"):
+            del rest[name]
         return {"source": source, **target.as_dict(), **rest, "kvfold": __version__}
 
 
@@ -203,7 +253,7 @@ def _check_foldable(config: Mapping[str, Any], target: Target) -> AttentionGeome
     """The geometry of a model of that config, which can be folded to the target."""
     family = family_of(config)
     geometry = family.geometry(config)
-    target.geometry(geometry)
+    target.geometry(geometry, family, config)
     if not target.is_source(geometry):
         target.config(family, config)
     return geometry

@@ -42,6 +42,11 @@ class StoredLayer:
         dim = rotary.dim(self.checkpoint.config, geometry.head_dim, self.index)
         return Pairs(dim, rotary.interleaved)
 
+    @property
+    def scale(self) -> float:
+        """What the layer's scores are multiplied with."""
+        return float(self.checkpoint.geometry.head_dim**-0.5)
+
     def heads(self, device: torch.device | None = None) -> LayerHeads:
         """In float64, on the device where they are folded."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvfold.arch.carried import Unchanged
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.layer import FoldedLayer
 from kvfold.fold.layer_store import LayerStore
@@ -38,6 +39,7 @@ def heal_layers(
         source=teacher,
         base=folded,
         config=folded.config,
+        carrier=Unchanged(),
         make=lambda layer, statistics: FoldedLayer(layer.index, layer.all(), None),
         gathers=False,
         fit="local",

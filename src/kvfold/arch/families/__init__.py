@@ -41,10 +41,20 @@ def described_as(config: Mapping[str, Any]) -> Family:
     return BY_TYPE.get(str(config.get("model_type")), _UNDECLARED)
 
 
-def can_be_folded(config: Mapping[str, Any]) -> bool:
-    """Whether :func:`family_of` has a family for a config."""
+def known_family(config: Mapping[str, Any]) -> Family:
+    """The family of a config that can be folded, or is what folds are stored as.
+
+    Raises:
+        UnsupportedError: see :func:`family_of`.
+    """
+    family = described_as(config)
+    return family if family.opens(config) else family_of(config)
+
+
+def can_be_opened(config: Mapping[str, Any]) -> bool:
+    """Whether :func:`known_family` has a family for a config."""
     try:
-        family_of(config)
+        known_family(config)
     except UnsupportedError:
         return False
     return True

@@ -35,23 +35,24 @@ def principal_keys(group: HeadGroup) -> Shared:
     """Shared key rows ``[D, X]`` and the queries ``[g, R, D, X]`` that go with them."""
     q_pairs, q_rest = group.pairs.split(group.q)
     k_pairs, k_rest = group.pairs.split(group.k)
-    q_pairs, k_pairs = _rotating(group, q_pairs, k_pairs)
+    q_pairs, k_pairs = rotating_keys(q_pairs, k_pairs, group.moment, group.key_moments)
     q_rest, k_rest = _still(q_rest, k_rest, group.moment)
     return group.pairs.join(q_pairs, q_rest), group.pairs.join(k_pairs, k_rest)
 
 
-def _rotating(group: HeadGroup, q: torch.Tensor, k: torch.Tensor) -> Shared:
+def rotating_keys(
+    q: torch.Tensor, k: torch.Tensor, moment: torch.Tensor, key_moments: torch.Tensor | None
+) -> Shared:
     """Complex pairs: q ``[g, R, F, X]``, k ``[g, F, X]``, a batch of F problems of size 1."""
     if not k.shape[-2]:
         return q, k[0]
-    moment = group.moment
     asked = (through(q, moment) * q.conj()).real.sum((1, 3))  # [g, F], sum_r E|q|^2
     stacks = k.transpose(0, 1)[:, :, None, :]  # [F, g, 1, X]
     metrics = asked.T[..., None, None].to(k.dtype)  # [F, g, 1, 1]
     shared, mixes = shared_subspace(stacks, moment, metrics)
     rows, mix = shared[:, 0, :], mixes[..., 0, 0]
-    if group.key_moments is not None:
-        rows, mix = _within_attention(k.transpose(0, 1), mix, group.key_moments, moment)
+    if key_moments is not None:
+        rows, mix = _within_attention(k.transpose(0, 1), mix, key_moments, moment)
     # conj(q) k_h = conj(q) m k' = conj(conj(m) q) k'
     return mix.T[:, None, :, None].conj() * q, rows
 

@@ -1,0 +1,130 @@
+"""A constant in the latent, by which its norm becomes a known factor.
+
+The latent is normalised: what is cached is w_i c_i / rms([c; s]), over the rank's numbers. With one
+of them a constant s far above the others, rms = sqrt((s^2 + |c|^2) / rank) is nearly the same for
+every token, and the weight w undoes it. What is left is (|c|^2 - E|c|^2) / 2 s^2, relative. The
+same number, scaled to be about as large as the others, is the 1 that carries biases.
+
+With a bias, s is exact. Without one, s u . x stands for it, where u . x is about 1: u solves least
+squares of 1 on the layer's input x. Biases of what is projected from x become b u.
+"""
+
+import torch
+
+from kvfold.arch.latent import LatentWeights
+from kvfold.errors import InputError, UnsupportedError
+from kvfold.fold.latents import SharedLatent
+from kvfold.fold.subspace import energy
+
+# As large as 16-bit floats hold with some room (65,504 is the largest): the larger, the nearer is
+# the norm to a constant, and no number loses digits beside it, for each is scaled by itself.
+CONSTANT = 2.0**15
+_RIDGE = 1e-6
+
+
+def constant_direction(moment: torch.Tensor) -> torch.Tensor:
+    """u ``[C]`` that minimises E(u . x - 1)^2, from E[x~ x~T] ``[X, X]``.
+
+    Raises:
+        InputError: for statistics without data, which know no mean.
+    """
+    if moment.dim() == 1:
+        raise InputError(
+            "without biases, a latent needs calibration text", "give text, or --layout youtu"
+        )
+    gram, mean = moment[:-1, :-1], moment[:-1, -1]
+    floor = _RIDGE * gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    found: torch.Tensor = torch.linalg.solve(gram + floor * eye, mean)
+    return found
+
+
+def with_constant(
+    shared: SharedLatent,
+    o_bias: torch.Tensor | None,
+    constant: torch.Tensor | None,
+    moment: torch.Tensor,
+) -> LatentWeights:
+    """The weights that are stored.
+
+    Every row of the projection to the latent has one RMS, that of ``down``, and so has every column
+    of the projection from it; the norm's weight between holds what is left. So one learning rate
+    suits all of them, and cached numbers are as large as they are important.
+
+    Args:
+        shared: n + 1 is the rank. constant: ``[C]``, u; None where there are biases.
+    """
+    rank = shared.up_k.shape[-1]
+    down, up = _centred(shared, moment)
+    sizes = _rms(down[:, :-1])
+    typical = float(sizes[sizes > 0].mean()) if (sizes > 0).any() else 1.0
+    used = sizes > 0
+    rows = down * torch.where(used, typical / sizes.clamp_min(1e-300), 0.0)[:, None]
+    norm = (CONSTANT**2 + energy(rows, moment)).sqrt() / rank**0.5  # what the latent is divided by
+    if constant is not None and o_bias is not None:
+        up[:, shared.up_k.shape[1] :, -1] += _through_output(shared.o, o_bias)
+    columns = _rms(up.flatten(0, 1).T)
+    large = columns.max().clamp_min(1e-300)
+    gain = (columns / typical).clamp_min(1e-6 * large / typical)  # of each cached number
+    weight = torch.cat([sizes / typical, torch.ones_like(sizes[:1]) / CONSTANT]) * norm * gain
+    q = torch.cat([shared.q_nope, shared.q_rope], 1)
+    kv_a = torch.cat([rows, torch.zeros_like(rows[:1]), shared.k_rope])
+    kv_a[rank - 1, -1] = CONSTANT
+    bias = None
+    if constant is None:
+        bias = kv_a[:, -1]
+        if o_bias is None:
+            o_bias = shared.o.new_zeros(shared.o.shape[1])
+        if q[..., -1].any():
+            raise UnsupportedError(
+                "its queries have biases, for which this layout has no place",
+                "--layout deepseek_v3",
+            )
+    else:
+        kv_a, q = _without_bias(kv_a, constant), _without_bias(q, constant)
+        o_bias = None
+    return LatentWeights(
+        q=q[..., :-1] if constant is None else q,
+        kv_a=kv_a[..., :-1] if constant is None else kv_a,
+        norm=torch.where(weight > 0, weight, 1.0),
+        kv_b=up / gain,
+        o=shared.o,
+        kv_a_bias=bias,
+        o_bias=o_bias,
+    )
+
+
+def _centred(shared: SharedLatent, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latent without its mean ``[n, X]``, which the constant adds: ``[Hq, N + Dv, n + 1]``."""
+    up = torch.cat([shared.up_k, shared.up_v], 1)
+    mean = moment[:, -1] / moment[-1, -1] if moment.dim() == 2 else torch.zeros_like(moment)
+    if moment.dim() == 1:
+        mean[-1] = 1
+    offset = shared.down @ mean
+    down = shared.down.clone()
+    down[:, -1] -= offset
+    up[..., -1] += up[..., :-1] @ offset
+    return down, up
+
+
+def _rms(rows: torch.Tensor) -> torch.Tensor:
+    return rows.square().mean(-1).sqrt()
+
+
+def _without_bias(rows: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """``[..., X]`` -> ``[..., C]``: u . x in place of 1."""
+    return rows[..., :-1] + rows[..., -1:] * constant
+
+
+def _through_output(o: torch.Tensor, o_bias: torch.Tensor) -> torch.Tensor:
+    """Values ``[Hq, Dv]``, the same at all tokens, that the output projection makes its bias of."""
+    heads, _, size = o.shape
+    flat = o.transpose(0, 1).flatten(1)  # [C, Hq Dv]
+    bias = o_bias.to(flat)
+    values = torch.linalg.lstsq(flat, bias[:, None], driver="gelsd").solution[:, 0]
+    if (flat @ values - bias).norm() > 1e-3 * bias.norm():
+        raise UnsupportedError(
+            "its output projection has a bias, for which this layout has no place",
+            "--layout youtu",
+        )
+    return values.unflatten(0, (heads, size))
