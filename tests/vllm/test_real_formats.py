@@ -58,7 +58,7 @@ def by_kvfold(folder: Path, name: str, recent: int = 0) -> torch.Tensor:
     logits = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         like = partial(LayerCache, exact_first=0, exact_recent=recent)
-        patch.setattr("kvfold.transformers.cache.LayerCache", like)
+        patch.setattr("kvfold.transformers.layer.LayerCache", like)
         past = KVCache(model.config, dtype=name)
         for token in TEXT[:-1]:
             logits.append(model(torch.tensor([[token]]), past_key_values=past).logits[0, -1])

@@ -66,7 +66,7 @@ class LatentCache:
         if width > MAX_DIM:
             sizes = f"kv_lora_rank={kv_lora_rank} + qk_rope_head_dim={qk_rope_head_dim} = {width}"
             raise InputError(f"{sizes}: the kernels read at most {MAX_DIM} numbers of a token")
-        _check_format(dtype)
+        check_format(dtype)
         if isinstance(kind, str) and kind == "sliding":
             raise InputError("kind='sliding': latents are kept 'contiguous' or 'paged'")
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
@@ -210,8 +210,11 @@ class _Within(KVCache):
         return Store(Shape(*shape, within=True))
 
 
-def _check_format(dtype: object) -> None:
-    """A part of a row can be read where its numbers are whole bytes and have one scale at most."""
+def check_format(dtype: object) -> None:
+    """Refuse formats of which a part of a row cannot be read.
+
+    Its numbers must be whole bytes, and have one scale at most.
+    """
     fmt, _ = check_formats((dtype, dtype))
     if fmt.grouped or fmt.rotates_keys:
         known = ", ".join(x.name for x in FORMATS.values() if not (x.grouped or x.rotates_keys))

@@ -22,6 +22,7 @@ from kvfold.nn.checks import (
     check_weights,
 )
 from kvfold.nn.turns import CosSin, turns_of
+from kvfold.ops.latent import into_latents, out_of_latents
 from kvfold.ops.rope import Rotary
 
 
@@ -242,10 +243,10 @@ class LatentAttention(nn.Module):
         weight = self.kv_b_proj.weight.unflatten(0, (-1, each))
         to_key, to_value = weight.split([self.qk_nope_head_dim, self.geometry.v_head_dim], 1)
         nope, rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
-        rows = torch.cat([nope @ to_key, rope], -1)
+        rows = torch.cat([into_latents(nope, to_key), rope], -1)
         mask = hidden.mask if hidden.mask is None else hidden.mask[..., : max(cache.lengths)]
         out = cache.attend(rows, scale=self.scale, start=hidden.start, mask=mask)
-        return cast(torch.Tensor, out) @ to_value.mT
+        return out_of_latents(cast(torch.Tensor, out), to_value)
 
     @property
     def _slides(self) -> int | None:

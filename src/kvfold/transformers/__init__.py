@@ -15,8 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.transformers.attend import attend
-from kvfold.transformers.cache import KVCache, KVLayer
+from kvfold.transformers.cache import KVCache
 from kvfold.transformers.fixed import FixedKVCache, FixedKVLayer
+from kvfold.transformers.layer import KVLayer
 from kvfold.transformers.linear import Prepacked, prepack
 from kvfold.transformers.masks import mask_of
 

@@ -9,9 +9,10 @@ from kvfold.errors import UnsupportedError
 from kvfold.kernels.dispatch import attention
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
-from kvfold.transformers.cache import Stored, plain
 from kvfold.transformers.fixed import FixedStored, attend_fixed
 from kvfold.transformers.keywords import refuse_unknown
+from kvfold.transformers.latent import Heads, heads_of
+from kvfold.transformers.layer import Stored, plain
 
 
 def attend(
@@ -49,7 +50,9 @@ def attend(
         UnsupportedError: for a tensor that the module's attention uses and this one does not.
     """
     refuse_unknown(module, kwargs)
-    query, key, value = _of_one_dtype(query, key, value)
+    heads = heads_of(key, value)
+    if heads is None:
+        query, key, value = _of_one_dtype(query, *(_known(x) for x in (key, value)))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None
     if indices is not None:
@@ -61,7 +64,9 @@ def attend(
         causal = False
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout": dropout}
     options |= {"mask": attention_mask, "causal": causal, "sink_logits": s_aux}
-    if isinstance(key, FixedStored) and isinstance(value, FixedStored):
+    if heads is not None:
+        found = _attend_latents(query, heads, options)
+    elif isinstance(key, FixedStored) and isinstance(value, FixedStored):
         found = attend_fixed(query, key, value, options)
     elif isinstance(key, Stored) and isinstance(value, Stored):
         found = _attend_stored(query, key, value, options)
@@ -87,6 +92,11 @@ def _of_one_dtype(
     else:
         dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
     return query.to(dtype), _converted(key, dtype), _converted(value, dtype)
+
+
+def _known(x: Any) -> Any:
+    """As it is if attention reads it so, else the tensor that it stands for."""
+    return x if isinstance(x, torch.Tensor | Stored) else plain(x)
 
 
 def _converted(x: torch.Tensor | Stored, dtype: torch.dtype) -> torch.Tensor | Stored:
@@ -132,6 +142,17 @@ def _with_sinks(
 def _first_prompt(tokens: int, keys: int, device: torch.device) -> torch.Tensor:
     """What transformers means by causal without a mask: query t sees keys 0 to t."""
     return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril()
+
+
+@python_state
+def _attend_latents(query: torch.Tensor, heads: Heads, options: dict[str, Any]) -> Any:
+    if options["dropout"] > 0 or not heads.absorbing_pays(query.shape[2]):
+        query, key, value = _of_one_dtype(query, heads.key.tensor(), heads.value.tensor())
+        return _attend_plain(query, plain(key), plain(value), options)
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(torch.get_autocast_dtype(query.device.type))
+    del options["dropout"]
+    return heads.attend(query, options)
 
 
 def _attend_plain(

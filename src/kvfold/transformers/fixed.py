@@ -13,7 +13,8 @@ from kvfold.errors import UnsupportedError
 from kvfold.kernels.dispatch import attention
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import outside_graphs
-from kvfold.transformers.cache import HeldLayer, Stored, length_after_crop, windows_of
+from kvfold.transformers.cache import latent_sizes, windows_of
+from kvfold.transformers.layer import HeldLayer, Stored, length_after_crop
 
 
 class FixedStored(Stored):
@@ -113,7 +114,7 @@ class FixedKVCache(Cache):  # type: ignore[misc]
         dtype: of the cache, as for ``KVCache``. INT4's ends are not kept exact here.
 
     Raises:
-        UnsupportedError: for layers that are not softmax attention.
+        UnsupportedError: for layers that are not softmax attention, and for latents (MLA).
 
     It needs ``attn_implementation="kvfold"`` and the compiled kernels, or a GPU with Triton.
     """
@@ -125,7 +126,13 @@ class FixedKVCache(Cache):  # type: ignore[misc]
         dtype: Dtype | tuple[Dtype, Dtype] | None = None,
     ) -> None:
         check_sizes(max_length=max_length)
-        windows = windows_of(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        if latent_sizes(text) is not None:
+            raise UnsupportedError(
+                "a fixed cache keeps no latents, as this model's attention does (MLA)",
+                "use kvfold.transformers.KVCache, which torch.compile takes without fullgraph=True",
+            )
+        windows = windows_of(text)
         super().__init__(layers=[FixedKVLayer(max_length, dtype, window) for window in windows])
 
     @property

@@ -17,6 +17,7 @@ _PLAIN = 0  # not packed
 _ROUNDS = 5
 _MEASURED_BYTES = 64 << 20  # weights that one measurement reads: more than most caches hold
 _WORTH = 0.97  # of the time of the plain product; more is noise
+_ABSORBED = "kv_b_proj"  # what transformers' models name it that makes keys and values of latents
 _UNDO = "call undo() of what prepack returned first"
 
 
@@ -141,6 +142,8 @@ def prepack(model: nn.Module, *, copy_tied: bool = False) -> Prepacked:
     layers = _linear_layers(model)
     for name, layer in layers.items():
         reason = _why_not(layer, tied=id(layer.weight) in tied and not copy_tied)
+        if reason is None and name.rpartition(".")[2] == _ABSORBED:
+            reason = "attention over latents reads its weight as it is"
         if reason is not None:
             done.left[name] = reason
             continue
