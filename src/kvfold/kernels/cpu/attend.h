@@ -8,6 +8,7 @@
 #include <atomic>
 #include <vector>
 
+#include "latent.h"
 #include "logits.h"
 #include "soften.h"
 
@@ -17,12 +18,31 @@ namespace KVF_NAMESPACE {
 template <class Math>
 struct Stored {
   int dim;        // numbers of a row, padded
-  int64_t bytes;  // of a packed block
+  int64_t bytes;  // of a block as it is multiplied
   void (*gather)(const KvfPart&, const Unit&, int first, uint64_t unseen, Spare&, Tile&);
   Math math;
 };
 
+static Stored<KeyMath> latent_keys(const KvfPart& part, int queries) {
+  return with_words(part.k.format, queries, [&](auto f, auto w) -> Stored<KeyMath> {
+    using W = decltype(w);
+    return {round_up(part.k.dim, LATENT_STEP),
+            BLOCK * 4 * row_words<W>(part.k.dim),
+            gather_latents<decltype(f), W>,
+            {prepare_latents<W>, score_latents<W>}};
+  });
+}
+
+static Stored<ValueMath> latent_values(const KvfPart& part, int queries) {
+  return with_words(part.k.format, queries, [&](auto f, auto w) -> Stored<ValueMath> {
+    using W = decltype(w);
+    const int64_t pairs = W::numbers == 1 ? 0 : BLOCK / 2 * 4 * row_words<FloatWords>(part.v.dim);
+    return {round_up(part.v.dim, 16), pairs, reuse_latents<decltype(f), W>, {add_latents<W>}};
+  });
+}
+
 static Stored<KeyMath> stored_keys(const KvfPart& part, int queries) {
+  if (is_latent(part)) return latent_keys(part, queries);
   return with_format(part.k.format, [&](auto f) -> Stored<KeyMath> {
     using F = decltype(f);
     return {stored_dim<F, true>(part.k.dim), block_bytes<F, true>(part.k.dim), gather<F, true>,
@@ -31,6 +51,7 @@ static Stored<KeyMath> stored_keys(const KvfPart& part, int queries) {
 }
 
 static Stored<ValueMath> stored_values(const KvfPart& part, int queries) {
+  if (is_latent(part)) return latent_values(part, queries);
   return with_format(part.v.format, [&](auto f) -> Stored<ValueMath> {
     using F = decltype(f);
     return {stored_dim<F, false>(part.v.dim), block_bytes<F, false>(part.v.dim), gather<F, false>,
@@ -99,7 +120,9 @@ static void make_plan(Plan& plan) {
   plan.streams = bytes > OWN_CACHE * std::max(call.threads, 1);
   // About eight units a thread even out what they take; short ones would cost more than they give.
   int64_t chunk = call.chunk > 0 ? call.chunk : keys / (8 * (call.threads > 0 ? call.threads : 1));
-  if (call.chunk <= 0 && chunk < 256) chunk = 256;
+  // A unit of many rows writes as many sums; it should read more. But every thread should have one.
+  const int64_t worth = std::max(256, 2 * plan.rows), each = keys / std::max(call.threads, 1);
+  if (call.chunk <= 0) chunk = std::max({chunk, std::min(worth, each), (int64_t)256});
   chunk = round_up((int)(chunk < (1 << 24) ? chunk : 1 << 24), TILE);
   int64_t count = 0;
   for (int b = 0; b < call.batch; ++b)
@@ -130,6 +153,7 @@ struct Scratch {
   std::vector<int32_t> sums;
   Spare spare;
   int sequence = -1, head = -1, part = -1;  // whose queries are prepared
+  int panel = 0;                            // how many of them are interleaved
 };
 
 static void prepare_queries(const Plan& plan, const Unit& unit, const Stored<KeyMath>& stored,
@@ -139,7 +163,7 @@ static void prepare_queries(const Plan& plan, const Unit& unit, const Stored<Key
   const int group_size = call.num_heads / call.num_kv_heads;
   q.rows = plan.rows;
   q.dim = stored.dim;
-  const size_t size = (size_t)q.rows * q.dim;
+  const size_t size = (size_t)round_up(q.rows, BLOCK) * q.dim;  // some are taken sixteen at once
   const bool ready = a.sequence == unit.b && a.head == unit.head && a.part == unit.part;
   if (!ready) {
     a.x.assign(size, 0.f);
@@ -163,7 +187,9 @@ static void prepare_queries(const Plan& plan, const Unit& unit, const Stored<Key
   q.low = a.low.data();
   q.unit = a.unit.data();
   q.sums = a.sums.data();
+  q.panel = a.panel;
   if (!ready) stored.math.prepare(q);
+  a.panel = q.panel;
   a.sequence = unit.b;
   a.head = unit.head;
   a.part = unit.part;

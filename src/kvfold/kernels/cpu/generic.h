@@ -18,12 +18,14 @@ struct Tile {
   const uint8_t* next[TILE_BLOCKS];  // what will be read after these, or null
   int blocks;
   int dim;
-  bool streams;  // the call reads more than a core's own caches hold
+  int64_t stride;  // bytes from row to row, where blocks are latents (latent.h)
+  bool streams;    // the call reads more than a core's own caches hold
 };
 
 // Query rows of one KV head, prepared for a format of keys; which members are used is its business.
 struct Queries {
   int rows, dim;       // dim: padded to the keys'
+  int panel;           // queries that are interleaved (latent.h)
   float scale;         // what scores are to be multiplied by
   float* x;            // [rows][dim], the queries (rotated where the keys are)
   uint16_t* bf16;      // [rows][dim]

@@ -123,3 +123,10 @@ static inline int32_t begin_of(const KvfPart& part, int b, int head) {
 static inline int32_t end_of(const KvfPart& part, int b, int head) {
   return part.end[b * part.range_stride + head * part.range_head_stride];
 }
+// Whether a part's values are the first numbers of its keys' rows.
+static inline bool values_within(const KvfPart& part) {
+  const KvfSide &k = part.k, &v = part.v;
+  return k.data == v.data && k.format == v.format && v.dim <= k.dim && !k.packed && !v.packed &&
+         k.page_stride == v.page_stride && k.head_stride == v.head_stride &&
+         k.row_stride == v.row_stride && k.scales == v.scales;
+}

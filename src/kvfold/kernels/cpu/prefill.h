@@ -52,8 +52,32 @@ static void load_tile(const KvfPart& part, const Unit& unit, int first, uint64_t
   }
 }
 
-template <class To, bool KEY>
-static Multiplied multiplied(const KvfPart& part) {
+// In place of a format: rows of latents as words.
+template <class W>
+struct Latents {
+  static KeyMath key_math(int) { return {prepare_latents<W>, score_latents<W>}; }
+  static ValueMath value_math(int) { return {add_latents<W>}; }
+};
+
+template <class F, class W, bool KEY>
+static void load_latents(const KvfPart& part, const Unit& unit, int first, uint64_t unseen,
+                         Spare& spare, uint8_t*, Tile& tile) {
+  gather_latents<F, W>(part, unit, first, 0, spare, tile);
+  if constexpr (!KEY) reuse_latents<F, W>(part, unit, first, unseen, spare, tile);
+}
+
+template <bool KEY, class W>
+static Multiplied multiplied(Latents<W>, const KvfPart& part) {
+  const int queries = W::numbers == 2 ? KVF_BF16 : KVF_F32;
+  return with_words(part.k.format, queries, [&](auto f, auto) -> Multiplied {
+    const Stored<KeyMath> keys = latent_keys(part, queries);
+    const int64_t bytes = KEY ? keys.bytes : latent_values(part, queries).bytes;
+    return {keys.dim, bytes, 0, load_latents<decltype(f), W, KEY>};
+  });
+}
+
+template <bool KEY, class To>
+static Multiplied multiplied(To, const KvfPart& part) {
   const KvfSide& side = KEY ? part.k : part.v;
   return with_format(side.format, [&](auto f) -> Multiplied {
     using F = decltype(f);
@@ -64,7 +88,7 @@ static Multiplied multiplied(const KvfPart& part) {
 
 // Memory of one thread, for all of its units.
 struct PrefillScratch {
-  std::vector<float> x, o, s, m, l, ones;
+  Aligned<float> x, o, s, m, l, ones;
   std::vector<uint16_t> bf16;
   std::vector<uint8_t> room;
   Spare spare;
@@ -152,7 +176,7 @@ struct Rows {
 template <class To>
 static void prepare_rows(Rows<To>& r, const KvfSide& keys, int dim) {
   const KvfAttend& call = *r.plan.call;
-  r.a.x.assign((size_t)r.rows * dim, 0.f);
+  r.a.x.assign((size_t)round_up(r.rows, BLOCK) * dim, 0.f);  // some are taken sixteen at once
   r.a.bf16.resize(r.a.x.size());
   for (int row = 0; row < r.rows; ++row) {
     float* x = &r.a.x[(size_t)row * dim];
@@ -166,6 +190,7 @@ static void prepare_rows(Rows<To>& r, const KvfSide& keys, int dim) {
   r.q.scale = call.softcap > 0 ? call.scale : call.scale * LOG2E;
   r.q.x = r.a.x.data();
   r.q.bf16 = r.a.bf16.data();
+  r.q.panel = 1;
   To::key_math(call.q.format).prepare(r.q);
 }
 
@@ -178,10 +203,11 @@ static void score_tile(Rows<To>& r, const KvfPart& part, const Unit& unit, const
   tile.blocks = span.blocks[i];
   keys.load(part, unit, first, 0, r.a.spare, r.a.room.data(), tile);
   Queries some = r.q;
-  some.rows = span.to[i] - span.from[i];
-  some.x += (int64_t)span.from[i] * r.q.dim;
-  some.bf16 += (int64_t)span.from[i] * r.q.dim;
-  To::key_math(call.q.format).score(some, tile, s + span.from[i] * TILE);
+  const int from = span.from[i] / some.panel * some.panel;  // what is not asked for is not read
+  some.rows = span.to[i] - from;
+  some.x += (int64_t)from * r.q.dim;
+  some.bf16 += (int64_t)from * r.q.dim;
+  To::key_math(call.q.format).score(some, tile, s + from * TILE);
   for (int row = span.from[i]; row < span.to[i]; ++row) {
     const int t = row / r.plan.group, head = r.block.head * r.plan.group + row % r.plan.group;
     finish_row(call, unit, head, r.block.first + t, r.block.position + t, first, count,
@@ -222,7 +248,7 @@ static void run_part(Rows<To>& r, const KvfPart& part) {
   Range ranges[2];
   const int count = visible(call, part, r.block, ranges);
   if (!count) return;
-  const Multiplied keys = multiplied<To, true>(part), values = multiplied<To, false>(part);
+  const Multiplied keys = multiplied<true>(To(), part), values = multiplied<false>(To(), part);
   prepare_rows(r, part.k, keys.dim);
   r.a.spare.blocks.resize(2 * TILE_BLOCKS * (keys.bytes + values.bytes));
   r.a.spare.scales.resize(2 * TILE_BLOCKS * BLOCK * (size_t)(KVF_MAX_DIM / LEAST_GROUP));
@@ -273,6 +299,17 @@ static void run_block(const Prefill& plan, const Block& block, PrefillScratch& a
   for (int row = 0; row < r.rows; ++row) write_row(r, row);
 }
 
+static void run_block(const Prefill& plan, const Block& block, PrefillScratch& scratch) {
+  const KvfAttend& call = *plan.call;
+  if (is_latent(call))
+    return with_words(call.parts[0].k.format, call.q.format,
+                      [&](auto, auto w) { run_block<Latents<decltype(w)>>(plan, block, scratch); });
+#if defined(__AVX512BF16__)
+  if (call.q.format == KVF_BF16) return run_block<Bf16>(plan, block, scratch);
+#endif
+  run_block<Fp32>(plan, block, scratch);
+}
+
 static void prefill_thread(void* data) {
   Prefill& plan = *(Prefill*)data;
   const KvfAttend& call = *plan.call;
@@ -285,24 +322,19 @@ static void prefill_thread(void* data) {
     const int b = (int)(i % heads / call.num_kv_heads), head = (int)(i % call.num_kv_heads);
     const Block block{b, head, first, std::min(plan.tokens, call.tokens - first),
                       (int64_t)call.length[b] - call.tokens + first};
-#if defined(__AVX512BF16__)
-    if (call.q.format == KVF_BF16) {
-      run_block<Bf16>(plan, block, scratch);
-      continue;
-    }
-#endif
-    run_block<Fp32>(plan, block, scratch);
+    run_block(plan, block, scratch);
   }
 }
 
 constexpr int PREFILL_ROWS = 256, PREFILL_NUMBERS = 1 << 15;  // of a unit, at most
+constexpr int LATENT_ROWS = 128;  // the same, where decoding a tile costs more than fetching sums
 
 static void prefill(const KvfAttend& call, KvfParallel parallel) {
   Prefill plan;
   plan.call = &call;
   plan.group = call.num_heads / call.num_kv_heads;
   const int wide = std::max(call.head_dim, call.v_head_dim);
-  const int rows = std::min(PREFILL_ROWS, PREFILL_NUMBERS / wide);
+  const int rows = is_latent(call) ? LATENT_ROWS : std::min(PREFILL_ROWS, PREFILL_NUMBERS / wide);
   plan.tokens = std::clamp(rows / plan.group, 1, std::max(call.tokens, 1));
   plan.blocks = (call.tokens + plan.tokens - 1) / plan.tokens;
   const int64_t units = plan.blocks * call.batch * call.num_kv_heads;

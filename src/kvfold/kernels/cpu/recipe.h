@@ -21,7 +21,10 @@ constexpr int32_t AMX = 1 << 24;
 
 static int32_t recipe(const KvfAttend& call) {
   int32_t own = 0;
-  if (call.tokens <= KVF_MAX_TOKENS) own = own_kernels(call.parts[0], call.q.format);
+  if (is_latent(call))
+    own = with_words(call.parts[0].k.format, call.q.format,
+                     [](auto, auto w) { return w.numbers == 2 ? 16 : 0; });
+  else if (call.tokens <= KVF_MAX_TOKENS) own = own_kernels(call.parts[0], call.q.format);
 #if defined(__AVX512BF16__)
   else own = call.q.format == KVF_BF16 ? 16 : 0;
 #endif

@@ -24,6 +24,7 @@ typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+typedef int8_t SignedBytes __attribute__((vector_size(WIDTH)));
 
 struct F16x {  // 16 floats
   Floats v[PARTS];
@@ -72,6 +73,19 @@ static INLINE F16x max(F16x a, F16x b) {
   return a;
 }
 
+// Whole numbers of one byte.
+static INLINE Ints load_signed(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  SignedBytes b;
+  memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, Ints);
+#endif
+}
+
 static INLINE F16x load_bf16(const uint16_t* p) {
   F16x r;
   EACH {
@@ -80,6 +94,43 @@ static INLINE F16x load_bf16(const uint16_t* p) {
     r.v[i] = (Floats)(__builtin_convertvector(h, Ints) << 16);
   }
   return r;
+}
+
+// Four floats (or words), the same in each quad of a register.
+constexpr int QUADS = WIDTH / 4;
+static INLINE Floats load_quads(const void* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps((const float*)p));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_broadcast_ps((const __m128*)p);
+#else
+  Floats r;
+  memcpy(&r, p, sizeof r);
+  return r;
+#endif
+}
+
+// A quad's four sums: of the numbers of that quad in x[0], in x[1], x[2] and x[3].
+static INLINE Floats sum_quads(const Floats x[4]) {
+#if defined(__AVX512F__)
+  const auto halved = [&](int i) {
+    const __m512 a = (__m512)x[i], b = (__m512)x[i + 1];
+    return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const __m512d a = halved(0), b = halved(2);
+  return (Floats)_mm512_unpacklo_pd(a, b) + (Floats)_mm512_unpackhi_pd(a, b);
+#elif defined(__AVX2__)
+  const auto halved = [&](int i) {
+    const __m256 a = (__m256)x[i], b = (__m256)x[i + 1];
+    return (__m256d)_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  };
+  const __m256d a = halved(0), b = halved(2);
+  return (Floats)_mm256_unpacklo_pd(a, b) + (Floats)_mm256_unpackhi_pd(a, b);
+#else
+  Floats r;
+  for (int i = 0; i < 4; ++i) r[i] = (x[i][0] + x[i][2]) + (x[i][1] + x[i][3]);
+  return r;
+#endif
 }
 
 static INLINE float reduce_add(F16x a) {
@@ -213,11 +264,22 @@ static INLINE uint16_t to_f16(float f) {
   return h;
 }
 
-static INLINE F16x load_f16(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
+static INLINE F16x from_f16(__m256i halves) {
   F16x r;
-  r.v[0] = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#if defined(__AVX512F__)
+  r.v[0] = (Floats)_mm512_cvtph_ps(halves);
+#else
+  r.v[0] = (Floats)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  r.v[1] = (Floats)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#endif
   return r;
+}
+#endif
+
+static INLINE F16x load_f16(const uint16_t* p) {
+#if defined(__AVX2__)
+  return from_f16(_mm256_loadu_si256((const __m256i*)p));
 #else
   float t[16];
   for (int i = 0; i < 16; ++i) t[i] = from_f16(p[i]);

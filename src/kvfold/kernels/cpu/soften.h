@@ -1,28 +1,11 @@
 // From scores to weights, tile by tile: the softmax of rows of which only a part has been seen.
 #pragma once
 #include <cfloat>
-#include <new>
-#include <vector>
 
+#include "aligned.h"
 #include "generic.h"
 
 namespace KVF_NAMESPACE {
-
-// Memory that begins where a register's worth of numbers does: others would cross cache lines.
-template <class T>
-struct Lines {
-  typedef T value_type;
-  Lines() = default;
-  template <class U>
-  Lines(const Lines<U>&) {}
-  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  bool operator==(const Lines&) const { return true; }
-  bool operator!=(const Lines&) const { return false; }
-};
-
-template <class T>
-using Aligned = std::vector<T, Lines<T>>;
 
 // Of each row: the largest score m so far, and the sum l of 2^(score - m); of the last tile: its
 // scores, then weights, the largest and the sum of these, and by what earlier sums must decay.

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "aligned.h"
 #include "formats.h"
 #include "rows.h"
 
@@ -14,7 +15,7 @@ struct Unit {
 
 // Room for blocks that cannot be used where they lie; keys in the first half, values in the second.
 struct Spare {
-  std::vector<uint8_t> blocks;
+  Aligned<uint8_t> blocks;
   std::vector<uint16_t> scales;
 };
 

@@ -32,7 +32,8 @@ constexpr int FAR_HEADS = 8;                 // of a thread
 constexpr int FEW_ROWS = 8, MOST_ROWS = 64;  // rows by one, by eight; more are as so many
 
 static int64_t token_bytes(const KvfPart& part, const IsaTable& table) {
-  return (table.block_bytes(part.k, true) + table.block_bytes(part.v, false)) / KVF_BLOCK;
+  const int64_t values = values_within(part) ? 0 : table.block_bytes(part.v, false);
+  return (table.block_bytes(part.k, true) + values) / KVF_BLOCK;
 }
 
 static bool reads_far(const KvfAttend& call, const IsaTable& table) {
@@ -99,7 +100,10 @@ class Trial {
     const int64_t key_bytes = table.block_bytes(like.parts[0].k, true) / KVF_BLOCK;
     uint8_t* begin = stored.data() + (LINE - (uintptr_t)stored.data() % LINE) % LINE;
     part.k = side(like.parts[0].k, key_bytes, begin);
-    part.v = side(like.parts[0].v, bytes - key_bytes, begin + part.k.page_stride * count);
+    part.v = part.k;
+    part.v.dim = like.parts[0].v.dim;
+    if (!values_within(like.parts[0]))
+      part.v = side(like.parts[0].v, bytes - key_bytes, begin + part.k.page_stride * count);
     fill();
   }
 

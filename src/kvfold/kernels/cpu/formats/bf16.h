@@ -145,6 +145,8 @@ struct Bf16 : InFloats<Bf16> {
     }
   }
 
+  static INLINE F16x numbers(const uint8_t* p) { return load_bf16((const uint16_t*)p); }
+
   static void encode(const float* x, int padded, uint8_t* row, uint16_t*) {
     for (int i = 0; i < padded; ++i) {
       const uint16_t h = to_bf16(x[i]);

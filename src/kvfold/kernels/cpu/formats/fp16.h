@@ -13,6 +13,8 @@ struct Fp16 : InFloats<Fp16> {
     x[0] = load_f16((const uint16_t*)p);
   }
 
+  static INLINE F16x numbers(const uint8_t* p) { return load_f16((const uint16_t*)p); }
+
   static void encode(const float* x, int padded, uint8_t* row, uint16_t*) {
     for (int i = 0; i < padded; ++i) {
       const uint16_t h = to_f16(x[i]);

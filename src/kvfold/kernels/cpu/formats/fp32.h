@@ -13,6 +13,8 @@ struct Fp32 : InFloats<Fp32> {
     x[0] = KVF_NAMESPACE::load((const float*)p);
   }
 
+  static INLINE F16x numbers(const uint8_t* p) { return KVF_NAMESPACE::load((const float*)p); }
+
   static void encode(const float* x, int padded, uint8_t* row, uint16_t*) {
     memcpy(row, x, 4 * padded);
   }

@@ -19,6 +19,13 @@ struct Int8 : InFloats<Int8> {
     }
   }
 
+  static INLINE F16x numbers(const uint8_t* p) {
+    F16x x;
+    for (int i = 0; i < PARTS; ++i)
+      x.v[i] = __builtin_convertvector(load_signed(p + i * WIDTH), Floats);
+    return x;
+  }
+
   static void encode(const float* x, int padded, uint8_t* row, uint16_t* scales) {
     encode_whole(x, padded, 127.f, row, scales, [](float number, float scale) {
       return (uint8_t)code_of(number, scale, -127, 127);
