@@ -29,6 +29,7 @@ class Fused:
     """All heads stay, in one matrix: other tensors under other names."""
 
     label: str = "one matrix"
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {"fused": True}

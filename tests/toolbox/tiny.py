@@ -303,6 +303,8 @@ def _from_latent(heads: LayerHeads, rank: int, generator: torch.Generator) -> La
     pairs, rest = heads.pairs.split(heads.k)
     kept = pairs.shape[1] // 2
     slow = random(len(pairs), 2 * (pairs.shape[1] - kept), rank) @ down
+    if not kept:  # a layer without rotary
+        rest = random(*rest.shape[:2], rank) @ down
     real, imaginary = slow.tensor_split(2, dim=1)
     shared = pairs[:1, :kept].expand(len(pairs), -1, -1)
     k = heads.pairs.join(torch.cat([shared, torch.complex(real, imaginary)], 1), rest)

@@ -18,6 +18,7 @@ from kvfold.geometry import AttentionGeometry
 if TYPE_CHECKING:
     import torch
 
+LAYER_NORMS = "its layer norms subtract a mean, for which the target has no place"
 NORM_PER_HEAD = "its QK-norm has its own weights for each head, which a shared head cannot keep"
 
 
@@ -46,6 +47,20 @@ class Rotary:
             return float(parameters["partial_rotary_factor"])
         value = config.get("partial_rotary_factor")
         return self.default_factor if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Config keys of factors that other architectures do not have.
+
+    Attributes:
+        embeddings: multiplies embedded tokens. scores: scales scores, in place of
+            head_dim^-1/2. logits: divides the output.
+    """
+
+    embeddings: str
+    scores: str
+    logits: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,8 @@ class Family:
         target_projections: how the folded model stores its projections, if otherwise.
         rewrite, rewritten_shape: a tensor that is not attention in the folded model's form.
         dropped: tensors the folded model has no place for.
+        split: tensors that hold several of the usual ones' rows, and the names of those.
+        multipliers: config keys of other factors, if any.
         no_latent: why no model of the family can be stored with latent attention, if so.
         opens: whether a model is what folds are stored as: it is opened, run and healed like
             others, and cannot be folded again.
@@ -111,6 +128,8 @@ class Family:
     rewrite: "Callable[[str, torch.Tensor], torch.Tensor] | None" = None
     rewritten_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
     dropped: Callable[[str], bool] = lambda name: False
+    split: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    multipliers: Multipliers | None = None
     no_latent: str = ""
     opens: Callable[[Config], bool] = lambda config: False
 
@@ -122,6 +141,10 @@ class Family:
     def base(self) -> str:
         """The attribute of transformers' module that holds everything but the output embedding."""
         return self.layer.partition(".")[0]
+
+    def residual_factor(self, config: Config) -> float:
+        """On a block's output when it joins the residual stream."""
+        return float(config.get(self.residual_scale, 1.0)) if self.residual_scale else 1.0
 
     def decoder_layers(self) -> re.Pattern[str]:
         """Matches the paths of decoder layers in a module, whatever is wrapped around it."""

@@ -64,10 +64,12 @@ class LatentProjections:
 
     Attributes:
         bias: whether there are biases, where a checkpoint's names do not tell.
+        fixed: what fitting leaves as it is: norms that only undo what is known, and their like.
     """
 
     o: str = "o_proj"
     bias: bool = False
+    fixed: tuple[str, ...] = ("kv_a_layernorm", "q_a_proj", "q_a_layernorm")
 
     def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
         """Every tensor of a layer, with its shape."""
@@ -172,6 +174,13 @@ class Layout:
 LAYOUTS = {
     "deepseek_v3": Layout(
         "deepseek_v3", "DeepseekV3ForCausalLM", "transformers, vLLM", untied=True
+    ),
+    "portable": Layout(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        "transformers, vLLM, llama.cpp",
+        untied=True,
+        two_steps=True,
     ),
     "youtu": Layout("youtu", "YoutuForCausalLM", "transformers", bias=True, scaled_rotary=True),
 }

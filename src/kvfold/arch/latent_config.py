@@ -27,20 +27,20 @@ _ALL_DENSE = {
 }  # fmt: skip
 
 
-def check_latent(family: Family, config: Config, layout: Layout) -> None:
+def check_latent(family: Family, config: Config) -> None:
     """Refuse a model that no layout of latent attention can say.
 
     Raises:
         UnsupportedError: with the reason.
     """
-    reason = _why_not(family, config, layout)
+    reason = _why_not(family, config)
     if reason:
         raise UnsupportedError(
             f"this {family.name} model cannot be stored with latent attention: {reason}", _SEE
         )
 
 
-def _why_not(family: Family, config: Config, layout: Layout) -> str:
+def _why_not(family: Family, config: Config) -> str:
     if family.qk_norm:
         return (
             "it normalises keys after their projection (QK-norm), and what is behind a norm "
@@ -84,7 +84,6 @@ def latent_config(
         "v_head_dim": geometry.v_head_dim,
         "hidden_act": config.get("hidden_act", "silu"),
         "attention_bias": layout.bias,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings")) and not layout.untied,
         "rope_interleave": True,
         "rope_parameters": rope_parameters,
     }

@@ -49,6 +49,10 @@ class Projections(Protocol):
     def o(self) -> str:
         """The name of the output projection below the attention module."""
 
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Modules beside it that fitting leaves as they are."""
+
     def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
         """Every tensor this layout holds, with its shape; biases only if in ``names``."""
 
@@ -87,6 +91,7 @@ class SeparateProjections:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    fixed: tuple[str, ...] = ()
 
     def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
         g = geometry
@@ -146,6 +151,7 @@ class FusedProjections:
     qkv: str = "qkv_proj"
     o: str = "o_proj"
     transposed: bool = False
+    fixed: tuple[str, ...] = ()
 
     def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
         g = geometry

@@ -7,13 +7,14 @@ methods that declare that they can make it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvfold.arch.carried import Carried, rewritten
 from kvfold.arch.family import Family
 from kvfold.arch.latent import LAYOUTS, LatentProjections, Layout
+from kvfold.arch.latent_carried import carried_to_latent, is_untied
 from kvfold.arch.latent_config import check_latent, latent_config, rope_of
 from kvfold.arch.projections import Projections
 from kvfold.arch.sizes import Config
@@ -24,7 +25,7 @@ from kvfold.numbers import KV_HEADS, LATENT_SIZE
 
 _LATENT = re.compile(r"([0-9]{1,6})\+([0-9]{1,6})(?:/([1-9][0-9]{0,3}))?")
 _LONGEST = 64
-_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_VLLM_SIZES = ((256, 64), (512, 64))
 
 
 class Target(Protocol):
@@ -76,6 +77,10 @@ class Target(Protocol):
     def compared(self, source: AttentionGeometry) -> dict[str, Any]:
         """What it changes, before and after, for the record."""
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What those who use the folded model should know."""
+
 
 @dataclass(frozen=True)
 class Grouped:
@@ -119,6 +124,10 @@ class Grouped:
 
     def compared(self, source: AttentionGeometry) -> dict[str, Any]:
         return {"num_kv_heads": {"source": source.num_kv_heads, "folded": self.num_kv_heads}}
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ class Latent:
         return tuple(range(0, kept, self.stride))
 
     def geometry(self, source: AttentionGeometry, family: Family, config: Config) -> LatentGeometry:
+        check_latent(family, config)
         rotary_dims = [
             family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
         ]
@@ -206,10 +216,10 @@ class Latent:
             source.hidden_size,
             rank,
             rotary,
+            source.hidden_size if self.stored.two_steps else 0,
         )
 
     def config(self, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-        check_latent(family, config, self.stored)
         source = family.geometry(config)
         rotary_dim = max(
             family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
@@ -217,7 +227,8 @@ class Latent:
         geometry = self.geometry(source, family, config)
         kept, size = self.rotary // 2, self.cached[1]
         rope = rope_of(config, rotary_dim, kept, self.stride, size, self.stored)
-        return latent_config(config, geometry, self.stored, rope)
+        made = latent_config(config, geometry, self.stored, rope)
+        return made | {"tie_word_embeddings": not is_untied(family, config, self.stored)}
 
     def projections(self, family: Family) -> Projections:
         return LatentProjections(bias=self.stored.bias)
@@ -225,13 +236,7 @@ class Latent:
     def carried(
         self, family: Family, config: Config, name: str, shape: tuple[int, ...]
     ) -> tuple[Carried, ...]:
-        tied = bool(config.get("tie_word_embeddings"))
-        if tied and name == _HEAD:
-            return ()
-        made = rewritten(family, name, shape)
-        if tied and self.stored.untied and name.endswith(_EMBEDDING):
-            return (*made, Carried(_HEAD, shape))
-        return made
+        return carried_to_latent(family, config, self.stored, name, shape)
 
     def kv_bytes_per_token(self, source: AttentionGeometry) -> int:
         return 2 * source.num_layers * sum(self.cached)
@@ -244,6 +249,16 @@ class Latent:
             "kv_numbers": {"source": numbers, "folded": rank + rotary},
             "latent": {"rank": rank, "rotary": rotary, "layout": self.layout},
         }
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        if "vLLM" not in self.stored.engines or self.cached in _VLLM_SIZES:
+            return []
+        sizes = " and ".join(f"{rank}+{rotary}" for rank, rotary in _VLLM_SIZES)
+        return [
+            f"vLLM takes latents of {sizes} only, on CPUs 512+64: pad this one with --pad to use "
+            "it there"
+        ]
 
     def _check_sizes(self, source: AttentionGeometry, rotary_dim: int) -> None:
         """Refuse what the source has no room for.

@@ -38,7 +38,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Fold SRC to fewer KV heads and write it to OUT, an ordinary Hugging Face folder.
+    """Fold SRC to fewer KV heads, or to a latent, and write OUT, an ordinary Hugging Face folder.
 
     SRC is a Hugging Face folder, a hub name, or a GGUF file; it is only read.
     """
@@ -150,10 +150,12 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
 
 
 def _geometry_rows(geometry: dict[str, Any]) -> list[tuple[str, str]]:
+    from kvfold.fold.record import cached_numbers
     from kvfold.report.tables import size
 
-    heads, cache = geometry["num_kv_heads"], geometry["kv_bytes_per_token_16bit"]
+    before, after = cached_numbers(geometry)
+    cache = geometry["kv_bytes_per_token_16bit"]
     return [
-        ("KV heads", f"{heads['source']} -> {heads['folded']}"),
+        ("KV heads", f"{before} -> {after}"),
         ("KV cache per token (16 bit)", f"{size(cache['source'])} -> {size(cache['folded'])}"),
     ]

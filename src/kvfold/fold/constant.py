@@ -47,8 +47,8 @@ def with_constant(
 ) -> LatentWeights:
     """The weights that are stored.
 
-    Every row of the projection to the latent has one RMS, that of ``down``, and so has every column
-    of the projection from it; the norm's weight between holds what is left. So one learning rate
+    Every row of the projection to the latent has one RMS, that of ``o``, and so has every column of
+    the projection from it; the norm's weight between holds what is left. So one learning rate
     suits all of them, and cached numbers are as large as they are important.
 
     Args:
@@ -57,7 +57,7 @@ def with_constant(
     rank = shared.up_k.shape[-1]
     down, up = _centred(shared, moment)
     sizes = _rms(down[:, :-1])
-    typical = float(sizes[sizes > 0].mean()) if (sizes > 0).any() else 1.0
+    typical = float(_rms(shared.o.flatten()).clamp_min(1e-6))
     used = sizes > 0
     rows = down * torch.where(used, typical / sizes.clamp_min(1e-300), 0.0)[:, None]
     norm = (CONSTANT**2 + energy(rows, moment)).sqrt() / rank**0.5  # what the latent is divided by

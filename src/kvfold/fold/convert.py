@@ -372,7 +372,7 @@ def _record(
         "fit": request.fit,
         "seed": request.seed,
         "calibration": calibration,
-        "warnings": [BUILTIN_WARNING] if builtin else [],
+        "warnings": [*([BUILTIN_WARNING] if builtin else []), *request.target.warnings],
         "summary": summary(layers),
         "layers": layers,
     }

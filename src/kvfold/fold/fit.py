@@ -26,8 +26,10 @@ class FitTask:
             layers below it that write to the residual stream.
         source_inputs, source_attention, source_outputs, folded_inputs: ``[N, T, C]``.
         residual_scale: the factor on a block's output when it joins the residual stream.
+        source_scale: the same of the source.
         drift: whether the attention's output adds to the residual stream linearly, so that it
             can make good what the stream has lost.
+        fixed: modules of the attention that are left as they are.
         changed: names of the parameters that were fitted.
     """
 
@@ -39,13 +41,17 @@ class FitTask:
     source_outputs: HiddenStates
     folded_inputs: HiddenStates
     residual_scale: float
+    source_scale: float
     drift: bool
     seed: int
+    fixed: tuple[str, ...] = ()
     changed: set[str] = field(default_factory=set)
 
     def attention_target(self, windows: slice) -> torch.Tensor:
         """The source's attention output, plus what the residual stream lacks by now."""
         target = self.source_attention[windows]
+        if self.source_scale != self.residual_scale:
+            target = target * (self.source_scale / self.residual_scale)
         if not self.drift:
             return target
         lack = self.source_inputs[windows] - self.folded_inputs[windows]
@@ -180,9 +186,15 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
     above the median: a plain loss would see little else, and equal relative weights break them.
     """
     attention = task.live.attention
-    parameters = dict(attention.named_parameters())
-    groups = [{"params": [p], "lr": RATE * _rms(p) / 0.05} for p in parameters.values()]
-    attention.requires_grad_(True)
+    parameters = {
+        name: parameter
+        for name, parameter in attention.named_parameters()
+        if name.partition(".")[0] not in task.fixed
+    }
+    size = _typical if task.fixed else _rms
+    groups = [{"params": [p], "lr": RATE * size(p) / 0.05} for p in parameters.values()]
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine)
     weights = _token_weights(task.source_outputs)
@@ -200,6 +212,12 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
 
 def _rms(tensor: torch.Tensor) -> float:
     return float(tensor.detach().square().mean().sqrt().clamp_min(1e-4))
+
+
+def _typical(tensor: torch.Tensor) -> float:
+    """The same of most rows: the one that makes a latent's constant is far larger than others."""
+    rows = tensor.detach().reshape(len(tensor), -1)
+    return float(rows.square().mean(-1).median().sqrt().clamp_min(1e-4))
 
 
 def _cosine(step: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from kvfold.arguments import callback
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint
-from kvfold.geometry import AttentionGeometry, divisors
+from kvfold.geometry import AttentionGeometry, LatentGeometry, divisors
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import local_folder
 
@@ -65,7 +65,8 @@ def inspect(source: str | Path, *, progress: Progress = no_progress) -> Inspecti
     callback(progress, "progress")
     with ExitStack() as stack:
         checkpoint = open_checkpoint(local_folder(source, stack))
-        layers = checkpoint.geometry.num_layers
+        latent = isinstance(checkpoint.geometry, LatentGeometry)
+        layers = 0 if latent else checkpoint.geometry.num_layers
         similarities = []
         for index in range(layers):
             similarities.append(head_similarity(checkpoint, index))
@@ -75,7 +76,7 @@ def inspect(source: str | Path, *, progress: Progress = no_progress) -> Inspecti
             checkpoint.family.name,
             checkpoint.geometry,
             checkpoint.parameters,
-            divisors(checkpoint.geometry.num_kv_heads)[:-1],
+            [] if latent else divisors(checkpoint.geometry.num_kv_heads)[:-1],
             similarities,
         )
 

@@ -16,6 +16,8 @@ from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.geometry import LatentGeometry
 
+_INPUT_NORM = "input_layernorm.weight"
+
 
 class LatentFold:
     """Folds one layer by any method that makes a latent of all its heads."""
@@ -25,7 +27,8 @@ class LatentFold:
     ) -> None:
         checkpoint = layer.checkpoint
         self._heads, self._target, self._statistics = heads, target, statistics
-        self._scale = layer.scale
+        self._layer, self._scale = layer, layer.scale
+        self._residual = checkpoint.family.residual_factor(checkpoint.config)
         self._geometry = target.geometry(checkpoint.geometry, checkpoint.family, checkpoint.config)
 
     @property
@@ -49,10 +52,32 @@ class LatentFold:
         """As they are stored: scaled, padded, and through the norm of the latent."""
         shared = _scaled(shared, self._scale * self._geometry.head_dim**0.5)
         shared = _padded(shared, self._geometry)
+        shared = replace(shared, o=shared.o * self._residual)
         constant = None
         if not self._target.stored.bias:
             constant = constant_direction(self._statistics.moment)
-        return with_constant(shared, self._heads.o_bias, constant, self._statistics.moment)
+        o_bias = self._heads.o_bias
+        o_bias = None if o_bias is None else o_bias.double() * self._residual
+        weights = with_constant(shared, o_bias, constant, self._statistics.moment)
+        return _in_two_steps(weights, self._norm) if self._target.stored.two_steps else weights
+
+    @property
+    def _norm(self) -> torch.Tensor:
+        """The weight of the norm before the layer's attention."""
+        name = f"{self._layer.prefix}{_INPUT_NORM}"
+        return self._layer.tensor(name).to(self._heads.q.device, torch.float64)
+
+
+def _in_two_steps(weights: LatentWeights, norm: torch.Tensor) -> LatentWeights:
+    """Queries through a latent of their own, whose norm changes nothing.
+
+    The layer's input is x = w n with rms(n) = 1, so what is made of it by diag(1 / w) is of that
+    size already: q x = (q diag(w)) (diag(1 / w) x).
+    """
+    inverse = torch.where(norm == 0, torch.zeros_like(norm), 1 / norm)
+    return replace(
+        weights, q=weights.q * norm, q_a=torch.diag(inverse), q_norm=torch.ones_like(norm)
+    )
 
 
 def _scaled(shared: SharedLatent, factor: float) -> SharedLatent:

@@ -67,11 +67,13 @@ class SourcePass:
 
     Attributes:
         inputs, outputs: hidden states before and after the layer that was run last.
+        residual_scale: the factor on a block's output when it joins the residual stream.
     """
 
     def __init__(self, source: Checkpoint, calibration: Calibration, load: Load) -> None:
         self._size, self._device = source.geometry.hidden_size, calibration.device
         family = source.family
+        self.residual_scale = family.residual_factor(source.config)
         self._stream = LayerStream(source.config, family.layer, family.attention, self._device)
         self.inputs = calibration.states("source-in", self._size)
         self.outputs = calibration.states("source-out", self._size)
@@ -161,7 +163,6 @@ class FoldedPass:
 
     def _task(self, live: LiveLayer, index: int) -> FitTask:
         family, source = self._family, self._source
-        scale_key = family.residual_scale
         return FitTask(
             live=live,
             output_name=f"{family.attention}.{family.projections.o}",
@@ -170,9 +171,11 @@ class FoldedPass:
             source_attention=self.attention,
             source_outputs=source.outputs,
             folded_inputs=self._inputs,
-            residual_scale=float(self._config.get(scale_key, 1.0)) if scale_key else 1.0,
+            residual_scale=family.residual_factor(self._config),
+            source_scale=source.residual_scale,
             drift=not family.post_norm,
             seed=self._seed + index,
+            fixed=family.projections.fixed,
         )
 
     @torch.no_grad()

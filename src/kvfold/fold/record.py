@@ -40,6 +40,18 @@ def geometry_record(source: AttentionGeometry, target: Target) -> dict[str, Any]
     }
 
 
+def cached_numbers(geometry: dict[str, Any]) -> tuple[str, str]:
+    """What a token leaves in the cache of a layer, before and after, in a few words.
+
+    Args:
+        geometry: of a record.
+    """
+    heads, latent = geometry["num_kv_heads"], geometry.get("latent")
+    if latent is None:
+        return f"{heads['source']}", f"{heads['folded']}"
+    return f"{heads['source']}", f"latent of {latent['rank']}+{latent['rotary']} numbers"
+
+
 def summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over layers: captured energy, and the error before and after each fitting stage."""
     if not reports:
@@ -64,7 +76,8 @@ def summary(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def model_card(checkpoint: Checkpoint, target: Target, record: dict[str, Any]) -> str:
     """A README.md for the folded checkpoint."""
-    heads = record["geometry"]["num_kv_heads"]
+    before, after = cached_numbers(record["geometry"])
+    latent = record["geometry"].get("latent")
     cache = record["geometry"]["kv_bytes_per_token_16bit"]
     name = record["source"]["name"]
     lines = [
@@ -72,18 +85,17 @@ def model_card(checkpoint: Checkpoint, target: Target, record: dict[str, Any]) -
         "library_name: transformers",
         "pipeline_tag: text-generation",
         f"base_model: {name}",
-        "tags: [kvfold, gqa]",
+        f"tags: [kvfold, {'mla' if latent else 'gqa'}]",
         "---",
         "",
         f"# {name.rstrip('/').split('/')[-1]}, folded to {target.label}",
         "",
         f"Made by kvfold {record['versions']['kvfold']} from "
-        f"`{name}`, which has {heads['source']} KV heads.",
+        f"`{name}`, which has {before} KV heads.",
         "",
         "| | source | this model |",
         "| --- | ---: | ---: |",
-        f"| KV heads (of {record['geometry']['num_heads']} query heads) "
-        f"| {heads['source']} | {heads['folded']} |",
+        f"| KV heads (of {record['geometry']['num_heads']} query heads) | {before} | {after} |",
         f"| KV cache, bytes per token (16 bit) | {cache['source']:,} | {cache['folded']:,} |",
         "",
         f"Method `{record['method']}`, fit `{record['fit']}`, seed {record['seed']}. "

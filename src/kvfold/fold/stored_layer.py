@@ -45,7 +45,9 @@ class StoredLayer:
     @property
     def scale(self) -> float:
         """What the layer's scores are multiplied with."""
-        return float(self.checkpoint.geometry.head_dim**-0.5)
+        factors = self.checkpoint.family.multipliers
+        given = self.checkpoint.config.get(factors.scores, 1.0) if factors else None
+        return float(self.checkpoint.geometry.head_dim**-0.5 if given is None else given)
 
     def heads(self, device: torch.device | None = None) -> LayerHeads:
         """In float64, on the device where they are folded."""

@@ -10,6 +10,7 @@ import torch
 
 from kvfold.arch.projections import AttentionWeights
 from kvfold.checkpoint.source import Checkpoint
+from kvfold.geometry import LatentGeometry
 
 
 def balanced(weights: AttentionWeights, normalised: bool) -> AttentionWeights:
@@ -55,8 +56,13 @@ def _factor(readers: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
 
 
 def balanced_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every layer's balanced projections, under the checkpoint's names and in its dtype."""
+    """Every layer's balanced projections, under the checkpoint's names and in its dtype.
+
+    None of a model that caches latents: those are balanced when they are made (``fold.constant``).
+    """
     family = checkpoint.family
+    if isinstance(checkpoint.geometry, LatentGeometry):
+        return {}
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(checkpoint.geometry.num_layers):
         weights = balanced(checkpoint.attention(layer), family.qk_norm is not None)

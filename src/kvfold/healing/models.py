@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvfold.arch.families import family_of
+from kvfold.arch.families import known_family
 from kvfold.arch.family import Family
 from kvfold.checkpoint.pretrained import load_config, load_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict, open_checkpoint, resolve
@@ -120,7 +120,7 @@ def parameter_groups(model: Any, family: Family, request: HealRequest) -> list[P
 
 def family_of_model(model: Any) -> Family:
     """The family of a model in memory, with or without LoRA around it."""
-    return family_of(model.config.to_dict())
+    return known_family(model.config.to_dict())
 
 
 def decoder_layers(model: Any, family: Family) -> list[torch.nn.Module]:

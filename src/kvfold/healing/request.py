@@ -17,6 +17,7 @@ from kvfold.checkpoint.writer import (
 )
 from kvfold.errors import InputError
 from kvfold.fold.record import read_record
+from kvfold.geometry import LatentGeometry
 from kvfold.healing.sources import TextSource, check_source, parse_source, text_words
 from kvfold.numbers import (
     CALIBRATION,
@@ -308,7 +309,7 @@ def check_pair(folded: Checkpoint, teacher: Checkpoint) -> None:
     if kinds[0] != kinds[1]:
         target = teacher.family.target
         target_kind = target and target(teacher.config, 1).get("model_type")
-        if kinds[0] != target_kind:
+        if kinds[0] != target_kind and not isinstance(folded.geometry, LatentGeometry):
             raise InputError(
                 f"{folded.label} is a {kinds[0]} model, {teacher.label} a {kinds[1]} one: "
                 "different families",

@@ -13,6 +13,7 @@ from kvfold.checkpoint.records import DEMO_RECORD, FOLDING, HEALING, QUALITY, RE
 from kvfold.documents import open_regular
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_text
+from kvfold.fold.record import cached_numbers
 from kvfold.healing.watch import read_metrics
 from kvfold.record import DEMO, METRICS, RECORD
 from kvfold.report.figures import (
@@ -93,7 +94,8 @@ def _of_checkpoint(run: Path) -> list[Section]:
 
 def _folding(name: str, record: dict[str, Any]) -> Section:
     geometry = record["geometry"]
-    heads, cache = geometry["num_kv_heads"], geometry["kv_bytes_per_token_16bit"]
+    before, after = cached_numbers(geometry)
+    cache = geometry["kv_bytes_per_token_16bit"]
     calibration = record.get("calibration")
     text = "none"
     if calibration:
@@ -101,7 +103,7 @@ def _folding(name: str, record: dict[str, Any]) -> Section:
     facts = [
         ("source", record["source"]["name"]),
         ("query heads", str(geometry["num_heads"])),
-        ("KV heads", f"{heads['source']} → {heads['folded']}"),
+        ("KV heads", f"{before} → {after}"),
         ("KV cache per token, 16 bit", f"{size(cache['source'])} → {size(cache['folded'])}"),
         ("method, fit", f"{record['method']}, {record['fit']}"),
         ("calibration", text),

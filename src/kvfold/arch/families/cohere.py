@@ -1,6 +1,6 @@
 """Cohere's Command R."""
 
-from kvfold.arch.family import NORM_PER_HEAD, Family, Rotary, unless
+from kvfold.arch.family import LAYER_NORMS, NORM_PER_HEAD, Family, Rotary, unless
 
 FAMILIES = (
     Family(
@@ -8,5 +8,6 @@ FAMILIES = (
         "interleaved rotary, parallel MLP",
         rotary=Rotary(interleaved=True),
         refuse=unless("use_qk_norm", NORM_PER_HEAD),
+        no_latent=LAYER_NORMS,
     ),
 )

@@ -7,6 +7,7 @@ from kvfold.arch.projections import FusedProjections
 from kvfold.arch.sizes import Config, ConfigKeys
 from kvfold.errors import UnsupportedError
 
+_LEARNED = "its positions are learned, and the target's keys are rotated"
 _KEYS = ConfigKeys("n_embd", "n_head", None, "n_layer")
 
 
@@ -51,6 +52,7 @@ FAMILIES = (
         layer="transformer.h.{layer}",
         attention="attn",
         mlp_output="mlp.c_proj",
+        no_latent=_LEARNED,
         mlp_matrices=2,
         projections=FusedProjections("c_attn", "c_proj", transposed=True),
         rotary=Rotary(default_factor=0.0),
@@ -68,6 +70,7 @@ FAMILIES = (
         layer="transformer.h.{layer}",
         attention="attn",
         mlp_output="mlp.c_proj",
+        no_latent=_LEARNED,
         mlp_matrices=2,
         projections=FusedProjections("c_attn", "c_proj"),
         rotary=Rotary(default_factor=0.0),

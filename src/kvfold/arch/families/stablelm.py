@@ -1,6 +1,6 @@
 """StableLM."""
 
-from kvfold.arch.family import NORM_PER_HEAD, Family, Rotary, unless
+from kvfold.arch.family import LAYER_NORMS, NORM_PER_HEAD, Family, Rotary, unless
 
 FAMILIES = (
     Family(
@@ -8,5 +8,6 @@ FAMILIES = (
         "partial rotary",
         rotary=Rotary(default_factor=0.25),
         refuse=unless("qk_layernorm", NORM_PER_HEAD),
+        no_latent=LAYER_NORMS,
     ),
 )
