@@ -16,7 +16,16 @@ from kvfold.files import write_text
 from pages.decoding import attention, decoding, profile, prompts, slope, whole_step
 from pages.engines import engines
 from pages.planning import planning, planning_cases
-from pages.quality import caches, energies, folding, healing, healing_small, kept, memory
+from pages.quality import (
+    caches,
+    energies,
+    folding,
+    healing,
+    healing_small,
+    kept,
+    latents,
+    memory,
+)
 from pages.rows import FOLDER
 from pages.serving import serving, serving_in_short, serving_memory
 
@@ -53,6 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "planning-cases": planning_cases,
     "caches": caches,
     "folding": folding,
+    "latents": latents,
     "energies": energies,
     "healing": healing,
     "healing-small": healing_small,

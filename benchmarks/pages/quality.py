@@ -74,6 +74,22 @@ def kept() -> str:
     return table(("", "handbook", "documentation", "time"), body)
 
 
+def latents() -> str:
+    rows = results("latent_quality", "numbers", "method", "fit", "latent")
+    rows.sort(key=lambda row: (-row["numbers"], row["fit"] != "none"))
+
+    def cells(row: Row) -> Iterator[str]:
+        yield str(row["numbers"])
+        yield f"`{row['latent']}`" if row["latent"] else "one KV head"
+        yield row["method"]
+        yield row["fit"]
+        for context in ("512", "4096"):
+            yield " / ".join(f"{s['nats_lost']:.2f}" for s in row["scores"][context])
+
+    heads = ("cached numbers", "what", "method", "fit", "lost at 512", "lost at 4,096")
+    return table(heads, map(cells, rows), 4) + measured(rows)
+
+
 def energies() -> str:
     rows = [row for row in results("fold_quality", "method", "fit") if row["fit"] == "none"]
     layers = enumerate(zip(*(row["captured"] for row in rows), strict=True))

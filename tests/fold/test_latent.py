@@ -29,6 +29,7 @@ from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
 # 50 at s = 32,768. A hundred times both, as tests of heads allow.
 TOLERANCE = 1e-4
 RANK, ROTARY = 20, 4
+# The published methods rotate both halves of pairs alike, and do not find heads that were turned.
 METHODS = [
     name for name, method in all_methods().items() if Latent in method.targets and method.candidate
 ]

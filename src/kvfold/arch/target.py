@@ -202,16 +202,13 @@ class Latent:
             family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
         ]
         self._check_sizes(source, max(rotary_dims))
-        # A head's other dimensions are position-free; all of them where a layer does not rotate,
-        # or where those between the kept frequencies stay.
-        split = self.stride == 1 and min(rotary_dims) > 0
-        nope = source.head_dim - (self.rotary if split else 0)
+        nope = source.head_dim  # all of a query, as one rotary key leaves something of every number
         rank, rotary = self.cached
         return LatentGeometry(
             source.num_layers,
             source.num_heads,
             source.num_heads,
-            max(nope, 1) + rotary,
+            nope + rotary,
             source.v_head_dim,
             source.hidden_size,
             rank,

@@ -12,7 +12,7 @@ import torch
 from kvfold.arch.family import QKNorm
 from kvfold.arch.projections import AttentionWeights
 from kvfold.fold.pairs import Pairs
-from kvfold.fold.statistics import LayerStatistics
+from kvfold.fold.statistics import AttendedKeys, LayerStatistics
 
 
 @dataclass
@@ -43,6 +43,7 @@ class HeadGroup:
         value_moment: ``[X, X]``, the same after x~ has been averaged with the attention weights:
             what V really sees.
         key_moments: ``[g, F, g, g]`` complex, or None; see ``LayerStatistics``.
+        attended: of a group of all KV heads, or None; see ``LayerStatistics``.
     """
 
     q: torch.Tensor
@@ -54,6 +55,7 @@ class HeadGroup:
     pairs: Pairs
     norm: NormWeights | None = None
     key_moments: torch.Tensor | None = None
+    attended: AttendedKeys | None = None
 
 
 @dataclass
@@ -121,6 +123,7 @@ class LayerHeads:
             pairs=self.pairs,
             norm=self.norm,
             key_moments=None if keys is None else keys[heads][:, :, heads][:, :, :, heads],
+            attended=statistics.attended if len(heads) == self.num_kv_heads else None,
         )
 
     def weights(self, folded: list[SharedHead]) -> AttentionWeights:

@@ -45,7 +45,7 @@ class LatentFold:
         generator = torch.Generator().manual_seed(seed)
         group = self._heads.group(self.groups(method)[0], self._statistics)
         shared = method.fold(group, self._sizes, generator)
-        energy = latent_energy(group, shared, self._sizes)
+        energy = latent_energy(group, shared)
         return self._weights(shared), energy
 
     def _weights(self, shared: SharedLatent) -> LatentWeights:

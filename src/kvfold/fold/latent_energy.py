@@ -1,39 +1,29 @@
 """How much of a layer a latent keeps: ``fold.energy``, head by head.
 
-Kept rotary frequencies are compared as there. What the latent holds of keys is position-free, and
-is compared with the source's other dimensions as they are at one position.
+Queries and keys are taken at independent tokens and at one position: what is position-free and what
+turns say the same scores there only together.
 """
 
 import torch
 
-from kvfold.fold.energy import Energy, output_errors, rotating_errors, still_errors
+from kvfold.fold.energy import Energy, output_errors, still_errors
 from kvfold.fold.heads import HeadGroup
-from kvfold.fold.latents import LatentSizes, SharedLatent
+from kvfold.fold.latents import SharedLatent
 
 
-def latent_energy(group: HeadGroup, shared: SharedLatent, sizes: LatentSizes) -> Energy:
+def latent_energy(group: HeadGroup, shared: SharedLatent) -> Energy:
     """Compare a layer's latent with its source, every query head with its own keys and values."""
     heads = _per_query_head(group)
     k_new, v_new = in_inputs(shared.up_k, shared.down), in_inputs(shared.up_v, shared.down)
     value, value_error = output_errors(
         group.value_moment, (heads.v, v_new), (heads.o, shared.o[:, None])
     )
-    kept = list(sizes.frequencies)
-    q_pairs, q_rest = group.pairs.split(heads.q)
-    k_pairs, k_rest = group.pairs.split(heads.k)
-    dropped = [j for j in range(k_pairs.shape[-2]) if j not in sizes.frequencies]
-    half = len(kept)
-    q_rope = torch.complex(shared.q_rope[:, :half], shared.q_rope[:, half:])[:, None]
-    k_rope = torch.complex(shared.k_rope[:half], shared.k_rope[half:]).expand(len(heads.k), -1, -1)
-    rotating, error = rotating_errors(
-        group.moment, (q_pairs[..., kept, :], q_rope), (k_pairs[:, kept], k_rope)
-    )
-    still, still_error = still_errors(
+    key, key_error = still_errors(
         group.moment,
-        (_real(q_pairs[..., dropped, :], q_rest), shared.q_nope[:, None]),
-        (_real(k_pairs[:, dropped], k_rest), k_new),
+        (heads.q, torch.cat([shared.q_rope, shared.q_nope], -2)[:, None]),
+        (heads.k, torch.cat([shared.k_rope.expand(len(k_new), -1, -1), k_new], -2)),
     )
-    return Energy(value, value_error, rotating + still, max(error, 0.0) + still_error)
+    return Energy(value, value_error, key, key_error)
 
 
 def in_inputs(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -55,7 +45,3 @@ def _per_query_head(group: HeadGroup) -> HeadGroup:
         value_moment=group.value_moment,
         pairs=group.pairs,
     )
-
-
-def _real(pairs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    return torch.cat([pairs.real, pairs.imag, rest], dim=-2)

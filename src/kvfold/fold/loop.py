@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvfold.arch.carried import Carrier
+from kvfold.arch.target import Latent
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.fold.layer import FoldedLayer, FoldPlan, fold_layer
@@ -31,6 +32,7 @@ class Making:
         config: the folded model's. carrier: what becomes of the base's other tensors.
         make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
             ``gathers`` says that it looks at them, and there is text to gather them from.
+        attended: whether it looks at ``LayerStatistics.attended``, too.
         fit: a name in ``fold.fit.FITS``.
     """
 
@@ -41,6 +43,7 @@ class Making:
     carrier: Carrier
     make: Callable[[StoredLayer, LayerStatistics | None], FoldedLayer]
     gathers: bool
+    attended: bool
     fit: str
     seed: int
 
@@ -61,6 +64,7 @@ def fold_all(
         carrier=plan.target,
         make=lambda layer, statistics: fold_layer(layer, plan, statistics),
         gathers=True,
+        attended=isinstance(plan.target, Latent),
         fit=plan.fit,
         seed=plan.seed,
     )
@@ -138,7 +142,7 @@ class _SideBySide:
         attention = self._folded.attention if self._folded else None
         layer = self._source_layer(base)
         if self._making.gathers:
-            return self._source.statistics(layer, attention)
+            return self._source.statistics(layer, attention, attended=self._making.attended)
         self._source.run(layer, attention)
         return None
 

@@ -79,9 +79,16 @@ class SourcePass:
         self.outputs = calibration.states("source-out", self._size)
         self._stream.start(calibration.windows, load, self.inputs)
 
-    def statistics(self, layer: StoredLayer, attention: HiddenStates | None) -> LayerStatistics:
-        """Run the layer and say what its inputs look like."""
-        collector = StatisticsCollector(self._size, layer.pairs, self._device)
+    def statistics(
+        self, layer: StoredLayer, attention: HiddenStates | None, *, attended: bool
+    ) -> LayerStatistics:
+        """Run the layer and say what its inputs look like.
+
+        Args:
+            attended: also gather what only latents look at.
+        """
+        keys = layer.heads(self._device).k if attended else None
+        collector = StatisticsCollector(self._size, layer.pairs, self._device, keys)
         self.run(layer, attention, collector)
         return collector.result()
 

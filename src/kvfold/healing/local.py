@@ -42,6 +42,7 @@ def heal_layers(
         carrier=Unchanged(),
         make=lambda layer, statistics: FoldedLayer(layer.index, layer.all(), None),
         gathers=False,
+        attended=False,
         fit="local",
         seed=seed,
     )

