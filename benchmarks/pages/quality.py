@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 
-from pages.rows import Row, measured, results, table
+from pages.rows import NOT_YET, Row, measured, results, table
 
 
 def caches() -> str:
@@ -76,6 +76,8 @@ def kept() -> str:
 
 def latents() -> str:
     rows = results("latent_quality", "numbers", "method", "fit", "latent")
+    if not rows:
+        return NOT_YET
     rows.sort(key=lambda row: (-row["numbers"], row["fit"] != "none"))
 
     def cells(row: Row) -> Iterator[str]:
