@@ -77,6 +77,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "working_set": st.integers(1, 1 << 16),
     "grouped": st.integers(1, 64),
     "latent": LATENTS,
+    "kv_bytes": st.integers(1, 99).map("{}%".format),
     "pad": LATENTS,
 }
 # What excludes each other, and what needs the other.
@@ -84,7 +85,8 @@ TOGETHER: dict[type[Request], st.SearchStrategy[dict[str, Any]]] = {
     ConvertRequest: st.one_of(
         st.fixed_dictionaries({"grouped": RIGHT["grouped"]}),
         st.fixed_dictionaries({"latent": LATENTS, "pad": st.none() | LATENTS}),
-    ).map(lambda given: {"grouped": None, "latent": None, "pad": None} | given),
+        st.fixed_dictionaries({"kv_bytes": RIGHT["kv_bytes"], "calibration": st.just(())}),
+    ).map(lambda given: {"grouped": None, "latent": None, "kv_bytes": None, "pad": None} | given),
 }
 
 

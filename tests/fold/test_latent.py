@@ -24,9 +24,10 @@ from tests.conftest import Kvfold
 from tests.toolbox import tiny
 from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
 
-# Rounding costs 1e-6 of logits of order one in two layers of float32; the constant in the latent
-# (fold.constant) adds |c|^2 / 2 s^2 of what attention puts out: below 1e-6 for latents of length
-# 50 at s = 32,768. A hundred times both, as tests of heads allow.
+# Rounding costs 1e-6 of logits of order one in two layers of float32. The constant in the latent
+# (fold.constant) adds |c|^2 / 2 s^2 of what attention puts out: rows of RMS 0.15 and inputs of
+# length 7 make 20 numbers of a length of 5, so 2e-7 at s = 8,192. A hundred times the larger, as
+# tests of heads allow.
 TOLERANCE = 1e-4
 RANK, ROTARY = 20, 4
 # The published methods rotate both halves of pairs alike, and do not find heads that were turned.
@@ -381,3 +382,39 @@ def test_the_other_commands_take_it(
     )  # fmt: skip
     assert run.code == 0, run.err
     AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+
+
+# -- heads or a latent --------------------------------------------------------------------------
+
+
+def test_what_a_share_of_the_cache_is_spent_on(
+    kvfold: Kvfold, text_file: Path, tmp_path: Path
+) -> None:
+    """A latent in disguise is found to be one; repeated heads are found to be heads."""
+    cases = {"latent": tiny.hidden_mla("llama", RANK), "heads": tiny.hidden_mha(tiny.make("llama"))}
+    with torch.no_grad():
+        for model in cases.values():
+            model.model.embed_tokens.weight[:, 0] = 30.0
+    for kind, model in cases.items():
+        source = tiny.save_with_tokenizer(model, tmp_path / kind)
+        run = kvfold(
+            "convert", source, tmp_path / f"{kind}-out", "--kv-bytes", "34%", "--fit", "none",
+            "--calibration", text_file, "--calibration-tokens", 1024, "--context", 64, "--json",
+        )  # fmt: skip
+        assert run.code == 0, run.err
+        record: Any = run.json()
+        compared = record["chosen"]["compared"]
+        best = min(compared, key=lambda each: each["attention_error"])
+        assert best["attention_error"] < 1e-4, compared
+        assert ("latent" in record["geometry"]) == (kind == "latent"), compared
+        assert ("--latent" in record["command"]) == (kind == "latent")
+
+
+def test_in_memory_as_by_words() -> None:
+    source = tiny.make("llama", num_key_value_heads=6)
+    words = fold_model(source, latent="12+4", layout="youtu", fit="none").model
+    assert apart(words, fold_model(source, Latent(12, 4, layout="youtu"), fit="none").model) == 0
+    with pytest.raises(InputError, match="exclude each other"):
+        fold_model(source, 2, fit="none", latent="12+4")
+    with pytest.raises(InputError, match="num_kv_heads"):
+        fold_model(source, fit="none")

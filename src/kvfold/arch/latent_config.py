@@ -40,14 +40,20 @@ def check_latent(family: Family, config: Config) -> None:
         )
 
 
-def _why_not(family: Family, config: Config) -> str:
+def why_no_latent(family: Family) -> str:
+    """Why no model of the family can be stored so; nothing where some can."""
     if family.qk_norm:
         return (
             "it normalises keys after their projection (QK-norm), and what is behind a norm "
             "cannot be absorbed into a latent"
         )
-    if family.no_latent:
-        return family.no_latent
+    return family.no_latent
+
+
+def _why_not(family: Family, config: Config) -> str:
+    never = why_no_latent(family)
+    if never:
+        return never
     if config.get("mlp_bias"):
         return "its MLPs have biases, for which the target has no place"
     if config.get("use_sliding_window", True) and config.get("sliding_window"):

@@ -10,17 +10,24 @@ from kvfold.cli.output import emit
 def command(as_json: bool) -> None:
     """List the architectures that can be folded, and why others cannot."""
     from kvfold.arch.families import FAMILIES, REFUSALS
+    from kvfold.arch.latent_config import why_no_latent
 
     document = {
-        "supported": [{"model_types": f.model_types, "notes": f.notes} for f in FAMILIES],
+        "supported": [
+            {"model_types": f.model_types, "notes": f.notes, "no_latent": why_no_latent(f)}
+            for f in FAMILIES
+        ],
         "refused": [{"model_type": name, "reason": why} for name, (why, _) in REFUSALS.items()],
     }
 
     def show() -> None:
         from kvfold.report.tables import print_table
 
-        supported = [[", ".join(f.model_types), f.notes] for f in FAMILIES]
-        print_table("Can be folded", ["model_type", "notes"], supported)
+        supported = [
+            [", ".join(f.model_types), f.notes, "no" if why_no_latent(f) else "yes"]
+            for f in FAMILIES
+        ]
+        print_table("Can be folded", ["model_type", "notes", "to a latent"], supported)
         refused = [[name, why] for name, (why, _) in REFUSALS.items()]
         print_table("Cannot be folded", ["model_type", "why"], refused)
 

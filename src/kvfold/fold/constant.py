@@ -16,9 +16,9 @@ from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.latents import SharedLatent
 from kvfold.fold.subspace import energy
 
-# As large as 16-bit floats hold with some room (65,504 is the largest): the larger, the nearer is
-# the norm to a constant, and no number loses digits beside it, for each is scaled by itself.
-CONSTANT = 2.0**15
+# The larger, the nearer is the norm to a constant; no number loses digits beside it, for each is
+# scaled by itself. 16-bit floats end at 65,504: that leaves room for inputs where u . x is 8.
+CONSTANT = 2.0**13
 _RIDGE = 1e-6
 
 

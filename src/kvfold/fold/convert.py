@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.families import family_of
 from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import describe, is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
@@ -73,6 +74,7 @@ def convert(
     num_kv_heads: int | None = None,
     *,
     latent: str | None = None,
+    kv_bytes: str | None = None,
     layout: str = ConvertRequest.layout,
     pad: str | None = None,
     method: str = ConvertRequest.method,
@@ -93,7 +95,9 @@ def convert(
         source: a Hugging Face folder, a hub name, or a GGUF file.
         latent: in place of ``num_kv_heads``: ``"160+32"`` makes all heads read one latent of 160
             numbers and one rotary key of 32 (multi-head latent attention, arXiv 2405.04434).
-        layout: what a latent is stored as: ``deepseek_v3`` or ``youtu``.
+        kv_bytes: in place of both: ``"50%"`` of the source's cache, by heads or a latent,
+            whichever keeps more of what attention puts out on the calibration text.
+        layout: what a latent is stored as: ``deepseek_v3``, ``portable`` or ``youtu``.
         pad: sizes that a latent is padded to with zeros, for engines that take no others.
         method: see ``kvfold methods``. fit: ``none``, ``refit`` or ``local``; by default
             ``local``, and ``none`` for the GQA paper's data-free methods.
@@ -117,6 +121,7 @@ def convert(
         source=source,
         grouped=num_kv_heads,
         latent=latent,
+        kv_bytes=kv_bytes,
         layout=layout,
         pad=pad,
         method=method,
@@ -130,18 +135,54 @@ def convert(
     place = new_folder(out, "OUT")
     resume, force = flag(resume, "resume"), flag(force, "force")
     callback(progress, "progress")
-    return run_request(request, place, resume=resume, force=force, progress=progress)
+    settled, compared = settle(request, place, resume=resume, force=force, progress=progress)
+    options: Any = {"resume": resume, "force": force, "progress": progress}
+    return run_request(settled, place, compared, **options)
 
 
-def run_request(
+def settle(
     request: ConvertRequest,
     out: Path,
     *,
     resume: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
+) -> tuple[ConvertRequest, dict[str, Any] | None]:
+    """The request with what its ``kv_bytes`` came to, and what was compared for that."""
+    if request.kv_bytes is None:
+        return request, None
+    if is_gguf(request.source):
+        raise InputError("--kv-bytes needs a Hugging Face folder", "give --kv-heads or --latent")
+    from kvfold.fold.choose import candidates, compare
+
+    checkpoint = open_checkpoint(request.source)
+    family_of(checkpoint.config)
+    share = float(request.kv_bytes.removesuffix("%")) / 100
+    targets = candidates(checkpoint, share, request.layout)
+    found = preview(request.settled(targets[0]), out, force=force, resume=resume)
+    windows = _early_windows(found)
+    assert windows is not None
+    method, seed = request.method, request.seed
+    compared = compare(checkpoint, targets, windows, method=method, seed=seed, progress=progress)
+    best = min(compared, key=lambda each: each.error)
+    rows = [each.as_dict() for each in compared]
+    return request.settled(best.target), {"kv_bytes": request.kv_bytes, "compared": rows}
+
+
+def run_request(
+    request: ConvertRequest,
+    out: Path,
+    compared: dict[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Do what :func:`convert` describes."""
+    """Do what :func:`convert` describes.
+
+    Args:
+        compared: what :func:`settle` compared, for the record.
+    """
     found = preview(request, out, force=force, resume=resume)
     files = _files(request)
     windows = None
@@ -155,6 +196,8 @@ def run_request(
         if work.finished:
             return read_folding(work.out)
         record = _run(request, found.text, windows, work, progress)
+        if compared is not None:
+            record["chosen"] = compared
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),

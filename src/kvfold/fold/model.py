@@ -1,14 +1,15 @@
 """Folding a transformers model that is already in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvfold.arch.carried import carry
 from kvfold.arch.families import family_of
+from kvfold.arch.latent import LAYOUTS
 from kvfold.arch.target import Grouped, Latent, Target
-from kvfold.arguments import callback
+from kvfold.arguments import callback, choice, text
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
 from kvfold.fold.layer import FoldPlan
@@ -34,19 +35,22 @@ class FoldedModel:
 
 def fold_model(
     model: "PreTrainedModel",
-    num_kv_heads: int | Latent,
+    num_kv_heads: int | Latent | None = None,
     method: str = AUTO,
     fit: str = "local",
     windows: torch.Tensor | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
+    *,
+    latent: str | None = None,
+    layout: str = "deepseek_v3",
 ) -> FoldedModel:
-    """Fold an in-memory causal language model to fewer KV heads; the model is not changed.
+    """Fold an in-memory causal language model to fewer KV heads or to a latent, in a copy.
 
     Args:
         model: of a supported family (``kvfold families``).
-        num_kv_heads: a divisor of the model's number of KV heads; or a ``Latent``, which makes
-            all heads share one latent.
+        num_kv_heads: a divisor of the model's number of KV heads.
+        latent, layout: in place of it, as of :func:`kvfold.convert`: ``latent="160+32"``.
         windows: token ids ``[N, T]`` (int64) for calibration. Without them the fold is
             data-free and ``fit`` must be ``none``.
 
@@ -61,7 +65,7 @@ def fold_model(
         raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
     check_model(model)
     windows = None if windows is None else check_windows(windows, model)
-    target = _target(num_kv_heads)
+    target = _target(num_kv_heads, latent, layout)
     seed = SEED.check(seed, "seed")
     callback(progress, "progress")
     config = model.config.to_dict()
@@ -84,8 +88,13 @@ def fold_model(
     return FoldedModel(_build(folded, state, model), reports)
 
 
-def _target(asked: object) -> Target:
-    return asked if isinstance(asked, Latent) else Grouped.asked(asked, "num_kv_heads")
+def _target(asked: object, latent: object, layout: object) -> Target:
+    if latent is None:
+        return asked if isinstance(asked, Latent) else Grouped.asked(asked, "num_kv_heads")
+    if asked is not None:
+        raise InputError("num_kv_heads and latent exclude each other", "give one of them")
+    layout = choice(layout, "layout", LAYOUTS)
+    return replace(Latent.read(text(latent, "latent"), "latent"), layout=layout)
 
 
 def _build(

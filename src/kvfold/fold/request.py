@@ -29,7 +29,8 @@ from kvfold.errors import InputError
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
-from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW
+from kvfold.names import shown
+from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW, Real
 from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
 from kvfold.requests import Choice, Made, Model, Place, Request, Several, Switch, Text, option
 from kvfold.version import __version__
@@ -48,6 +49,14 @@ def _method(value: object, name: str) -> str:
 
 def _latent(value: object, name: str) -> str:
     return Latent.read(text(value, name), name).words
+
+
+def _share(value: object, name: str) -> str:
+    words = text(value, name).strip()
+    number = Real(0, 99, above=True, hint="for instance 50%").read(words.removesuffix("%"), name)
+    if not words.endswith("%"):
+        raise InputError(f"{name} {shown(words)}: expected percent of the source's", "50%")
+    return f"{number:g}%"
 
 
 NO_CALIBRATION = Switch("--no-calibration", None, "calibration text", "Look at the weights only.")
@@ -86,12 +95,21 @@ class ConvertRequest(Request):
         "160+32; 160+32/2 keeps every second rotary frequency in place of the highest.",
         metavar="RANK+ROTARY",
     )
+    kv_bytes: str | None = option(
+        "--kv-bytes",
+        Text(_share),
+        None,
+        "Or: so much of the source's cache, by heads or a latent: whichever keeps more of what "
+        "attention puts out on the calibration text.",
+        metavar="PERCENT%",
+    )
     layout: str = option(
         "--layout",
         Choice(tuple(LAYOUTS)),
         "deepseek_v3",
-        "What a latent is stored as: deepseek_v3 opens in transformers and vLLM; youtu has biases, "
-        "which are more exact, and opens in transformers.",
+        "What a latent is stored as: deepseek_v3 opens in transformers and vLLM; portable also in "
+        "llama.cpp, with hidden_size² more weights a layer; youtu has biases, which are more "
+        "exact, and opens in transformers.",
     )
     pad: str | None = option(
         "--pad",
@@ -137,23 +155,34 @@ class ConvertRequest(Request):
             raise InputError(f"--fit {self.fit} needs calibration text", "drop --no-calibration")
 
     def _check_target(self) -> None:
-        if self.grouped is not None and self.latent is not None:
-            raise InputError("--kv-heads and --latent exclude each other", "drop one")
-        if self.grouped is None and self.latent is None:
+        names = {"--kv-heads": self.grouped, "--latent": self.latent, "--kv-bytes": self.kv_bytes}
+        asked = [name for name, value in names.items() if value is not None]
+        if len(asked) > 1:
+            raise InputError(f"{' and '.join(asked)} exclude each other", "keep one")
+        if not asked:
             raise InputError("nothing to fold to", "give --kv-heads N, or --latent RANK+ROTARY")
+        if self.kv_bytes is not None and self.calibration is None:
+            raise InputError("--kv-bytes measures on calibration text", "drop --no-calibration")
         if self.pad is not None and self.latent is None:
             raise InputError("--pad is for latents", "give --latent too, or drop it")
 
     @property
     def target(self) -> Target:
-        """What is folded to."""
-        if self.latent is None:
-            assert self.grouped is not None
+        """What is folded to; not known yet while ``kv_bytes`` is given."""
+        if self.grouped is not None:
             return self.grouped
+        assert self.latent is not None
         asked = Latent.read(self.latent, "--latent")
         padded = Latent.read(self.pad, "--pad") if self.pad else None
         sizes = None if padded is None else (padded.rank, padded.rotary)
         return replace(asked, layout=self.layout, padded=sizes)
+
+    def settled(self, target: Target) -> "ConvertRequest":
+        """The same request for one target."""
+        if isinstance(target, Latent):
+            return replace(self, kv_bytes=None, latent=target.words)
+        assert isinstance(target, Grouped)
+        return replace(self, kv_bytes=None, grouped=target)
 
     @property
     def calibrates(self) -> bool:
@@ -167,7 +196,7 @@ class ConvertRequest(Request):
     def as_dict(self) -> dict[str, Any]:
         """What another run must ask for to go on with this one."""
         source, target, rest = self.source, self.target, dict(vars(self))
-        for name in ("source", "grouped", "latent", "layout", "pad"):
+        for name in ("source", "grouped", "latent", "kv_bytes", "layout", "pad"):
             del rest[name]
         return {"source": source, **target.as_dict(), **rest, "kvfold": __version__}
 
