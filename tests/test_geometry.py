@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold.errors import InputError
-from kvfold.geometry import AttentionGeometry, divisors
+from kvfold.geometry import AttentionGeometry, LatentGeometry, divisors
+from kvfold.nn import LatentAttention
 
 sizes = st.integers(1, 64)
 
@@ -81,3 +82,17 @@ def test_parameters_of_a_known_model() -> None:
     assert qwen.attention_parameters(qkv_bias=True) == 24 * (weights + 896 + 128 + 128)
     assert qwen.attention_parameters(qk_norm=True) == 24 * (weights + 2 * 64)
     assert qwen.kv_parameters(bias=True) == 24 * 2 * 128 * 897
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_latent_parameters_are_those_of_the_layer(q_lora_rank: int) -> None:
+    layer = LatentAttention(
+        48, 6, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
+        q_lora_rank=q_lora_rank or None,
+    )  # fmt: skip
+    geometry = LatentGeometry(3, 6, 6, 12, 10, 48, 20, 4, q_lora_rank)
+    counted = sum(p.numel() for name, p in layer.named_parameters() if "norm" not in name)
+    assert geometry.kv_parameters() + geometry.query_parameters() == 3 * counted
+    assert geometry.kv_bytes_per_token(8) == 3 * 24
+    with pytest.raises(InputError, match="no KV heads"):
+        geometry.with_kv_heads(1)

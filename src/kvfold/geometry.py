@@ -220,6 +220,24 @@ class LatentGeometry(AttentionGeometry):
         bits = _BITS.check(bits, "bits")
         return self.num_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bits // 8
 
+    def kv_parameters(self, *, bias: bool = False, kv_hidden_size: int | None = None) -> int:
+        """Weights of the latent, the rotary key, and of keys and values out of the latent."""
+        width = self.hidden_size
+        if kv_hidden_size is not None:
+            width = _FIELDS["hidden_size"].check(kv_hidden_size, "kv_hidden_size")
+        down = (self.kv_lora_rank + self.qk_rope_head_dim) * (width + bias)
+        heads = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return self.num_layers * (down + heads * self.kv_lora_rank)
+
+    def query_parameters(self, *, qkv_bias: bool = False, out_bias: bool = False) -> int:
+        """Weights of the queries, in two steps or one, and of the output."""
+        width, rows = self.hidden_size, self.num_heads * self.head_dim
+        queries = rows * width
+        if self.q_lora_rank:
+            queries = self.q_lora_rank * (width + qkv_bias + rows)
+        out = (self.num_heads * self.v_head_dim + out_bias) * width
+        return self.num_layers * (queries + out)
+
     def with_kv_heads(self, num_kv_heads: int) -> "AttentionGeometry":
         """Refuse: there are no KV heads to share.
 

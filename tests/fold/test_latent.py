@@ -144,7 +144,7 @@ def test_the_norm_of_the_latent_is_undone(bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     shared, inputs = random_latent(generator)
     moment = inputs.T @ inputs / len(inputs)
-    direction = None if bias else constant_direction(moment)
+    direction = None if bias else constant_direction(moment, moment)
     weights = with_constant(shared, None, direction, moment)
     x = inputs[:, :-1]
     q, k_rope, kv = read(weights, x)
@@ -166,10 +166,10 @@ def test_biases_go_through_the_constant() -> None:
     shared, inputs = random_latent(generator)
     moment = inputs.T @ inputs / len(inputs)
     o_bias = torch.randn(12, generator=generator, dtype=torch.float64)
-    weights = with_constant(shared, o_bias, constant_direction(moment), moment)
+    weights = with_constant(shared, o_bias, constant_direction(moment, moment), moment)
     assert weights.o_bias is None
     _, _, kv = read(weights, inputs[:, :-1])
-    plain = with_constant(shared, None, constant_direction(moment), moment)
+    plain = with_constant(shared, None, constant_direction(moment, moment), moment)
     _, _, without = read(plain, inputs[:, :-1])
     added = torch.einsum("hcd,htd->tc", shared.o, (kv - without)[..., 5:])
     torch.testing.assert_close(added, o_bias.expand_as(added), rtol=1e-4, atol=1e-4)

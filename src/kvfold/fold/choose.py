@@ -95,10 +95,11 @@ def compare(
     streams = [_stream(checkpoint, target, calibration) for target in targets]
     scales = [_residual_scale(checkpoint, target) for target in targets]
     errors = torch.zeros(len(targets), dtype=torch.float64, device="cpu")
+    attended = any(isinstance(target, Latent) for target in targets)
     layers = checkpoint.geometry.num_layers
     for index in range(layers):
         layer = StoredLayer(checkpoint, index)
-        statistics = source.statistics(layer, attention)
+        statistics = source.statistics(layer, attention, attended=attended)
         for number, target in enumerate(targets):
             folded = fold_layer(layer, FoldPlan(target, method, "none", seed), statistics)
             tensors = folded.completed(layer, target)

@@ -6,8 +6,11 @@ every token, and the weight w undoes it. What is left is (|c|^2 - E|c|^2) / 2 s^
 same number, scaled to be about as large as the others, is the 1 that carries biases.
 
 With a bias, s is exact. Without one, s u . x stands for it, where u . x is about 1: u solves least
-squares of 1 on the layer's input x. Biases of what is projected from x become b u.
+squares of 1 on the layer's input x, as it is and as attention averages it, so that tokens count
+which everything attends to, such as the first. Biases of what is projected from x become b u.
 """
+
+from math import floor, log2
 
 import torch
 
@@ -19,11 +22,15 @@ from kvfold.fold.subspace import energy
 # The larger, the nearer is the norm to a constant; no number loses digits beside it, for each is
 # scaled by itself. 16-bit floats end at 65,504: that leaves room for inputs where u . x is 8.
 CONSTANT = 2.0**13
+_LARGEST = 2.0**15  # of a weight
 _RIDGE = 1e-6
 
 
-def constant_direction(moment: torch.Tensor) -> torch.Tensor:
-    """u ``[C]`` that minimises E(u . x - 1)^2, from E[x~ x~T] ``[X, X]``.
+def constant_direction(moment: torch.Tensor, value_moment: torch.Tensor) -> torch.Tensor:
+    """u ``[C]`` that minimises E(u . x - 1)^2 + E(u . A x - 1)^2.
+
+    Args:
+        moment: ``[X, X]``, E[x~ x~T]. value_moment: the same of attention-averaged inputs A x.
 
     Raises:
         InputError: for statistics without data, which know no mean.
@@ -32,7 +39,8 @@ def constant_direction(moment: torch.Tensor) -> torch.Tensor:
         raise InputError(
             "without biases, a latent needs calibration text", "give text, or --layout youtu"
         )
-    gram, mean = moment[:-1, :-1], moment[:-1, -1]
+    both = moment + value_moment
+    gram, mean = both[:-1, :-1], both[:-1, -1]
     floor = _RIDGE * gram.diagonal().mean()
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     found: torch.Tensor = torch.linalg.solve(gram + floor * eye, mean)
@@ -60,16 +68,17 @@ def with_constant(
     typical = float(_rms(shared.o.flatten()).clamp_min(1e-6))
     used = sizes > 0
     rows = down * torch.where(used, typical / sizes.clamp_min(1e-300), 0.0)[:, None]
-    norm = (CONSTANT**2 + energy(rows, moment)).sqrt() / rank**0.5  # what the latent is divided by
+    s = _size(constant)
+    norm = (s**2 + energy(rows, moment)).sqrt() / rank**0.5  # what the latent is divided by
     if constant is not None and o_bias is not None:
         up[:, shared.up_k.shape[1] :, -1] += _through_output(shared.o, o_bias)
     columns = _rms(up.flatten(0, 1).T)
     large = columns.max().clamp_min(1e-300)
     gain = (columns / typical).clamp_min(1e-6 * large / typical)  # of each cached number
-    weight = torch.cat([sizes / typical, torch.ones_like(sizes[:1]) / CONSTANT]) * norm * gain
+    weight = torch.cat([sizes / typical, torch.ones_like(sizes[:1]) / s]) * norm * gain
     q = torch.cat([shared.q_nope, shared.q_rope], 1)
     kv_a = torch.cat([rows, torch.zeros_like(rows[:1]), shared.k_rope])
-    kv_a[rank - 1, -1] = CONSTANT
+    kv_a[rank - 1, -1] = s
     bias = None
     if constant is None:
         bias = kv_a[:, -1]
@@ -105,6 +114,13 @@ def _centred(shared: SharedLatent, moment: torch.Tensor) -> tuple[torch.Tensor, 
     down[:, -1] -= offset
     up[..., -1] += up[..., :-1] @ offset
     return down, up
+
+
+def _size(constant: torch.Tensor | None) -> float:
+    """s, smaller where inputs are so small that u would make weights beyond 16-bit floats."""
+    if constant is None:
+        return CONSTANT
+    return min(CONSTANT, 2.0 ** floor(log2(_LARGEST / float(constant.abs().max()))))
 
 
 def _rms(rows: torch.Tensor) -> torch.Tensor:

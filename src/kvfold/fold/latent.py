@@ -55,7 +55,7 @@ class LatentFold:
         shared = replace(shared, o=shared.o * self._residual)
         constant = None
         if not self._target.stored.bias:
-            constant = constant_direction(self._statistics.moment)
+            constant = constant_direction(self._statistics.moment, self._statistics.value_moment)
         o_bias = self._heads.o_bias
         o_bias = None if o_bias is None else o_bias.double() * self._residual
         weights = with_constant(shared, o_bias, constant, self._statistics.moment)

@@ -89,11 +89,11 @@ def fold_model(
 
 
 def _target(asked: object, latent: object, layout: object) -> Target:
+    layout = choice(layout, "layout", LAYOUTS)
     if latent is None:
         return asked if isinstance(asked, Latent) else Grouped.asked(asked, "num_kv_heads")
     if asked is not None:
         raise InputError("num_kv_heads and latent exclude each other", "give one of them")
-    layout = choice(layout, "layout", LAYOUTS)
     return replace(Latent.read(text(latent, "latent"), "latent"), layout=layout)
 
 
