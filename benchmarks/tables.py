@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 from kvfold.files import write_text
-from pages.decoding import attention, decoding, profile, prompts, slope, whole_step
+from pages.decoding import attention, decoding, latent_steps, profile, prompts, slope, whole_step
 from pages.engines import engines
 from pages.planning import planning, planning_cases
 from pages.quality import (
@@ -50,6 +50,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-32k": lambda: attention(
         "attention_other", "KV heads, 32,768 tokens", (*WAYS[:2], "flex"), context=32768
     ),
+    "latent-steps": latent_steps,
     "prompts": prompts,
     "slope": slope,
     "profile": profile,

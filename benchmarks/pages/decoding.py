@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pages.rows import Row, measured, results, table
+from pages.rows import NOT_YET, Row, measured, results, table
 
 NAMES = {"sdpa": "transformers `sdpa`, DynamicCache", "bf16": "kvfold bf16",
          "int8": "kvfold int8", "int4": "kvfold int4",
@@ -104,3 +104,28 @@ def whole_step() -> str:
 
     heads = ("step", "linear layers", "attention, cache", "ms at 512", "4,096", "7,900")
     return table(heads, map(cells, rows), 3) + measured(rows)
+
+
+def latent_steps() -> str:
+    """Shares of what products and reading alone would take, and speed over PyTorch's ways."""
+    rows = [r for r in results("latents", "latent", "heads", "context", "way") if "seconds" in r]
+    if not rows:
+        return NOT_YET
+    found = {(r["latent"], r["heads"], r["way"]): r for r in rows}
+    formats = ("bf16", "int8", "fp8")
+
+    def cells(latent: str, heads: int) -> Iterator[str]:
+        own = [found[latent, heads, f"kvfold {name}"] for name in formats]
+        ways = (found.get((latent, heads, f"matmul {name}")) for name in ("float32", "bfloat16"))
+        best = min(r["seconds"] for r in ways if r)
+        yield latent.replace("+", " + ")
+        yield str(heads)
+        for row in own:
+            yield f"{row['of_products']:.0%}, {row['of_bytes']:.0%}"
+        yield f"{own[0]['ns_per_token']:,.0f} ({own[0]['floor_ns_per_token']:,.0f})"
+        yield f"{best / own[0]['seconds']:.1f} ×"
+
+    heads = ("latent", "query heads", *(f"{name}: of products, of bytes" for name in formats),
+             "bf16: ns per token (floor)", "× PyTorch's best")  # fmt: skip
+    cases = dict.fromkeys((latent, heads) for latent, heads, _ in found)
+    return table(heads, (cells(*case) for case in cases), 0) + measured(rows)
