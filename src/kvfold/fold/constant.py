@@ -10,6 +10,7 @@ squares of 1 on the layer's input x, as it is and as attention averages it, so t
 which everything attends to, such as the first. Biases of what is projected from x become b u.
 """
 
+from dataclasses import replace
 from math import floor, log2
 
 import torch
@@ -24,6 +25,7 @@ from kvfold.fold.subspace import energy
 CONSTANT = 2.0**13
 _LARGEST = 2.0**15  # of a weight
 _RIDGE = 1e-6
+_TINY = 1e-300
 
 
 def constant_direction(moment: torch.Tensor, value_moment: torch.Tensor) -> torch.Tensor:
@@ -41,9 +43,9 @@ def constant_direction(moment: torch.Tensor, value_moment: torch.Tensor) -> torc
         )
     both = moment + value_moment
     gram, mean = both[:-1, :-1], both[:-1, -1]
-    floor = _RIDGE * gram.diagonal().mean()
+    ridge = _RIDGE * gram.diagonal().mean()
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    found: torch.Tensor = torch.linalg.solve(gram + floor * eye, mean)
+    found: torch.Tensor = torch.linalg.solve(gram + ridge * eye, mean)
     return found
 
 
@@ -64,43 +66,59 @@ def with_constant(
     """
     rank = shared.up_k.shape[-1]
     down, up = _centred(shared, moment)
-    sizes = _rms(down[:, :-1])
-    typical = float(_rms(shared.o.flatten()).clamp_min(1e-6))
-    used = sizes > 0
-    rows = down * torch.where(used, typical / sizes.clamp_min(1e-300), 0.0)[:, None]
-    s = _size(constant)
-    norm = (s**2 + energy(rows, moment)).sqrt() / rank**0.5  # what the latent is divided by
     if constant is not None and o_bias is not None:
         up[:, shared.up_k.shape[1] :, -1] += _through_output(shared.o, o_bias)
-    columns = _rms(up.flatten(0, 1).T)
-    large = columns.max().clamp_min(1e-300)
-    gain = (columns / typical).clamp_min(1e-6 * large / typical)  # of each cached number
+        o_bias = None
+    s, typical = _size(constant), float(_rms(shared.o.flatten()).clamp_min(1e-6))
+    sizes = _rms(down[:, :-1])
+    rows = down * torch.where(sizes > 0, typical / sizes.clamp_min(_TINY), 0.0)[:, None]
+    gain = _gain(up, typical)
+    # What the norm divides by is sqrt(s^2 + E|c|^2) / sqrt(rank).
+    norm = (s**2 + energy(rows, moment)).sqrt() / rank**0.5
     weight = torch.cat([sizes / typical, torch.ones_like(sizes[:1]) / s]) * norm * gain
     q = torch.cat([shared.q_nope, shared.q_rope], 1)
     kv_a = torch.cat([rows, torch.zeros_like(rows[:1]), shared.k_rope])
     kv_a[rank - 1, -1] = s
-    bias = None
-    if constant is None:
-        bias = kv_a[:, -1]
-        if o_bias is None:
-            o_bias = shared.o.new_zeros(shared.o.shape[1])
-        if q[..., -1].any():
-            raise UnsupportedError(
-                "its queries have biases, for which this layout has no place",
-                "--layout deepseek_v3",
-            )
-    else:
-        kv_a, q = _without_bias(kv_a, constant), _without_bias(q, constant)
-        o_bias = None
-    return LatentWeights(
-        q=q[..., :-1] if constant is None else q,
-        kv_a=kv_a[..., :-1] if constant is None else kv_a,
+    made = LatentWeights(
+        q=q,
+        kv_a=kv_a,
         norm=torch.where(weight > 0, weight, 1.0),
         kv_b=up / gain,
         o=shared.o,
-        kv_a_bias=bias,
         o_bias=o_bias,
     )
+    return _with_biases(made) if constant is None else _without_biases(made, constant)
+
+
+def _gain(up: torch.Tensor, typical: float) -> torch.Tensor:
+    """How large each cached number is to be, so that columns ``[..., rank]`` have one RMS."""
+    columns = _rms(up.flatten(0, 1).T) / typical
+    return columns.clamp_min(1e-6 * float(columns.max().clamp_min(_TINY)))
+
+
+def _with_biases(weights: LatentWeights) -> LatentWeights:
+    """Rows ``[..., X]`` as weights and biases, of which queries can have none."""
+    if weights.q[..., -1].any():
+        raise UnsupportedError(
+            "its queries have biases, for which this layout has no place", "--layout deepseek_v3"
+        )
+    o = weights.o
+    return replace(
+        weights,
+        q=weights.q[..., :-1],
+        kv_a=weights.kv_a[..., :-1],
+        kv_a_bias=weights.kv_a[..., -1],
+        o_bias=o.new_zeros(o.shape[1]) if weights.o_bias is None else weights.o_bias,
+    )
+
+
+def _without_biases(weights: LatentWeights, constant: torch.Tensor) -> LatentWeights:
+    """Rows ``[..., X]`` with u . x in place of 1."""
+
+    def only_weights(rows: torch.Tensor) -> torch.Tensor:
+        return rows[..., :-1] + rows[..., -1:] * constant
+
+    return replace(weights, q=only_weights(weights.q), kv_a=only_weights(weights.kv_a))
 
 
 def _centred(shared: SharedLatent, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,11 +143,6 @@ def _size(constant: torch.Tensor | None) -> float:
 
 def _rms(rows: torch.Tensor) -> torch.Tensor:
     return rows.square().mean(-1).sqrt()
-
-
-def _without_bias(rows: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-    """``[..., X]`` -> ``[..., C]``: u . x in place of 1."""
-    return rows[..., :-1] + rows[..., -1:] * constant
 
 
 def _through_output(o: torch.Tensor, o_bias: torch.Tensor) -> torch.Tensor:
