@@ -3,10 +3,10 @@
     python benchmarks/latents.py            # about 2 minutes on 2 cores
 
 One layer, one sequence, queries in bfloat16; caches take turns, so that none is found near the
-cores. Every row tells what share of the step its products would take at the fastest speed that
-``torch.matmul`` reaches here with products of these shapes, bfloat16 or float32, and what share
-reading the latents once would. A result further from float64 than twice PyTorch's own bfloat16
-error gets no speed. Appends to ``latents.jsonl`` beside this file.
+cores. Every row tells what share of the step its products would take at the speed of the processor,
+the fastest that ``torch.matmul`` reaches here with the products of 128 query heads, in bfloat16 or
+float32, and what share reading the latents once would. A result further from float64 than twice
+PyTorch's own bfloat16 error gets no speed. Appends to ``latents.jsonl`` beside this file.
 """
 
 import argparse
@@ -29,6 +29,7 @@ CASES = ((512, 64, 4), (512, 64, 8), (512, 64, 16), (512, 64, 128), (160, 32, 9)
 FORMATS = ("bf16", "int8", "fp8")
 SHORT, LONG = 4096, 16384  # tokens; PyTorch's ways are timed at the shorter
 EXPANDED = (512, 64, 16, 1024)  # what transformers does takes seconds: one case tells
+MANY = 128  # query heads whose products tell the processor's speed
 WORKING_SET = 64 << 20
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
@@ -111,11 +112,13 @@ def matrix_speed(heads: int, rows: torch.Tensor, rank: int, rounds: int) -> floa
     return 2 * heads * rows.shape[1] * (rows.shape[2] + rank) / seconds
 
 
-def case(rank: int, rope: int, heads: int, rounds: int, read_speed: float) -> list[dict[str, Any]]:
+def case(
+    rank: int, rope: int, heads: int, rounds: int, read_speed: float, speed: float
+) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     q = torch.randn(1, heads, 1, rank + rope).bfloat16()
     rows = torch.randn(1, SHORT, rank + rope)
-    speed = matrix_speed(heads, rows, rank, rounds)
+    same_shape = matrix_speed(heads, rows, rank, rounds)
     steps: dict[str, Step] = {}
     wrong, truth = (
         [],
@@ -141,6 +144,7 @@ def case(rank: int, rope: int, heads: int, rounds: int, read_speed: float) -> li
             "latent": f"{rank}+{rope}", "heads": heads, "context": SHORT, "way": name,
             "seconds": seconds, "spread": round(timings[name].relative, 3),
             "matrix_gflops": round(speed / 1e9, 1), "bandwidth": read_speed,
+            "matrix_gflops_same_shape": round(same_shape / 1e9, 1),
             "of_products": flops * SHORT / speed / seconds,
             "of_bytes": size * SHORT / read_speed / seconds,
         }  # fmt: skip
@@ -177,7 +181,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
         read_speed = bandwidth(options.rounds)
-        rows = [row for each in CASES for row in case(*each, options.rounds, read_speed)]
+        speed = matrix_speed(MANY, torch.randn(1, SHORT, 576), 512, options.rounds)
+        rows = [row for each in CASES for row in case(*each, options.rounds, read_speed, speed)]
         rows.append(expanded_case(3))
     about = {"threads": options.threads, **machine()}
     append_text(RESULTS, "".join(json.dumps(row | about) + "\n" for row in rows))
