@@ -20,6 +20,7 @@ from kvfold.fold.latent import _in_two_steps
 from kvfold.fold.latents import SharedLatent
 from kvfold.fold.methods import all_methods
 from kvfold.fold.model import fold_model
+from kvfold.report.maps import look
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
 from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
@@ -374,6 +375,8 @@ def test_the_other_commands_take_it(
     assert "24+4 numbers" in run.out
     picture = ["--against", llama_folder, "--png", tmp_path / "a.png"]
     assert kvfold("look", folded, "w3 w4 w5", *picture).code == 0
+    model = AutoModelForCausalLM.from_pretrained(folded)
+    assert look(model, torch.arange(3, 9), [0])[0].latent
     assert kvfold("report", folded, "--out", tmp_path / "report.html").code == 0
     assert "latent of 24+4" in (tmp_path / "report.html").read_text()
     run = kvfold(

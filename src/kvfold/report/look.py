@@ -59,13 +59,15 @@ def draw_layer(
         zip(bands, names, seen, maps, strict=True)
     ):
         count = f"{len(each.key)} KV head{'s' if len(each.key) > 1 else ''}"
+        if each.latent:
+            count = "one latent"
         band.suptitle(f"{label(name)}: layer {layer}, {count}", fontsize=11, x=0.01, ha="left")
         panels = band.subplots(lines, columns, squeeze=False).flatten()
         for head, axes in enumerate(panels):
             if head >= heads:
                 axes.set_visible(False)
                 continue
-            title = f"{head} · KV {head // each.group_size}"
+            title = f"{head}" if each.latent else f"{head} · KV {head // each.group_size}"
             if number and apart is not None:
                 title += f" · KL {float(apart[head]):.2f}"
             _draw(axes, heads_maps[head], title, words if labelled else [])

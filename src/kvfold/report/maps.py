@@ -29,6 +29,7 @@ class Seen:
     Attributes:
         query: ``[Hq, T, D]``, key: ``[Hkv, T, D]``, float32. mask: boolean or additive
             ``[T, T]``, or None for plain causal.
+        latent: whether all keys are read out of one latent, which is what is cached.
     """
 
     query: torch.Tensor
@@ -36,11 +37,13 @@ class Seen:
     mask: torch.Tensor | None
     scale: float
     softcap: float | None
+    latent: bool = False
 
     @classmethod
-    def of(cls, call: AttentionCall) -> "Seen":
+    def of(cls, call: AttentionCall, latent: bool = False) -> "Seen":
         mask = None if call.mask is None else call.mask[0, 0]
-        return cls(call.query[0].float(), call.key[0].float(), mask, call.scale, call.softcap)
+        query, key = call.query[0].float(), call.key[0].float()
+        return cls(query, key, mask, call.scale, call.softcap, latent)
 
     @property
     def tokens(self) -> int:
@@ -107,7 +110,9 @@ def look(model: Any, ids: torch.Tensor, layers: Sequence[int]) -> dict[int, Seen
             f"--layer {missing[0]}: the model has layers 0 to {max(modules)}", "see --help"
         )
     heard: dict[int, Seen] = {}
-    with _listening({layer: modules[layer] for layer in layers}, heard), _implementation(model):
+    wanted = {layer: modules[layer] for layer in layers}
+    latent = bool(getattr(config, "kv_lora_rank", None))
+    with _listening(wanted, heard, latent), _implementation(model):
         call: Any = model
         call(ids[None].to(call.device), use_cache=False)
     if len(heard) < len(layers):
@@ -130,10 +135,12 @@ def _check_ids(ids: Any, positions: int | None) -> None:
 
 
 @contextmanager
-def _listening(modules: dict[int, nn.Module], heard: dict[int, Seen]) -> Iterator[None]:
+def _listening(
+    modules: dict[int, nn.Module], heard: dict[int, Seen], latent: bool
+) -> Iterator[None]:
     def listener(layer: int) -> Any:
         def hear(call: AttentionCall) -> None:
-            heard[layer] = Seen.of(call)
+            heard[layer] = Seen.of(call, latent)
 
         return hear
 
