@@ -200,6 +200,18 @@ def frequencies(model: Any) -> torch.Tensor:
     return found
 
 
+def test_yarn_that_scales_by_one_changes_no_frequency() -> None:
+    source = tiny.make("llama-wide-tied", num_key_value_heads=6)
+    config = source.config.to_dict()
+    made = Latent(40, 8).config(family_of(config), config)
+    assert made["rope_parameters"]["rope_type"] == "yarn"
+    folded: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**made))
+    torch.testing.assert_close(frequencies(folded), frequencies(source)[:4])
+    assert folded.model.rotary_emb.attention_scaling == 1
+    attention = folded.model.layers[0].self_attn
+    assert attention.scaling == attention.qk_head_dim**-0.5
+
+
 @pytest.mark.parametrize("scaling", [{"rope_type": "default", "rope_theta": 10_000.0}, LLAMA3])
 @pytest.mark.parametrize(
     ("rotary", "stride", "padded"), [(4, 1, None), (8, 1, None), (4, 2, None), (4, 1, (48, 12))]
@@ -220,7 +232,7 @@ def test_scaling_that_changes_no_kept_frequency_is_dropped() -> None:
     config = source.config.to_dict()
     family = family_of(config)
     made = Latent(40, 2).config(family, config)
-    assert made["rope_parameters"]["rope_type"] == "default"
+    assert made["rope_parameters"]["factor"] == 1
     with pytest.raises(UnsupportedError, match="Llama 3's scaling") as error:
         Latent(40, 8).config(family, config)
     assert "youtu" in error.value.hint

@@ -158,6 +158,7 @@ class Layout:
             the latent is exact.
         untied: whether the output embedding is written out.
         two_steps: whether queries are projected in two steps, of which the first changes nothing.
+        yarn: whether rotary parameters are those of YaRN, which scales by 1.
         scaled_rotary: whether it can say Llama 3's scaling of rotary frequencies.
         engines: what opens it without code of its own.
     """
@@ -168,12 +169,13 @@ class Layout:
     bias: bool = False
     untied: bool = False
     two_steps: bool = False
+    yarn: bool = False
     scaled_rotary: bool = False
 
 
 LAYOUTS = {
     "deepseek_v3": Layout(
-        "deepseek_v3", "DeepseekV3ForCausalLM", "transformers, vLLM", untied=True
+        "deepseek_v3", "DeepseekV3ForCausalLM", "transformers, vLLM", untied=True, yarn=True
     ),
     "portable": Layout(
         "deepseek_v3",
@@ -181,6 +183,7 @@ LAYOUTS = {
         "transformers, vLLM, llama.cpp",
         untied=True,
         two_steps=True,
+        yarn=True,
     ),
     "youtu": Layout("youtu", "YoutuForCausalLM", "transformers", bias=True, scaled_rotary=True),
 }

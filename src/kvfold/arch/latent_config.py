@@ -27,6 +27,11 @@ _ALL_DENSE = {
 }  # fmt: skip
 
 
+# YaRN that scales by 1 changes no frequency. vLLM rotates DeepSeek's queries wrongly on CPUs where
+# it is not said (0.32, without compilation): another operator does it then.
+_YARN = {"rope_type": "yarn", "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
 def check_latent(family: Family, config: Config) -> None:
     """Refuse a model that no layout of latent attention can say.
 
@@ -117,6 +122,8 @@ def rope_of(
     """
     theta = _theta(config)
     made = {"rope_type": "default", "rope_theta": theta ** (stride * size / rotary_dim)}
+    if layout.yarn:
+        made |= _YARN | {"original_max_position_embeddings": config["max_position_embeddings"]}
     if _rope_type(config) == "default":
         return made
     scaling = _scaling(config)
