@@ -4,8 +4,9 @@
 
 First the tests of the Triton kernels, on the GPU. Then one step of one layer, 32 query heads of
 128, for each batch, context and cache format: a CUDA graph of a few buffers in turn, together
-well beyond the L2 cache, all competitors alternating in one process. Reported are fractions of
-the bandwidth that copying reaches in the same run, and ratios to the fastest of PyTorch's ways.
+well beyond the L2 cache, all competitors alternating in one process. Then latents of 512 + 64 (MLA)
+in bfloat16, which all query heads read, against PyTorch over the same rows. Reported are fractions
+of the bandwidth that copying reaches in the same run, and ratios to the fastest of PyTorch's ways.
 A result that differs from float64 by more than its arithmetic explains is not timed. Appends to
 ``gpu_decode.jsonl`` beside this file. ``--smoke`` runs tiny sizes, on a CPU too.
 """
@@ -19,6 +20,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -26,6 +28,8 @@ from kvfold.bench.peers import PEERS
 from kvfold.bench.timing import Timing, measure
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.files import append_text
+from kvfold.kernels.dispatch import attend_view
+from kvfold.kernels.view import KVView
 from kvfold.ops.reference import attend
 
 HEADS, DIM = 32, 128
@@ -37,6 +41,9 @@ CASES = (
     (65, 8, 32_768), (8, 32, 32_768), (8, 16, 32_768), (8, 4, 32_768), (8, 1, 32_768),
 )  # fmt: skip
 SMOKE = ((2, 2, 64),)
+RANK, ROPE = 512, 64
+LATENTS = ((1, 16, 131_072), (8, 16, 32_768), (64, 16, 8_192), (8, 128, 32_768))  # query heads
+SMOKE_LATENTS = ((2, 4, 64),)
 WORKING_SET = 1 << 30  # many times the 50 MB of an H100's L2
 ALLOWED = 0.02  # relative: bfloat16 queries and weights over thousands of keys stay far below
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -172,6 +179,48 @@ def run_case(
         )
 
 
+def run_latents(case: tuple[int, int, int], device: torch.device, smoke: bool) -> None:
+    """One case of latents; PyTorch gets the rows as keys, and their first numbers as values."""
+    batch, heads, context = case
+    rows = torch.randn(batch, 1, context, RANK + ROPE, device=device, dtype=torch.bfloat16)
+    q = torch.randn(batch, heads, 1, RANK + ROPE, device=device, dtype=torch.bfloat16)
+    table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+
+    def own(rows: torch.Tensor) -> object:
+        view = KVView.of_pages(rows, rows[..., :RANK], table, lengths)
+        return attend_view(q, view)
+
+    wanted = attend(q[:1].double(), rows[:1].double(), rows[:1, ..., :RANK].double()).out
+    found = own(rows)
+    assert isinstance(found, torch.Tensor)
+    error = float((found[:1] - wanted).norm() / wanted.norm())
+    if not error <= ALLOWED:
+        print(f"  kvfold latents: wrong by {error:.2g}, not timed")
+        return
+    copies = [rows, *(rows.clone() for _ in range(buffers(rows.nbytes, 1 if smoke else 8) - 1))]
+    steps = {"kvfold latents": [graphed(partial(own, each)) for each in copies]}
+    for name in ("sdpa-grouped", "matmul"):
+        peer = PEERS[name].build()
+        steps[name] = [graphed(partial(peer, q, each, each[..., :RANK])) for each in copies]
+    copy, copied = copying(min(WORKING_SET, rows.nbytes), device)
+    calls = {name: in_turn(each) for name, each in steps.items()}
+    limits: dict[str, Any] = {"rounds": 1, "repeats": 1} if smoke else {"rounds": 7}
+    timings = measure({"copy": copy} | calls, min_time=0.02, clock=synchronized, **limits)
+    bandwidth = copied / timings["copy"].median
+    for name, each in steps.items():
+        seconds = per_step(timings[name], each)
+        row = {
+            "benchmark": "gpu_decode", "date": date.today().isoformat(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "interpreter",
+            "batch": batch, "heads": heads, "latent": [RANK, ROPE], "context": context,
+            "name": name, "seconds": seconds, "copy_bandwidth": bandwidth,
+            "of_copy_bandwidth": rows.nbytes / seconds / bandwidth,
+        }  # fmt: skip
+        append_text(RESULTS, json.dumps(row) + "\n")
+        print(f"  {name:14} {1e6 * seconds:9.1f} us  {row['of_copy_bandwidth']:6.1%} of copying")
+
+
 def per_step(timing: Timing, steps: list[Step]) -> float:
     return timing.median / len(steps)
 
@@ -194,6 +243,9 @@ def main() -> None:
         for case in SMOKE if arguments.smoke else CASES:
             print("batch {}, {} KV heads, {:,} tokens".format(*case), flush=True)
             run_case(case, names, device, arguments.smoke)
+        for case in SMOKE_LATENTS if arguments.smoke else LATENTS:
+            print("latents: batch {}, {} query heads, {:,} tokens".format(*case), flush=True)
+            run_latents(case, device, arguments.smoke)
 
 
 if __name__ == "__main__":

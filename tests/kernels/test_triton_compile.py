@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_kernels_compile(backend: str, arch: str, tmp_path: Path) -> None:
-    """For NVIDIA also: rows come 16 bytes at a time, and ahead of their use."""
+    """For NVIDIA also: rows come 16 bytes at a time, and ahead of their use.
+
+    Latents get no more memory than a program may have.
+    """
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.toolbox.compile_triton", backend, arch],
@@ -33,7 +36,12 @@ def test_kernels_compile(backend: str, arch: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     encoded = [name for name, fmt in FORMATS.items() if not fmt.plain]
-    formats = [json.loads(line) for line in run.stdout.splitlines()]
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    formats = [row for row in lines if "format" in row]
+    latents = [row for row in lines if "latent" in row]
+    assert {row["latent"] for row in latents} == {"bf16", "int8"}
+    for row in latents:
+        assert row["shared"] <= row["allowed"], row
     assert [row["format"] for row in formats] == ["bf16", *encoded]
     if backend == "cuda":
         for row in formats:

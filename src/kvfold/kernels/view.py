@@ -88,6 +88,13 @@ class KVView(NamedTuple):
         """Whether each KV head has a table and a range of its own."""
         return self.table.dim() == 3
 
+    @property
+    def within(self) -> bool:
+        """Whether values are the first numbers of their keys' rows, in the same memory."""
+        k, v = self.keys, self.values
+        one = k.fmt is v.fmt and k.data.stride() == v.data.stride() and v.dim < k.dim
+        return one and not k.packed and k.data.data_ptr() == v.data.data_ptr()
+
     @classmethod
     def of_tensors(cls, k: torch.Tensor, v: torch.Tensor, end: Positions) -> "KVView":
         """``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``: one page per sequence."""

@@ -17,6 +17,7 @@ class Triton(Kernels):
 
     name = "triton"
     max_dim = 256  # larger heads do not fit the registers
+    max_latent, max_rope = 512, 128  # of rows that are keys as a whole and values in part
     replays = True
     turns = True
 
@@ -34,12 +35,21 @@ class Triton(Kernels):
             return "these are not the kernels of q's device"
         if call.gradients or call.dropout:
             return "gradients are needed, which the kernels do not have"
-        if call.q.dtype is torch.float64 or max(call.q.shape[3], call.v_head_dim) > self.max_dim:
+        if call.q.dtype is torch.float64 or not self._fits(call):
             return "a dtype or head size without a kernel"
         if any(view.keys.packed for view in call.views):
             return "the pages are packed for other kernels"
         few = call.q.shape[2] <= MAX_TOKENS if call.views else call.few
         return None if few else "many queries: bound by arithmetic"
+
+    def _fits(self, call: Call) -> bool:
+        """Whether there are kernels for heads of these sizes."""
+        head_dim, v_head_dim = call.q.shape[3], call.v_head_dim
+        if max(head_dim, v_head_dim) <= self.max_dim:
+            return True
+        rope = head_dim - v_head_dim
+        small = v_head_dim <= self.max_latent and rope <= self.max_rope
+        return small and bool(call.views) and all(view.within for view in call.views)
 
     def why(self, call: Call) -> str:
         return "few queries on the GPU: each key and value is read once (Triton)"

@@ -7,6 +7,10 @@ scale multiplies its column of scores, a value's its column of weights. Numbers 
 scale per group and are decoded in registers; the two halves of their bytes are two planes, which
 meet the even and the odd dimensions of the query, so nothing is interleaved.
 
+Where values are the first numbers of their keys' rows (latents, MLA), a tile of them is loaded
+once and is both: rows of rank + rope numbers are two arrays, so that powers of two suffice, and the
+first is multiplied by the queries and then by the weights.
+
 Works under Triton's interpreter (``TRITON_INTERPRET=1``) on a CPU, and uses nothing that only
 one maker's GPUs have.
 """
@@ -31,10 +35,11 @@ def attend_kernel(
     OUT, out_row, LSE, slots, slot,
     kv_heads, group, tokens,
     START, ALIBI_SLOPES, scale, softcap, left, right, sinks,  # options, by name
-    head_dim: tl.constexpr, v_head_dim: tl.constexpr,
+    head_dim: tl.constexpr, v_head_dim: tl.constexpr, rope_dim: tl.constexpr,
     k_width: tl.constexpr, v_width: tl.constexpr, k_groups: tl.constexpr, v_groups: tl.constexpr,
     SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROPE: tl.constexpr,
+    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, K_HALVES: tl.constexpr, V_HALVES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     ONE_PAGE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -48,8 +53,9 @@ def attend_kernel(
     four bits. TABLE int32 ``[B, P]`` or, by strides, ``[B, Hkv, P]``; BEGIN and END likewise. OUT
     float32 ``[B * Hq * T, slots, Dv]`` and LSE (base 2) ``[B * Hq * T, slots]`` get this program's
     split at ``slot + split``. MASK_KIND: 0 none, 1 zero hides, 2 added to the scores; MASK ``[B,
-    Hq, T, S]`` by strides. Sizes of heads are constants: only then can Triton load rows 16 bytes
-    at a time, and ahead of their use.
+    Hq, T, S]`` by strides. ROPE: values are the first numbers of their keys, and rope_dim more
+    follow; head_dim, D and k_width are those of the values then. Sizes of heads are constants: only
+    then can Triton load rows 16 bytes at a time, and ahead of their use.
     """
     split, tile = tl.program_id(0), tl.program_id(1)
     b, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
@@ -85,6 +91,10 @@ def attend_kernel(
         kd = tl.arange(0, D)
         known = real[:, None] & (kd < head_dim)[None, :]
         q = tl.load(q_at[:, None] + kd[None, :], mask=known, other=0.0).to(DOT)
+    if ROPE:
+        rd = tl.arange(0, ROPE)
+        known = real[:, None] & (rd < rope_dim)[None, :]
+        q_rope = tl.load(q_at[:, None] + head_dim + rd[None, :], mask=known, other=0.0).to(DOT)
     if V_HALVES:
         vd = tl.arange(0, DV // 2)
         acc_low = tl.zeros((M, DV // 2), tl.float32)
@@ -120,6 +130,11 @@ def attend_kernel(
         else:
             keys = widened(raw, K_FORMAT, DOT)
             scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+            if ROPE:
+                there = inside[:, None] & (rd < rope_dim)[None, :]
+                turned = tl.load(K + k_at[:, None] + head_dim + rd[None, :], mask=there, other=0)
+                turned = tl.trans(widened(turned, K_FORMAT, DOT))
+                scores += tl.dot(q_rope, turned, input_precision=PRECISION)
             if k_groups != 0:
                 scores = scores * row_scale(KS, ks_at, inside, K_FORMAT)[None, :]
         scores = scores * scale
@@ -155,10 +170,11 @@ def attend_kernel(
         total = total * fade + tl.sum(p, 1)
         top = new
 
-        v_at = page * v_page + kv_head * v_head + at * v_row
-        there = inside[:, None] & (vd < v_width)[None, :]
-        raw = tl.load(V + v_at[:, None] + vd[None, :], mask=there, other=0)
         vs_at = page * vs_page + kv_head * vs_head + at * v_groups
+        if not ROPE:
+            v_at = page * v_page + kv_head * v_head + at * v_row
+            there = inside[:, None] & (vd < v_width)[None, :]
+            raw = tl.load(V + v_at[:, None] + vd[None, :], mask=there, other=0)
         if V_HALVES:
             low, high = halves(
                 raw, VS, vs_at, inside, N, DV // 2, v_groups, V_GROUPS, V_FORMAT, DOT
@@ -169,7 +185,12 @@ def attend_kernel(
         else:
             if v_groups != 0:
                 p = p * row_scale(VS, vs_at, inside, V_FORMAT)[None, :]
-            values = widened(raw, V_FORMAT, DOT)
+            if ROPE:
+                values = keys
+                if MASK_KIND != 0:
+                    values = tl.where(inside[:, None], keys, 0.0)
+            else:
+                values = widened(raw, V_FORMAT, DOT)
             acc = acc * fade[:, None] + tl.dot(p.to(DOT), values, input_precision=PRECISION)
 
     divisor = tl.where(total == 0.0, 1.0, total)[:, None]
@@ -193,10 +214,11 @@ def merge_kernel(
 ):  # fmt: skip
     """Put the splits of one query row together: the split-KV identity (see ``ops.merge``).
 
-    A head's sink logit is one more split, of a key without value.
+    One program does it for DV numbers of the output. A head's sink logit is one more split, of a
+    key without value.
     """
     row = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, SLOTS), tl.arange(0, DV)
+    s, d = tl.arange(0, SLOTS), tl.program_id(1) * DV + tl.arange(0, DV)
     lse = tl.load(PART_LSE + row * slots + s, mask=s < slots, other=float("-inf"))
     top = tl.max(lse, 0)
     if HAS_SINK_LOGITS:

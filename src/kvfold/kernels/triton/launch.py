@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -18,12 +19,53 @@ from kvfold.ops.rotation import rotate
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEAST_ROWS = 16  # the smallest M of a matrix product
 MOST_ROWS = 64
+_MERGED = 128  # numbers of an output row that one program merges
 # The dtype of products; the interpreter has none of bfloat16.
 _DOTS = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,
 }
+
+
+class Tile(NamedTuple):
+    """What a program computes at a time: query rows times keys.
+
+    Attributes:
+        stages: tiles of keys that are in flight at once.
+    """
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 3
+
+
+def tile_of(view: KVView, rows: int, shared: int, wide: bool = False) -> Tile:
+    """How many query rows and keys a program takes at once, given ``shared`` bytes of memory.
+
+    Heads up to 256: keys that keep about 32 KiB in flight, so 64 of 128 bf16 numbers.
+
+    Latents: a tile of 32 keys of 512 + 64 bf16 numbers takes 36 KiB, 16 rows of queries 18 KiB.
+    With two tiles in flight that is 90 of the 99 KiB that the smaller cards give a program, with
+    one 54 of AMD's 64. Sums are 16 x 512 floats, 64 registers of each of 128 threads. From 160 KiB
+    on (A100: 163, H100: 227) 64 rows share a tile of plain numbers: 72 KiB of queries and two
+    tiles make 144 KiB, and sums are 128 registers of each of 256 threads, which leaves none to
+    decode encoded ones with.
+
+    Args:
+        rows: of queries, all that share a KV head. wide: they are float32, and so are products.
+    """
+    k, v = view.keys, view.values
+    row_bytes = max(k.fmt.row_bytes(k.dim), v.fmt.row_bytes(v.dim))
+    most = min(MOST_ROWS, max(LEAST_ROWS, _power(rows)))
+    if not view.within:
+        return Tile(most, min(128, max(32, _power(8192 // row_bytes))))
+    if wide or row_bytes > 4 * 512:
+        return Tile(LEAST_ROWS, LEAST_ROWS, stages=2)
+    if most > LEAST_ROWS and k.fmt.plain and shared >= 160 << 10:
+        return Tile(most, 32, warps=8)
+    return Tile(LEAST_ROWS, 32, stages=3 if shared >= 96 << 10 else 2)
 
 
 def attend(
@@ -55,8 +97,9 @@ def attend(
         return out, lse
     kv_heads = views[0].keys.data.shape[1]
     rows = heads // kv_heads * tokens
-    tile = min(MOST_ROWS, max(LEAST_ROWS, _power(rows)))
-    tiles = -(-rows // tile)
+    memory, wide = _shared_memory(q.device), q.dtype is torch.float32
+    sizes = [tile_of(view, rows, memory, wide) for view in views]
+    tiles = -(-rows // sizes[0].rows)
     splits = [
         splits_each or choose_splits(batch * kv_heads * tiles, view.most, gpu_of(q.device))
         for view in views
@@ -68,15 +111,16 @@ def attend(
     part_lse = torch.empty(scratch.shape[:2], dtype=torch.float32, device=q.device)
     options = ready(options, views[0].keys.dim, q.device)
     slot = 0
-    for view, count in zip(views, splits, strict=True):
+    for view, count, tile in zip(views, splits, sizes, strict=True):
         grid = (count, tiles, batch * kv_heads)
         turned = _rotated(q, view.keys)
         _launch(grid, turned, view, lengths, options, tile, scratch, part_lse, slot)
         slot += count
-    merge_kernel[(scratch.shape[0],)](
+    merge_kernel[(scratch.shape[0], -(-v_head_dim // _MERGED))](
         scratch, scratch.stride(1), part_lse, slots,
         heads, tokens, out, lse, v_head_dim,
-        SLOTS=_power(slots), DV=_power(v_head_dim), **arguments(merge_kernel, options, lse),
+        SLOTS=_power(slots), DV=min(_MERGED, _power(v_head_dim)),
+        **arguments(merge_kernel, options, lse),
     )  # fmt: skip
     return out, lse
 
@@ -126,13 +170,14 @@ def _launch(
     view: KVView,
     lengths: torch.Tensor,
     options: Options,
-    tile: int,
+    tile: Tile,
     scratch: torch.Tensor,
     part_lse: torch.Tensor,
     slot: int,
 ) -> None:
     k, v = view.keys, view.values
     _, heads, tokens, head_dim = q.shape
+    rope = head_dim - v.dim if view.within else 0
     kv_heads = k.data.shape[1]
     none, own = lengths, view.per_head  # a pointer that is never followed
     mask, kind = _mask(options.visibility.mask, q.shape)
@@ -146,17 +191,20 @@ def _launch(
         int(mask is not None and mask.shape[-1] > 1),
         scratch, scratch.stride(1), part_lse, scratch.shape[1], slot,
         kv_heads, heads // kv_heads, tokens,
-        head_dim=head_dim, v_head_dim=v.dim, k_width=k.data.shape[-1],
-        v_width=v.data.shape[-1], k_groups=_groups(k), v_groups=_groups(v),
-        SPLITS=grid[0], M=tile, N=_tile_keys(k, v),
-        D=_padded(k), DV=_padded(v), K_GROUPS=_power(_groups(k)), V_GROUPS=_power(_groups(v)),
+        head_dim=head_dim - rope, v_head_dim=v.dim, rope_dim=rope,
+        k_width=(v if rope else k).data.shape[-1], v_width=v.data.shape[-1],
+        k_groups=_groups(k), v_groups=_groups(v),
+        SPLITS=grid[0], M=tile.rows, N=tile.keys,
+        D=_padded(v if rope else k), DV=_padded(v),
+        ROPE=max(LEAST_ROWS, _power(rope)) if rope else 0,
+        K_GROUPS=_power(_groups(k)), V_GROUPS=_power(_groups(v)),
         K_FORMAT=k.fmt.code, V_FORMAT=v.fmt.code, K_HALVES=_halves(k), V_HALVES=_halves(v),
         DOT=_DOTS[q.dtype],
         # Queries of float32 ask for its digits; tensor cores would keep ten bits of them.
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
         ONE_PAGE=view.table.shape[-1] == 1, HAS_BEGIN=view.begin is not None, MASK_KIND=kind,
         **arguments(attend_kernel, options, none),
-        num_warps=4, num_stages=3,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -185,12 +233,6 @@ def _scales(rows: Rows) -> tuple[torch.Tensor, int, int]:
     if rows.scales is None:
         return rows.data, 0, 0
     return rows.scales, rows.scales.stride(0), rows.scales.stride(1)
-
-
-def _tile_keys(k: Rows, v: Rows) -> int:
-    """Keys of a tile: what keeps about 32 KiB in flight, so 64 for 128 bf16 numbers."""
-    row_bytes = max(k.fmt.row_bytes(k.dim), v.fmt.row_bytes(v.dim))
-    return min(128, max(32, _power(8192 // row_bytes)))
 
 
 def _padded(rows: Rows) -> int:
@@ -231,3 +273,13 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(multiprocessors=4, blocks_each=1)
     return Gpu(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; the interpreter plays a large GPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    )
