@@ -13,7 +13,16 @@ import sys
 from collections.abc import Callable
 
 from kvfold.files import write_text
-from pages.decoding import attention, decoding, latent_steps, profile, prompts, slope, whole_step
+from pages.decoding import (
+    attention,
+    decoding,
+    latent_steps,
+    profile,
+    prompts,
+    slope,
+    whole_latent_step,
+    whole_step,
+)
 from pages.engines import engines
 from pages.planning import planning, planning_cases
 from pages.quality import (
@@ -59,6 +68,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-memory": serving_memory,
     "serving-short": serving_in_short,
     "whole-step": whole_step,
+    "latent-step": whole_latent_step,
     "planning": planning,
     "planning-cases": planning_cases,
     "caches": caches,

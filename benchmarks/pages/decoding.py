@@ -129,3 +129,26 @@ def latent_steps() -> str:
              "bf16: ns per token (floor)", "× PyTorch's best")  # fmt: skip
     cases = dict.fromkeys((latent, heads) for latent, heads, _ in found)
     return table(heads, (cells(*case) for case in cases), 0) + measured(rows)
+
+
+def whole_latent_step() -> str:
+    """Steps with latent attention, and how often transformers' fits into ours."""
+    rows = results("latent_step", "way", "weights", "threads", "layers")
+    contexts = ("512", "4096", "16384")
+    theirs = {r["weights"]: r["milliseconds"] for r in rows if r["way"] == "sdpa"}
+
+    def cells(row: Row) -> Iterator[str]:
+        yield row["weights"]
+        yield NAMES[row["way"]]
+        times = row["milliseconds"]
+        yield " / ".join(f"{times[c]:,.0f}" if c in times else "–" for c in contexts)
+        ratios = {c: theirs[row["weights"]][c] / times[c] for c in contexts if c in times}
+        yield " / ".join(f"{ratios[c]:.1f}" if c in ratios else "–" for c in contexts)
+        yield f"{row['microseconds_per_token_and_layer']:.2f}"
+
+    heads = ("weights", "attention, cache", "ms at 512 / 4,096 / 16,384", "× `sdpa`'s speed",
+             "µs per token and layer")  # fmt: skip
+    floors = {(f"{r['read_bandwidth'] / 1e9:.0f}", f"{r['bf16_floor']:.3f}") for r in rows
+              if r["way"] == "bf16"}  # fmt: skip
+    last = [("", f"floor, bf16 latents ({speed} GB/s)", "", "", f) for speed, f in sorted(floors)]
+    return table(heads, [*map(cells, rows), *last], 2) + measured(rows)
