@@ -295,6 +295,7 @@ LAYER = Whole(0, 1 << 14, "layers are counted from 0")
 LORA_RANK = Whole(0, 1 << 14, "for instance 8; 0 trains the weights themselves")
 
 ROUNDS = Whole(1, 10_000, "9 is the default")
+STARTS = Whole(1, 1000, "for instance 6")
 STEPS = Whole(1, 1 << 16, "16 is the default")
 OUTPUT = Whole(2, 1 << 16, "64 is the default; the first comes with the prompt", counts="tokens")
 THREADS = Whole(1, 1024, "as many as there are cores is the default")

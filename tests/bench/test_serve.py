@@ -110,6 +110,47 @@ def test_tables_fit_a_terminal_and_rows_can_be_compared(kvfold: Kvfold, tmp_path
     assert kvfold("bench", "compare", saved, saved).code == 0
 
 
+def test_engines_that_are_alone_give_a_sample_for_each_start(
+    kvfold: Kvfold, tmp_path: Path
+) -> None:
+    source = model(tmp_path / "source", 4, starts_differ=True)
+    options = ("--context", 512, "--concurrency", 1, "--cache", "bf16", "--starts", 3)
+    run = kvfold("bench", "serve", source, *options, *FAST, "--json")
+    assert run.code == 0, run.err
+    assert (source / "starts.log").read_text().split() == ["begin", "end"] * 6
+    rows: Any = run.json()
+    assert [row["starts"] for row in rows] == [3, 3]
+    # Who comes first changes with each start, so these are their places among all six.
+    for row, places in zip(rows, ((1, 4, 5), (2, 3, 6)), strict=True):
+        each = EACH[row["implementation"]]
+        expected = [a_step(each, 512, 1) + STEP * (place - 1) for place in places]
+        assert row["seconds"]["samples"] == pytest.approx(expected)
+        assert row["seconds"]["median"] == pytest.approx(expected[1])
+        assert row["top1"] == 1
+        assert len(row["floor_fraction"]["samples"]) == len(row["first_token"]["samples"]) == 3
+    assert "--starts 3" in rows[0]["command"]
+    told = kvfold("bench", "serve", source, *options, *FAST).out
+    assert "started 3 times" in " ".join(told.split())
+    (source / "starts.log").unlink()
+    kvfold("bench", "serve", source, *options[:-2], *FAST)
+    assert (source / "starts.log").read_text().split()[:2] == ["begin", "begin"]  # in turn
+
+
+def test_engines_that_are_alone_need_the_memory_of_one(
+    kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = list[int]()
+    monkeypatch.setattr(
+        "kvfold.bench.serving.request.check_memory", lambda count, hint: needed.append(count)
+    )
+    source = model(tmp_path / "source", 4)
+    options = ("--context", 512, "--concurrency", 1, "--cache", "bf16", "--working-set", 0x100)
+    for starts in ((), ("--starts", 1)):
+        kvfold("bench", "serve", source, *options, *FAST[:3], "--output", 2, *starts)
+    together, alone = (count - 0x100 for count in needed)
+    assert together == 2 * alone
+
+
 def test_an_engine_that_fails_says_why(kvfold: Kvfold, tmp_path: Path) -> None:
     run = kvfold("bench", "serve", model(tmp_path / "bad", 4, broken=True), *FAST)
     assert run.code == 1
@@ -153,6 +194,7 @@ def test_a_python_without_vllm(
         (("--concurrency", "0"), ("--concurrency 0",)),
         (("--output", "1"), ("--output 1", "at least 2")),
         (("--requests", "0"), ("--requests 0",)),
+        (("--starts", "0"), ("--starts 0",)),
         (("--memory", "64k"), ("--memory 64000", "4,104 tokens")),
         (("--memory", "1000G"), ("GiB of memory", "--memory")),
         (("--python", "nowhere/python"), ("nowhere/python", "no Python")),

@@ -5,9 +5,13 @@ steps take is arithmetic, so tests know what a benchmark must find:
 
 - every step takes ``STEP`` seconds, and ``PREFILL`` for each prompt token that is computed;
 - each token of context of each sequence adds ``OWN`` (vLLM's attention), or ``KVFOLD`` times the
-  bits of the cache.
+  bits of the cache;
+- with ``"starts_differ"`` in its config, the n-th start of a model takes n times ``STEP``.
+
+Beside the config, ``starts.log`` says when engines began and ended.
 """
 
+import atexit
 import importlib
 import json
 import shutil
@@ -74,6 +78,8 @@ class LLMEngine:
         config = json.loads((Path(arguments.model) / "config.json").read_text())
         if config.get("broken"):
             raise ValueError("this model is broken")
+        began = _logged(Path(arguments.model) / "starts.log")
+        self.step_seconds = STEP * (began if config.get("starts_differ") else 1)
         bits = BITS[arguments.kv_cache_dtype]
         heads = config["num_hidden_layers"] * config["num_key_value_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -114,7 +120,8 @@ class LLMEngine:
             request = self.waiting.pop(0)
             request.computed, _ = self.connector.get_num_new_matched_tokens(request, 0)
             self.running.append(request)
-        budget, seconds, given = self.arguments.max_num_batched_tokens, STEP, list[Request]()
+        budget, given = self.arguments.max_num_batched_tokens, list[Request]()
+        seconds = self.step_seconds
         for request in self.running:
             left = len(request.prompt) + request.made - request.computed
             now = min(left, budget)
@@ -131,6 +138,18 @@ class LLMEngine:
         for each in self.loggers:
             each.record(scheduler_stats=SimpleNamespace(num_running_reqs=len(self.running)))
         return [_output(request, request in done) for request in given]
+
+
+def _logged(log: Path) -> int:
+    """How often an engine began, this time included; it is told when this one ends."""
+
+    def say(word: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{word}\n")
+
+    say("begin")
+    atexit.register(say, "end")
+    return log.read_text().count("begin")
 
 
 def _output(request: Request, finished: bool) -> Any:

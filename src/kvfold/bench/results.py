@@ -48,6 +48,8 @@ class Row:
             at once. cache_tokens: how many tokens its cache holds.
         slope: seconds that each token of context of a sequence adds to a step.
         prefill_vs_peer: speed to the first token as a multiple of vLLM's own attention's.
+        starts: of an engine that was alone, each of which is a sample; None where engines took
+            turns.
     """
 
     benchmark: str
@@ -75,6 +77,7 @@ class Row:
     cache_tokens: int | None = None
     slope: Spread | None = None
     prefill_vs_peer: Spread | None = None
+    starts: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -196,6 +199,7 @@ class _Stored(TypedDict):
     prefill_vs_peer: NotRequired[StoredSpread | None]
     running: NotRequired[Count | None]
     cache_tokens: NotRequired[Count | None]
+    starts: NotRequired[Count | None]
 
 
 _ROWS = Document(_Stored, _HOW, error=InputError)

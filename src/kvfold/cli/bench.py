@@ -84,7 +84,8 @@ def serve(request: ServeRequest, save: Path | None, markdown: bool, as_json: boo
 
     Each PATH is a folder. Decoding and prefill are measured apart, in engines without server and
     client; where decoding is measured, prompts are made up (--computed computes them). Ratios are
-    to vLLM's own attention with its own cache, and to the first PATH served in the same way.
+    to vLLM's own attention with its own cache, and to the first PATH served in the same way. Starts
+    of one engine can differ by more than engines do: --starts tells them apart.
     """
     _check_output(save, markdown, as_json)
 
@@ -275,9 +276,14 @@ def _serving_caption(results: "Results") -> str:
         "per token, a step that only decodes, median ± half the interquartile range. tok/s: of "
         "all requests, by as many at once as memory holds. vLLM, 1st: tok/s as a multiple of "
         "vLLM's own attention's, and of the first model's. µs: added to a step by each token of "
-        f"context of each sequence. holds: tokens in the cache's memory. {same}"
+        f"context of each sequence. holds: tokens in the cache's memory. {_started(results)}{same}"
         f"vLLM {results.machine['vllm']}, {readable.machine(results)}"
     )
+
+
+def _started(results: "Results") -> str:
+    count = results.rows[0].starts
+    return f"Each engine alone, started {count} times: a sample is a start. " if count else ""
 
 
 def _print_changes(changes: "tuple[Change, ...]", markdown: bool) -> None:

@@ -10,7 +10,7 @@ from kvfold.bench.cases import TimedRequest, check_cases, check_memory
 from kvfold.bench.serving.engine import check_python
 from kvfold.checkpoint.source import open_weights
 from kvfold.errors import InputError
-from kvfold.numbers import BATCH, BYTES, CONTEXT, LIMIT, OUTPUT, ROUNDS, Wholes
+from kvfold.numbers import BATCH, BYTES, CONTEXT, LIMIT, OUTPUT, ROUNDS, STARTS, Wholes
 from kvfold.ops.formats import format_of
 from kvfold.plan.source import open_model, read_config
 from kvfold.requests import Choice, Flag, Listed, Model, Place, Several, option
@@ -51,6 +51,8 @@ class ServeRequest(TimedRequest):
         python: that has vLLM, or None for this one.
         computed: whether prompts are computed before decoding is measured, or made up.
         random_weights: whether weights are made up, so that a config.json is enough.
+        starts: of each engine, one after the other with nothing beside it, or None for engines
+            that are all there and take turns. Starts of one engine differ, steps within one do not.
 
     Raises:
         InputError: for what cannot be measured.
@@ -96,6 +98,12 @@ class ServeRequest(TimedRequest):
         "--random-weights", Flag(), False, "Make weights up: a config.json is enough."
     )
     rounds: int = option("--rounds", ROUNDS, 5, "Samples of each competitor, in turn.", shared=True)
+    starts: int | None = option(
+        "--starts",
+        STARTS,
+        None,
+        "Start each engine so often, alone: a sample is a start.  [default: all at once, in turn]",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +134,17 @@ class ServeRequest(TimedRequest):
         return max(self.contexts) + self.output
 
     def groups(self) -> Iterator[list[Server]]:
-        """Engines that take turns, one group per format: vLLM's own are in every group."""
+        """Engines that are compared: one group per format, with vLLM's own in every group.
+
+        Those that are alone when they are measured make one group.
+        """
+        together = self._together()
+        if self.starts is None:
+            yield from together
+        else:
+            yield list(dict.fromkeys(server for group in together for server in group))
+
+    def _together(self) -> Iterator[list[Server]]:
         own = DTYPES[self.dtype]
         for cache in self.caches:
             group = []
@@ -187,10 +205,11 @@ class ServeRequest(TimedRequest):
             )
 
     def _check_memory(self) -> None:
-        """A group's engines are there at once."""
+        """A group's engines are there at once, unless each is started alone."""
         each = _PROCESS + self.cache_bytes()
+        most = max if self.starts else sum
         needed = max(
-            sum(each + self.weight_bytes(server.path) for server in group)
+            most(each + self.weight_bytes(server.path) for server in group)
             for group in self.groups()
         )
         check_memory(

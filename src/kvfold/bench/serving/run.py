@@ -1,8 +1,9 @@
-"""Checkpoints served by several engines that take turns, case by case."""
+"""Checkpoints served by several engines that take turns, case by case, or are alone in turn."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -28,12 +29,25 @@ class Measured:
     """What a server did in one group.
 
     Attributes:
-        decoding: by context and concurrency, one for each round. first: by context, seconds
-            until the first token, and that token.
+        decoding: by context and concurrency, a sample each. reading: the seconds that reading took
+            beside it. first: by context, seconds until the first token. tokens: those tokens.
     """
 
     decoding: dict[tuple[int, int], list[Decoding]] = field(default_factory=dict)
-    first: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    reading: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    first: dict[int, list[float]] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, start: "Measured") -> None:
+        """What an engine did from one start to its end, as one sample of each case."""
+        for case, found in start.decoding.items():
+            seconds = median(each.seconds for each in found)
+            whole = Decoding(seconds, max(each.running for each in found))
+            self.decoding.setdefault(case, []).append(whole)
+            self.reading.setdefault(case, []).append(median(start.reading[case]))
+        for context, taken in start.first.items():
+            self.first.setdefault(context, []).append(median(taken))
+            self.tokens.setdefault(context, []).extend(start.tokens[context])
 
     def speed(self, case: tuple[int, int]) -> Spread:
         """Tokens per second."""
@@ -41,7 +55,7 @@ class Measured:
 
     def until_first(self, context: int) -> Timing:
         """Seconds until the first token of one request alone."""
-        return Timing.of([seconds for seconds, _ in self.first[context]])
+        return Timing.of(self.first[context])
 
     def slope(self, contexts: tuple[int, ...], concurrency: int) -> Spread | None:
         """Seconds that each token of context adds to a step."""
@@ -51,9 +65,9 @@ class Measured:
     def agreeing(self, other: "Measured") -> float:
         """The share of first tokens that are the other's."""
         pairs = [
-            (own[1], others[1])
-            for context, found in self.first.items()
-            for own, others in zip(found, other.first[context], strict=True)
+            pair
+            for context, found in self.tokens.items()
+            for pair in zip(found, other.tokens[context], strict=True)
         ]
         return sum(a == b for a, b in pairs) / len(pairs)
 
@@ -75,28 +89,26 @@ class _Run:
         self._progress = progress
         self._engines: dict[Server, Engine] = {}
         self._about: dict[Server, dict[str, Any]] = {}
-        self._reading = dict[tuple[int, int], list[float]]()
         self._cases = [(n, c) for c in request.concurrencies for n in request.contexts]
         self._groups = list(request.groups())
-        turns = request.rounds * (len(request.contexts) + len(self._cases))
+        turns = (request.starts or 1) * request.rounds * (len(request.contexts) + len(self._cases))
         self._samples = turns * sum(map(len, self._groups))
         self._done = 0
 
     def results(self) -> Results:
         """Measure group after group; an engine that the next needs too goes on."""
-        rows = dict[tuple[Server, tuple[int, int]], Row]()
+        request, rows = self._request, dict[tuple[Server, tuple[int, int]], Row]()
         with ExitStack() as stack:
-            count = stack.enter_context(threads(self._request.threads))
+            count = stack.enter_context(threads(request.threads))
             stack.callback(self._close, ())
-            self._data = torch.ones(self._request.working_set // 8 + 1, dtype=torch.int64)
+            self._data = torch.ones(request.working_set // 8 + 1, dtype=torch.int64)
             for group in self._groups:
-                self._close(group)
-                self._open(group)
-                rows = self._rows(group, self._measure(group)) | rows
+                found = self._together(group) if request.starts is None else self._alone(group)
+                rows = self._rows(group, found) | rows
         about = next(iter(self._about.values()))
         machine = described(count) | {name: about[name] for name in ("vllm", "torch", "threads")}
         order = sorted(rows, key=lambda key: (self._cases.index(key[1]), self._place(key[0])))
-        command = command_line(self._request, brief=True)
+        command = command_line(request, brief=True)
         return Results(command, machine, tuple(rows[key] for key in order))
 
     def _place(self, server: Server) -> tuple[int, bool, int]:
@@ -144,23 +156,42 @@ class _Run:
         made_up = not request.computed
         return {"arguments": arguments, "made_up": made_up, "threads": request.threads}
 
-    def _measure(self, group: list[Server]) -> dict[Server, Measured]:
+    def _together(self, group: list[Server]) -> dict[Server, Measured]:
         """Every round, each case is measured of each engine, one right after the other."""
+        self._close(group)
+        self._open(group)
         found = {server: Measured() for server in group}
-        self._reading = {case: [] for case in self._cases}
         for number in range(self._request.rounds):
-            turn = number % len(group)
-            order = group[turn:] + group[:turn]
-            for context in self._request.contexts:
-                for server in order:
-                    first = self._first(self._engines[server], context, number)
-                    found[server].first.setdefault(context, []).append(first)
-            for case in self._cases:
-                self._reading[case].append(self._read())
-                for server in order:
-                    decoding = self._decode(self._engines[server], *case, number)
-                    found[server].decoding.setdefault(case, []).append(decoding)
+            self._round(number, _turned(group, number), found)
         return found
+
+    def _alone(self, group: list[Server]) -> dict[Server, Measured]:
+        """Every engine is started again and again, and measured with nothing beside it."""
+        found = {server: Measured() for server in group}
+        for start in range(self._request.starts or 1):
+            for server in _turned(group, start):
+                self._close(())
+                self._open([server])
+                measured = {server: Measured()}
+                for number in range(self._request.rounds):
+                    self._round(number, [server], measured)
+                found[server].add(measured[server])
+        self._close(())
+        return found
+
+    def _round(self, number: int, order: list[Server], found: dict[Server, Measured]) -> None:
+        """A sample of every case."""
+        for context in self._request.contexts:
+            for server in order:
+                seconds, token = self._first(self._engines[server], context, number)
+                found[server].first.setdefault(context, []).append(seconds)
+                found[server].tokens.setdefault(context, []).append(token)
+        for case in self._cases:
+            seconds = self._read()
+            for server in order:
+                decoding = self._decode(self._engines[server], *case, number)
+                found[server].decoding.setdefault(case, []).append(decoding)
+                found[server].reading.setdefault(case, []).append(seconds)
 
     def _first(self, engine: Engine, context: int, number: int) -> tuple[float, int]:
         asked = Asked(concurrency=1, context=context, output=1, computed=True, seed=number)
@@ -207,7 +238,7 @@ class _Run:
         layers = decoder_of(server.path).layers
         kv_bytes = kv_bytes_expected(layers, server.cache, context * running)
         must_read = self._request.read_bytes(server.path) + kv_bytes
-        bandwidth = Spread.of([self._data.nbytes / each for each in self._reading[case]])
+        bandwidth = Spread.of([self._data.nbytes / each for each in measured.reading[case]])
         peer = found.get(Server(server.path, VLLM, own))
         first = next(
             found[other]
@@ -247,4 +278,11 @@ class _Run:
             running=running,
             cache_tokens=self._about[server]["cache_tokens"],
             slope=measured.slope(tuple(self._request.contexts), concurrency),
+            starts=self._request.starts,
         )
+
+
+def _turned(group: list[Server], number: int) -> list[Server]:
+    """The group, begun with another one each time, so that nobody always follows the same."""
+    turn = number % len(group)
+    return group[turn:] + group[:turn]
