@@ -70,7 +70,7 @@ def requests(name: str, pair: tuple[str, str], asked: argparse.Namespace) -> Ite
     given: dict[str, Any] = {
         "paths": pair, "python": asked.python, "rounds": asked.rounds,
         "output": asked.output, "random_weights": True, "eager": asked.eager,
-        "threads": asked.threads, "caches": asked.formats.split(","),
+        "threads": asked.threads, "caches": asked.formats.split(","), "starts": asked.starts,
     }  # fmt: skip
     if "load" in asked.parts.split(","):
         yield ServeRequest(
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,4,8,16")
     parser.add_argument("--formats", default="bf16,int8,int4", help=f"of {', '.join(CACHES)}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, help="of each engine, alone; default: all in turn")
     parser.add_argument("--output", type=int, default=32, help="tokens that a request decodes")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--eager", action="store_true", help="do not compile the models")

@@ -36,7 +36,7 @@ from pages.quality import (
     memory,
 )
 from pages.rows import FOLDER
-from pages.serving import serving, serving_in_short, serving_memory
+from pages.serving import serving, serving_in_short, serving_memory, serving_starts
 
 ROOT = FOLDER.parent
 PAGES = (
@@ -67,6 +67,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-tinyllama": lambda: serving("TinyLlama"),
     "serving-memory": serving_memory,
     "serving-short": serving_in_short,
+    "serving-starts": serving_starts,
     "whole-step": whole_step,
     "latent-step": whole_latent_step,
     "planning": planning,

@@ -1,7 +1,7 @@
 """Results as the benchmarks wrote them, and tables in Markdown."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ NOT_YET = "*Not measured yet.*"
 Row = dict[str, Any]
 
 
-def results(name: str, *case: str) -> list[Row]:
+def results(name: str, *case: str, only: Callable[[Row], bool] = lambda row: True) -> list[Row]:
     """The rows of a file of results, the last of each case; ``a.b`` is a field of a field."""
     rows: dict[tuple[Any, ...], Row] = {}
     file = FOLDER / f"{name}.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         row = json.loads(line)
+        if not only(row):
+            continue
         key = tuple(_field(row, field) for field in case)
         rows.pop(key, None)
         rows[key] = row

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 from pages.rows import NOT_YET, Row, measured, results, table
 
+CASE = ("case.model", "case.context", "case.batch", "case.memory", "implementation")
+
 
 def served() -> list[Row]:
-    """What was measured of serving, by model and attention, source first."""
-    case = ("model", "context", "batch", "memory")
-    return results("serving", *(f"case.{name}" for name in case), "implementation")
+    """What was measured of engines that take turns, by model and attention, source first."""
+    return results("serving", *CASE, only=lambda row: not row.get("starts"))
 
 
 def short_of_memory(rows: list[Row]) -> list[Row]:
@@ -96,3 +97,21 @@ def serving_memory() -> str:
     heads = ("model, heads", "attention, cache", "memory, MiB", "tokens it holds", "at once",
              "tokens/s", "× vLLM's own", "× source")  # fmt: skip
     return table(heads, map(cells, rows), 2) + measured(rows) if rows else NOT_YET
+
+
+def serving_starts() -> str:
+    """Engines that were started again and again, alone: the spread is that of starts."""
+    rows = results("serving", *CASE, only=lambda row: bool(row.get("starts")))
+
+    def cells(row: Row) -> Iterator[str]:
+        case, seconds = row["case"], row["seconds"]
+        yield f"{case['model']}, {case['num_heads']}:{case['num_kv_heads']}"
+        yield row["implementation"]
+        yield f"{case['batch']} × {case['context']:,}"
+        yield str(row["starts"])
+        yield f"{1e3 * seconds['median']:.2f}"
+        yield " ".join(f"{1e3 * each:.1f}" for each in sorted(seconds["samples"]))
+
+    heads = ("model, heads", "attention, cache", "at once × context", "starts",
+             "ms per token, median", "every start")  # fmt: skip
+    return table(heads, map(cells, rows), 3) + measured(rows) if rows else NOT_YET

@@ -250,4 +250,10 @@ def test_the_benchmark_fills_its_tables(tmp_path: Path, monkeypatch: pytest.Monk
     assert f"{1e6 * OWN:.2f} |" in load[2]
     # Two and seven of 16 requests: 2.5 times the source's 4,100 tokens hold 7.5 of a third.
     assert [line.split(" | ")[4] for line in memory[2:6]] == ["2", "2", "7", "7"]
-    assert pages.serving("TinyLlama") == rows.NOT_YET
+    assert pages.serving("TinyLlama") == pages.serving_starts() == rows.NOT_YET
+    alone = ["--starts", "2", "--parts", "load"]
+    monkeypatch.setattr("sys.argv", ["serving.py", sys.executable, *options, *quick, *alone])
+    serving.main()
+    assert pages.serving("SmolLM2").splitlines() == load
+    told = [line.split(" | ")[1:4] for line in pages.serving_starts().splitlines()[2:4]]
+    assert told == [["vLLM bf16", "2 × 512", "2"], ["kvfold bf16", "2 × 512", "2"]]
