@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfold.arch.families import family_of
+from kvfold.arch.target import Latent
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
 from kvfold.plan import evidence
@@ -231,6 +234,70 @@ def test_every_machine_says_where_its_numbers_are_from() -> None:
         assert machine.memory >= 24e9
         assert 50e9 < machine.bandwidth < 10e12
         assert machine.flops is None or 50e12 < machine.flops < 5e15
+
+
+# -- latents --------------------------------------------------------------------------------
+
+
+def test_a_latent_has_the_weights_that_its_own_config_says() -> None:
+    target, config = Latent(512, 64), LLAMA2_7B | {"rms_norm_eps": 1e-5}
+    planned = read_model(config, "x").with_latent(target, config)
+    stored = read_model(target.config(family_of(config), config), "x")
+    assert stored.layers == planned.layers
+    assert stored.parameters == planned.parameters
+    assert kv_bytes_per_token(planned, "bf16") == 2 * 32 * (512 + 64)
+
+
+def test_a_step_over_latents_is_bound_by_arithmetic_that_all_heads_do() -> None:
+    model = read_model(LLAMA2_7B, "x").with_latent(Latent(512, 64), LLAMA2_7B)
+    load = Load(context=32_768, batch=64)
+    products = 2 * 32 * 32 * (512 + 64 + 512)  # layers, heads, q k and weights times v
+    slow = replace(H100, flops=1e14)
+    assert decode_step(model, load, slow).binds == "arithmetic"
+    flops = 64 * (2 * model.active_parameters + products * 32_768)
+    assert decode_step(model, load, slow).seconds == pytest.approx(flops / 1e14)
+    layer = model.layers[0]  # whose keys and values prompts expand it to
+    assert layer.head_dim + layer.v_head_dim < 512 + 64 + 512
+    pairs = 32 * 32 * (layer.head_dim + layer.v_head_dim) * 64 * 32_768**2
+    flops = 2 * model.active_parameters * 64 * 32_768 + pairs
+    assert prefill(model, load, slow).seconds == pytest.approx(flops / 1e14)
+
+
+def test_latents_stand_beside_heads(kvfold: Kvfold, config_folder: Path) -> None:
+    asked = ["plan", config_folder, "--gpu", "h100", "--latent", "512+64,960+64", "--kv-heads"]
+    run = kvfold(*asked, "32,8")
+    assert run.code == 0, run.err
+    assert "960+64" in run.out
+    everything: Any = kvfold(*asked, "32,8", "--json").json()
+    found = everything["options"]
+    assert [(o["kv_heads"], o["latent"]) for o in found[::3]] == [
+        (32, None), (8, None), (1, "512+64"), (1, "960+64"),
+    ]  # fmt: skip
+    assert [o["kv_numbers"] for o in found[::3]] == [32 * n for n in (8192, 2048, 576, 1024)]
+    only: Any = kvfold(*asked, 1, "--json").json()
+    chosen = only["recommendation"]
+    assert chosen["latent"] == "960+64"  # milder than a head of 256 numbers, and it fits
+    assert any("--latent 960+64" in reason for reason in chosen["reasons"])
+    assert any("quality, latent" in reason for reason in chosen["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("config", "latent", "message"),
+    [
+        (LLAMA2_7B | {"num_key_value_heads": 1}, "512+64", "225% of the source's 256"),
+        (LLAMA2_7B, "512", "expected RANK+ROTARY"),
+        (LLAMA2_7B, "512+130", "rotary size"),
+        (DEEPSEEK_V3, "256+64", "latent vectors (MLA) already"),
+    ],
+)
+def test_latents_that_cannot_be(
+    kvfold: Kvfold, tmp_path: Path, config: dict[str, Any], latent: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = kvfold("plan", tmp_path, "--gpu", "h100", "--latent", latent)
+    assert run.code == 2
+    assert message in run.err
+    assert "hint: " in run.err
 
 
 # -- command --------------------------------------------------------------------------------

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 @asks(PlanRequest)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(request: PlanRequest, as_json: bool) -> None:
-    """Predict memory and speed of SRC on a machine, by KV heads and cache format.
+    """Predict memory and speed of SRC on a machine, by KV heads or latents, and cache format.
 
     SRC is a folder (config.json is enough), a config.json, or a hub name; no weights are read.
     Times are bounds: no step is faster than its bytes and its FLOPs allow. With --gpu here, --probe
     adds what a step is expected to take.
     """
     from kvfold.plan.plan import make_plan
-    from kvfold.plan.source import open_model
+    from kvfold.plan.source import open_model, read_config
 
     if request.gpu == "list" or request.source is None:
         _print_machines()
@@ -37,7 +37,10 @@ def command(request: PlanRequest, as_json: bool) -> None:
     model = open_model(request.source)
     expect = _prober(request.source, model) if request.probe else None
     machine = _machine(request)
-    plan = make_plan(model, request.load, machine, request.kv_heads, request.kv_dtypes, expect)
+    plan = make_plan(
+        model, request.load, machine, request.kv_heads, request.kv_dtypes, expect,
+        request.targets, read_config(request.source),
+    )  # fmt: skip
     emit(as_json, plan.as_dict(), lambda: _print(plan, request.fit))
 
 
@@ -103,8 +106,7 @@ def _print(plan: "Plan", fit: bool) -> None:
         + ("Here: expected of transformers with kvfold, by timing a few layers.\n" * probed)
         + "10% of the memory is left to the runtime.",
     )
-    plural = "s" if chosen.kv_heads > 1 else ""
-    click.echo(f"{chosen.kv_heads} KV head{plural}, {chosen.kv_dtype} cache:")
+    click.echo(f"{chosen.label}, {chosen.kv_dtype} cache:")
     for reason in plan.recommendation.reasons:
         click.echo(fill(reason, 78, initial_indent="- ", subsequent_indent="  "))
 
@@ -117,7 +119,7 @@ def _columns(fit: bool, probed: bool) -> list[str]:
 
 def _row(option: "Option", fit: bool, probed: bool, chosen: bool) -> list[str]:
     row = [
-        f"{'> ' if chosen else ''}{option.kv_heads}",
+        f"{'> ' if chosen else ''}{option.latent or option.kv_heads}",
         option.kv_dtype,
         f"{option.kv_bytes_per_token / 1024:.3g}",
         _gib(option.memory.kv_cache),

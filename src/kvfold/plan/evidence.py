@@ -46,6 +46,14 @@ def heads_risk(factor: float) -> str:
     return f"measured is {MODEL} to a third of its heads ({relation}): {known}"
 
 
+def latent_risk() -> str:
+    """What is known of storing a model with a latent for all heads."""
+    return (
+        "not measured for this model; `kvfold eval` on the result tells what it cost, at short and "
+        "at long contexts, for position-free keys fail late"
+    )
+
+
 def cache_risk(kv_dtype: str) -> str:
     """What is known of a cache format."""
     if FORMATS[kv_dtype].plain:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvfold.arch.decoder import Decoder, describe
+from kvfold.arch.families import family_of
 from kvfold.arch.layers import CHUNKED, LATENT, SLIDING, Layer
+from kvfold.arch.target import Latent
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,41 @@ class Model:
             (old.num_kv_heads - new.num_kv_heads) * (old.head_dim + old.v_head_dim)
             for old, new in zip(self.layers, layers, strict=True)
         )
-        weights = saved * self.hidden_size
+        return self._with(layers, saved * self.hidden_size)
+
+    def with_latent(self, target: Latent, config: Mapping[str, Any]) -> "Model":
+        """The model with latent attention, its projections of other sizes.
+
+        Args:
+            config: the model's own.
+
+        Raises:
+            InputError: if the cache would grow, or the sizes are none that the model can have.
+            UnsupportedError: if its family cannot be stored so.
+        """
+        family = family_of(config)
+        made = target.geometry(family.geometry(config), family, config)
+        layer = Layer(
+            LATENT, made.num_heads, made.num_heads, made.head_dim, made.v_head_dim,
+            latent=made.kv_lora_rank + made.qk_rope_head_dim, rotary=made.qk_rope_head_dim,
+            query_rank=made.q_lora_rank,
+        )  # fmt: skip
+        layers = (layer,) * len(self.layers)
+        before, after = (
+            sum(_attention_parameters(each, self.hidden_size) for each in every)
+            for every in (self.layers, layers)
+        )
+        return self._with(layers, before - after)
+
+    def _with(self, layers: tuple[Layer, ...], saved: int) -> "Model":
+        """With other layers, and so many weights fewer."""
         bytes_each = self.weight_bytes / self.parameters
         return replace(
             self,
             layers=layers,
-            parameters=self.parameters - weights,
-            active_parameters=self.active_parameters - weights,
-            weight_bytes=self.weight_bytes - round(weights * bytes_each),
+            parameters=self.parameters - saved,
+            active_parameters=self.active_parameters - saved,
+            weight_bytes=self.weight_bytes - round(saved * bytes_each),
         )
 
 

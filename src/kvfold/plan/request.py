@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvfold.arch.target import Latent
+from kvfold.arguments import text
 from kvfold.errors import InputError
 from kvfold.numbers import (
     BANDWIDTH,
@@ -17,13 +19,17 @@ from kvfold.plan.roofline import KV_BITS, Load
 from kvfold.requests import Choice, Flag, Listed, Model, Request, Text, option
 
 
+def _latent(value: object, name: str) -> str:
+    return Latent.read(text(value, name), name).words
+
+
 @dataclass(frozen=True)
 class PlanRequest(Request):
     """A model, a machine and a load, and how many heads and which formats to compare.
 
     Attributes:
         source: None where only the machines are asked for. gpu: a machine by name, ``here`` or
-            ``list``. gpus: that share each layer.
+            ``list``. gpus: that share each layer. latents: as ``160+32``, beside the heads.
         memory: GB; bandwidth: GB/s; flops: TFLOP/s, in place of the machine's own.
         probe: also time some layers. fit: show what fits rather than times.
 
@@ -52,6 +58,13 @@ class PlanRequest(Request):
         None,
         "To compare, as 32,8,1.  [default: SRC's and usual ones]",
     )
+    latents: tuple[str, ...] = option(
+        "--latent",
+        Listed(Text(_latent), none=True),
+        (),
+        "To compare beside them: a latent and a rotary key for all heads, as 160+32.",
+        metavar="RANK+ROTARY,...",
+    )
     kv_dtypes: tuple[str, ...] = option(
         "--kv-dtype", Listed(Choice(KV_BITS)), ("bf16", "int8", "int4")
     )
@@ -69,6 +82,11 @@ class PlanRequest(Request):
             raise InputError(
                 "--fit shows no times, which --probe would measure", "leave one of them out"
             )
+
+    @property
+    def targets(self) -> list[Latent]:
+        """The latents to compare."""
+        return [Latent.read(words, "--latent") for words in self.latents]
 
     @property
     def load(self) -> Load:

@@ -114,8 +114,12 @@ def _attention_flops(model: Model, tokens: int, context: int) -> float:
     """q kᵀ and weights times v, all layers, every pair counted; see ``geometry``."""
     total = 0.0
     for layer in model.layers:
-        # MLA attends in the latent space: every head's query meets the latent vector twice.
-        dims = 2 * layer.latent if layer.kind == LATENT else layer.head_dim + layer.v_head_dim
+        dims = layer.head_dim + layer.v_head_dim
+        if layer.kind == LATENT:
+            # Every head meets the latent as key and as value, and the rotary key besides. Prompts
+            # may expand it to heads, by products that are among those of the weights.
+            absorbed = 2 * layer.latent - layer.rotary
+            dims = absorbed if tokens == 1 else min(dims, absorbed)
         total += 2.0 * layer.num_heads * tokens * layer.kept(context) * dims
     return total
 
