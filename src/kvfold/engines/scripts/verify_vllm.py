@@ -1,7 +1,10 @@
 """vLLM: opens Hugging Face folders as they are."""
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from verify_task import Answer, Stage, Task, installed
 
@@ -21,7 +24,11 @@ def load(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    chosen = {"attention_backend": attention} if attention else {}
+    chosen: dict[str, Any] = {"attention_backend": attention} if attention else {}
+    if _latent(task):
+        # vLLM 0.32's own operator for rotary embeddings on CPUs takes heads in another form than
+        # its latent attention gives them in; without it both are PyTorch's, as when compiled.
+        chosen["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     engine = LLM(
         model=task.folder, dtype=task.dtype, enforce_eager=True, max_model_len=task.length, **chosen
     )
@@ -35,3 +42,8 @@ def load(
         ]
 
     return generate, "as it is"
+
+
+def _latent(task: Task) -> bool:
+    config = json.loads((Path(task.folder) / "config.json").read_text(encoding="utf-8"))
+    return config.get("kv_lora_rank") is not None
