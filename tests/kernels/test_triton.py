@@ -5,44 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold.kernels.view import KVView, Rows
-from kvfold.ops.formats import FORMATS, decode, encode
+from kvfold.kernels.view import KVView
+from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import check_options
-from kvfold.ops.rotation import rotate
 from tests.toolbox.attention_cases import naive, noise
-from tests.toolbox.triton_cases import DEVICE, check
+from tests.toolbox.triton_cases import DEVICE, SINK_LOGITS, check, stored
 
 pytest.importorskip("triton")
 from kvfold.kernels.triton.launch import attend
 
 pytestmark = pytest.mark.usefixtures("triton")
 PAIRS: list[tuple[str, str]] = [(name, name) for name in FORMATS] + [("int8", "int4")]
-SINK_LOGITS = torch.tensor([0.5, -torch.inf, 3.0, -1.0])
-
-
-def stored(x: torch.Tensor, name: str, page: int, key: bool) -> tuple[Rows, torch.Tensor]:
-    """Pages of ``[B, H, S, D]`` encoded by ``ops.formats``, and what they decode to.
-
-    Slots beyond S hold NaN or, in codes, the largest numbers.
-    """
-    fmt, (batch, _, keys, dim) = FORMATS[name], x.shape
-    count = -(-keys // page)
-    size = fmt.rotation(dim) if key else 0
-    width = fmt.stored_dim(dim)
-    rows = rotate(torch.nn.functional.pad(x, (0, width - dim)), size) if size else x
-    data, scales = encode(rows, fmt)
-    back = rotate(decode(data, scales, fmt, width if size else dim), size)[..., :dim]
-    poison = (0, 0, 0, count * page - keys)
-    data = torch.nn.functional.pad(data, poison, value=255)
-    scales = torch.nn.functional.pad(scales, poison, value=float("nan"))
-    data = data.view(fmt.dtype)
-
-    def paged(rows: torch.Tensor) -> torch.Tensor:
-        pages = rows.unflatten(2, (count, page)).transpose(1, 2).flatten(0, 1)
-        return pages.contiguous().to(DEVICE)
-
-    assert len(paged(data)) == batch * count
-    return Rows(fmt, paged(data), paged(scales), dim), back
 
 
 def case(

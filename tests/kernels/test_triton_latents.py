@@ -8,9 +8,8 @@ import torch
 from kvfold import LatentCache
 from kvfold.kernels.view import KVView, Rows
 from kvfold.ops.options import check_options
-from tests.kernels.test_triton import SINK_LOGITS, stored
 from tests.toolbox.attention_cases import naive, noise
-from tests.toolbox.triton_cases import DEVICE, check
+from tests.toolbox.triton_cases import DEVICE, SINK_LOGITS, check, stored
 
 pytest.importorskip("triton")
 from kvfold.kernels.triton import launch
