@@ -87,19 +87,9 @@ class LatentLayer(KVLayer):
 class Latents(Stored):
     """Stands for the latents (side 0) or the rotary keys (side 1) of a cache, ``[B, 1, S, D]``."""
 
-    def __init__(
-        self,
-        layer: Any,
-        side: int,
-        tokens: int,
-        dtype: torch.dtype,
-        new: torch.Tensor | None = None,
-    ) -> None:
-        cache: LatentCache = layer.held
-        self.layer, self.side, self.new, self.dtype = layer, side, new, dtype
-        dim = cache.qk_rope_head_dim if side else cache.kv_lora_rank
-        self.shape = torch.Size((cache.batch, 1, tokens, dim))
-        self.device = cache.device
+    @staticmethod
+    def _sizes(cache: LatentCache, side: int, tokens: int) -> tuple[int, ...]:
+        return cache.batch, 1, tokens, cache.qk_rope_head_dim if side else cache.kv_lora_rank
 
     def tensor(self) -> torch.Tensor:
         """``[B, 1, S, D]`` in the model's dtype."""

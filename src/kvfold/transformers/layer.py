@@ -62,11 +62,14 @@ class Stored(StandIn):
         dtype: torch.dtype,
         new: torch.Tensor | None = None,
     ) -> None:
-        cache: Any = layer.held
         self.layer, self.side, self.new, self.dtype = layer, side, new, dtype
+        self.shape = torch.Size(self._sizes(layer.held, side, tokens))
+        self.device = layer.held.device
+
+    @staticmethod
+    def _sizes(cache: Any, side: int, tokens: int) -> tuple[int, ...]:
         dim = cache.v_head_dim if side else cache.head_dim
-        self.shape = torch.Size((cache.batch, cache.num_kv_heads, tokens, dim))
-        self.device = cache.device
+        return cache.batch, cache.num_kv_heads, tokens, dim
 
     def tensor(self) -> torch.Tensor:
         """``[B, Hkv, S, D]`` in the model's dtype."""
