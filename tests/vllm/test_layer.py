@@ -92,7 +92,14 @@ def test_ragged_steps_are_the_definition(name: str, backend: str) -> None:
         engine.step(new)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# Lengths are read in one way whatever the format, and the interpreter takes its time.
+OFTEN = ("bf16", "int8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in OFTEN else pytest.param(x, marks=pytest.mark.slow) for x in FORMATS],
+)
 def test_steps_whose_lengths_a_gpu_knows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under Triton's interpreter: prompts go in pieces, and no length comes to the host."""
     pytest.importorskip("triton")
