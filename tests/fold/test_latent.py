@@ -317,6 +317,7 @@ def test_sizes_that_cannot_be(
         ["--kv-heads", "2", "--pad", "64+64"],
         ["--latent", "12+4", "--pad", "10+4"],
         ["--latent", "12+4", "--pad", "64+5"],
+        ["--latent", "12+4", "--pad", "64+64/2"],
         ["--latent", "12+4", "--method", "pca"],
         ["--kv-heads", "2", "--method", "latent"],
         ["--latent", "12+4", "--no-calibration"],

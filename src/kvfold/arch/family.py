@@ -166,6 +166,11 @@ class Family:
         """
         return Sizes.read(config, self.keys, self.default_head_dim)
 
+    def rotary_dim(self, config: Config, geometry: AttentionGeometry) -> int:
+        """Rotating dimensions of a head, in the layer that has the most."""
+        layers = range(geometry.num_layers)
+        return max(self.rotary.dim(config, geometry.head_dim, layer) for layer in layers)
+
     def geometry(self, config: Config) -> AttentionGeometry:
         """Head counts and sizes from a ``config.json``, for folding.
 

@@ -18,6 +18,7 @@ from kvfold.arch.latent_carried import carried_to_latent, is_untied
 from kvfold.arch.latent_config import check_latent, latent_config, rope_of
 from kvfold.arch.projections import Projections
 from kvfold.arch.sizes import Config
+from kvfold.arguments import text
 from kvfold.errors import InputError
 from kvfold.geometry import AttentionGeometry, LatentGeometry
 from kvfold.names import shown
@@ -165,6 +166,11 @@ class Latent:
             raise InputError(f"{name} {words}: expected a rank of at least 2, one of it a constant")
         return cls(LATENT_SIZE.check(rank, name, words), rotary, stride)
 
+    @classmethod
+    def spelled(cls, value: object, name: str) -> str:
+        """What somebody gave for one, checked, in one spelling; as :meth:`read`."""
+        return cls.read(text(value, name), name).words
+
     @property
     def label(self) -> str:
         return f"a latent of {self.words} numbers"
@@ -198,10 +204,7 @@ class Latent:
 
     def geometry(self, source: AttentionGeometry, family: Family, config: Config) -> LatentGeometry:
         check_latent(family, config)
-        rotary_dims = [
-            family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
-        ]
-        self._check_sizes(source, max(rotary_dims))
+        self._check_sizes(source, family.rotary_dim(config, source))
         nope = source.head_dim  # all of a query, as one rotary key leaves something of every number
         rank, rotary = self.cached
         return LatentGeometry(
@@ -218,9 +221,7 @@ class Latent:
 
     def config(self, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
         source = family.geometry(config)
-        rotary_dim = max(
-            family.rotary.dim(config, source.head_dim, layer) for layer in range(source.num_layers)
-        )
+        rotary_dim = family.rotary_dim(config, source)
         geometry = self.geometry(source, family, config)
         kept, size = self.rotary // 2, self.cached[1]
         rope = rope_of(config, rotary_dim, kept, self.stride, size, self.stored)

@@ -54,7 +54,7 @@ def candidates(checkpoint: Checkpoint, share: float, layout: str) -> list[Target
     room = int(share * g.num_kv_heads * each)
     fitting = [heads for heads in divisors(g.num_kv_heads)[:-1] if heads * each <= room]
     found: list[Target] = [Grouped(max(fitting))] if fitting else []
-    rotary_dim = max(family.rotary.dim(config, g.head_dim, i) for i in range(g.num_layers))
+    rotary_dim = family.rotary_dim(config, g)
     for rotary in (rotary_dim // 4 * 2, rotary_dim // 8 * 6):
         latent = Latent(max(room - rotary, 2), rotary, layout=layout)
         try:

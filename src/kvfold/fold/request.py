@@ -47,10 +47,6 @@ def _method(value: object, name: str) -> str:
     return found
 
 
-def _latent(value: object, name: str) -> str:
-    return Latent.read(text(value, name), name).words
-
-
 def _share(value: object, name: str) -> str:
     words = text(value, name).strip()
     number = Real(0, 99, above=True, hint="for instance 50%").read(words.removesuffix("%"), name)
@@ -89,7 +85,7 @@ class ConvertRequest(Request):
     )
     latent: str | None = option(
         "--latent",
-        Text(_latent),
+        Text(Latent.spelled),
         None,
         "Or: a latent of RANK numbers and a rotary key of ROTARY for all heads (MLA), for instance "
         "160+32; 160+32/2 keeps every second rotary frequency in place of the highest.",
@@ -113,7 +109,7 @@ class ConvertRequest(Request):
     )
     pad: str | None = option(
         "--pad",
-        Text(_latent),
+        Text(Latent.spelled),
         None,
         "Pad the latent with zeros to these sizes, for engines that take no others (vLLM on CPUs: "
         "512+64).",
@@ -165,6 +161,8 @@ class ConvertRequest(Request):
             raise InputError("--kv-bytes measures on calibration text", "drop --no-calibration")
         if self.pad is not None and self.latent is None:
             raise InputError("--pad is for latents", "give --latent too, or drop it")
+        if self.pad is not None and "/" in self.pad:
+            raise InputError(f"--pad {self.pad}: expected two sizes", "for instance 512+64")
 
     @property
     def target(self) -> Target:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from kvfold.arch.target import Latent
-from kvfold.arguments import text
 from kvfold.errors import InputError
 from kvfold.numbers import (
     BANDWIDTH,
@@ -17,10 +16,6 @@ from kvfold.numbers import (
 )
 from kvfold.plan.roofline import KV_BITS, Load
 from kvfold.requests import Choice, Flag, Listed, Model, Request, Text, option
-
-
-def _latent(value: object, name: str) -> str:
-    return Latent.read(text(value, name), name).words
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class PlanRequest(Request):
     )
     latents: tuple[str, ...] = option(
         "--latent",
-        Listed(Text(_latent), none=True),
+        Listed(Text(Latent.spelled), none=True),
         (),
         "To compare beside them: a latent and a rotary key for all heads, as 160+32.",
         metavar="RANK+ROTARY,...",
