@@ -99,5 +99,5 @@ def test_another_kind_of_target(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(getattr(read, part), expected), part
     written = {name for layer in made for name in layer.tensors}
     assert written == {name for name in specs if ".self_attn." in name}
-    with pytest.raises(UnsupportedError, match="cannot make 1 KV heads"):
+    with pytest.raises(UnsupportedError, match="cannot make 1 KV head"):
         list(fold_all(source, FoldPlan(Grouped(1), "fuse", "none", seed=0)))

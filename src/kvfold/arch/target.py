@@ -96,7 +96,7 @@ class Grouped:
 
     @property
     def label(self) -> str:
-        return f"{self.num_kv_heads} KV heads"
+        return "1 KV head" if self.num_kv_heads == 1 else f"{self.num_kv_heads} KV heads"
 
     def as_dict(self) -> dict[str, Any]:
         return {"num_kv_heads": self.num_kv_heads}

@@ -247,6 +247,13 @@ class KeptLayer(TypedDict):
     drift: Number | None
 
 
+class ComparedRow(TypedDict):
+    """A target and how far its attention is from the source's, by tokens of a window."""
+
+    target: str
+    attention_error: Annotated[dict[str, Number], MinLen(1), MaxLen(10)]
+
+
 @open_ended
 class StoredRequest(TypedDict):
     """A ``request.json``."""
@@ -287,4 +294,5 @@ QUALITY = Document(QualityRow, _RUN)
 QUALITIES = Document(list[WholeQuality], _RUN)
 DEMO_RECORD = Document(DemoRecord, _RUN)
 METRICS_ROW = Document(MetricsRow, _RUN, largest=MEGABYTE)
+COMPARED = Document(list[ComparedRow], "--force instead of --resume starts over")
 KEPT = Document(KeptLayer, "--force instead of --resume starts over", largest=64 * MEGABYTE)

@@ -44,11 +44,9 @@ def command(
     """
     from kvfold.checkpoint.places import working_folder
     from kvfold.cli.progress import progress_bar
-    from kvfold.fold.convert import run_request, settle
+    from kvfold.fold.convert import run_request
     from kvfold.fold.request import preview
 
-    with progress_bar() as progress:
-        request, compared = settle(request, out, resume=resume, force=force, progress=progress)
     if heal_tokens is not None and not dry_run:
         convert_and_heal(request, out, heal_tokens, resume, force, as_json)
         return
@@ -57,7 +55,7 @@ def command(
         emit(as_json, found.as_dict(), lambda: _print_preview(found.as_dict()))
         return
     with resumable(lambda: working_folder(out)), progress_bar() as progress:
-        record = run_request(request, out, compared, resume=resume, force=force, progress=progress)
+        record = run_request(request, out, resume=resume, force=force, progress=progress)
     emit(as_json, record, lambda: _print_record(record, out))
     for warning in record.get("warnings", []):
         say(f"warning: {warning}", err=True)
@@ -125,8 +123,10 @@ def _print_preview(preview: dict[str, Any]) -> None:
     from kvfold.report.tables import print_table, size
 
     request, geometry = preview["request"], preview["geometry"]
+    targets = preview["targets"]
+    several = [("one of these", target) for target in targets]
     rows = [
-        *_geometry_rows(geometry),
+        *(several if len(targets) > 1 else _geometry_rows(geometry)),
         ("method, fit", f"{request['method']}, {request['fit']}"),
         ("output", size(preview["output_bytes"])),
         ("disk space needed meanwhile", size(preview["disk_bytes_needed"])),
@@ -139,8 +139,9 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
     from kvfold.report.tables import print_table, size
 
     rows = [*_geometry_rows(record["geometry"])]
-    for each in record.get("chosen", {}).get("compared", []):
-        rows.append((f"attention error, {each['target']}", f"{each['attention_error']:.3f}"))
+    for each in record.get("compared", []):
+        errors = ", ".join(f"{e:.3f} at {int(n):,}" for n, e in each["attention_error"].items())
+        rows.append((f"attention error, {each['target']}", errors))
     summary = record.get("summary", {})
     for what, key in (("V", "captured_value"), ("K", "captured_key")):
         if key in summary:

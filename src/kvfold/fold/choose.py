@@ -1,29 +1,32 @@
-"""Heads or a latent? What keeps more of the source's attention, at one size of the cache.
+"""Heads or a latent, and which? What keeps more of the source's attention in so much cache.
 
-Asked for a share of the source's cache, kvfold folds every layer to each candidate in closed form,
-runs it on the source's own inputs, and compares what its attention puts out.
+Where a request leaves its target open, every layer is folded to each candidate in closed form, run
+on the source's own inputs, and compared by what its attention puts out: in the windows that
+calibration has, and in long ones, for what no longer turns with distance fails late.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from kvfold.arch.families import BY_TYPE
-from kvfold.arch.latent_config import check_latent
-from kvfold.arch.target import Grouped, Latent, Target
+from kvfold.arch.target import Latent, Target
+from kvfold.checkpoint.records import COMPARED, ComparedRow
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.errors import InputError, UnsupportedError
-from kvfold.fold.hidden import HiddenStates
+from kvfold.errors import RunError
+from kvfold.files import write_json
 from kvfold.fold.layer import FoldPlan, fold_layer
-from kvfold.fold.passes import Calibration, SourcePass, loader
+from kvfold.fold.passes import Calibration, Load, SourcePass, loader
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.stream import LayerStream
-from kvfold.geometry import divisors
 from kvfold.progress import Progress, no_progress
 
 TOKENS = 8192  # of the calibration text; the order of candidates needs no more
+LONG = 4096  # tokens of a long window
+KEPT = "compared.json"
 
 
 @dataclass(frozen=True)
@@ -31,47 +34,51 @@ class Compared:
     """A candidate and how far its attention is from the source's.
 
     Attributes:
-        error: |a - a_source|^2 / |a_source|^2 of what attention puts out, mean over layers.
+        errors: by tokens of a window: |a - a_source|^2 / |a_source|^2 of what attention puts out,
+            mean over layers.
     """
 
     target: Target
-    error: float
+    errors: dict[int, float]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"target": self.target.label, "attention_error": self.error}
+    @property
+    def error(self) -> float:
+        """Short and long windows count alike."""
+        return fmean(self.errors.values())
+
+    def as_dict(self) -> ComparedRow:
+        errors = {str(tokens): error for tokens, error in self.errors.items()}
+        return {"target": self.target.label, "attention_error": errors}
 
 
-def candidates(checkpoint: Checkpoint, share: float, layout: str) -> list[Target]:
-    """Heads and latents that fit into a share of the source's cache: the largest of each kind.
+def choose(
+    folder: Path,
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    windows: torch.Tensor,
+    *,
+    method: str,
+    seed: int,
+    progress: Progress = no_progress,
+) -> tuple[Target, list[ComparedRow]]:
+    """The best target, and how all of them compare.
 
-    Latents keep the upper half or three quarters of the rotary frequencies.
+    Args:
+        folder: keeps the comparison for a run that is taken up again.
+        windows: see :func:`compare`.
 
     Raises:
-        InputError: if there is none.
+        RunError: if what the folder keeps is no comparison of these targets.
     """
-    g, family, config = checkpoint.geometry, checkpoint.family, checkpoint.config
-    each = g.head_dim + g.v_head_dim
-    room = int(share * g.num_kv_heads * each)
-    fitting = [heads for heads in divisors(g.num_kv_heads)[:-1] if heads * each <= room]
-    found: list[Target] = [Grouped(max(fitting))] if fitting else []
-    rotary_dim = family.rotary_dim(config, g)
-    for rotary in (rotary_dim // 4 * 2, rotary_dim // 8 * 6):
-        latent = Latent(max(room - rotary, 2), rotary, layout=layout)
-        try:
-            check_latent(family, config)
-            latent.geometry(g, family, config)
-            latent.config(family, config)
-        except (InputError, UnsupportedError):
-            continue
-        if latent.rank + rotary <= room:
-            found.append(latent)
-    if not found:
-        raise InputError(
-            f"--kv-bytes {share:.0%}: neither heads nor a latent fit into {room} numbers a token "
-            f"and layer; the source has {g.num_kv_heads * each}",
-            "ask for more",
-        )
-    return found
+    kept = folder / KEPT
+    if not kept.exists():
+        found = compare(checkpoint, targets, windows, method=method, seed=seed, progress=progress)
+        write_json(kept, [each.as_dict() for each in found])
+    rows = COMPARED.read(kept)
+    if [row["target"] for row in rows] != [target.label for target in targets]:
+        raise RunError(f"{kept} compares something else", "--force instead of --resume starts over")
+    errors = [fmean(row["attention_error"].values()) for row in rows]
+    return targets[errors.index(min(errors))], rows
 
 
 def compare(
@@ -86,29 +93,61 @@ def compare(
     """Fold all layers to each target, without fitting, and measure; see :class:`Compared`.
 
     Args:
-        windows: token ids ``[N, T]``; the first ``TOKENS`` of them are used.
+        windows: token ids ``[N, T]``; about the first ``TOKENS`` of them are used.
     """
-    calibration = Calibration(windows[: max(1, TOKENS // windows.shape[1])])
     load = loader(checkpoint)
-    source = SourcePass(checkpoint, calibration, load)
-    attention = calibration.states("attention", checkpoint.geometry.hidden_size)
-    streams = [_stream(checkpoint, target, calibration) for target in targets]
+    cut = _short_and_long(checkpoint, windows)
+    lengths = [_Length(checkpoint, targets, each, load) for each in cut]
     scales = [_residual_scale(checkpoint, target) for target in targets]
-    errors = torch.zeros(len(targets), dtype=torch.float64, device="cpu")
     attended = any(isinstance(target, Latent) for target in targets)
+    errors: list[dict[int, float]] = [{each.tokens: 0.0 for each in lengths} for _ in targets]
     layers = checkpoint.geometry.num_layers
     for index in range(layers):
         layer = StoredLayer(checkpoint, index)
-        statistics = source.statistics(layer, attention, attended=attended)
+        short, *others = lengths
+        statistics = short.source.statistics(layer, short.attention, attended=attended)
+        for other in others:
+            other.source.run(layer, other.attention)
         for number, target in enumerate(targets):
             folded = fold_layer(layer, FoldPlan(target, method, "none", seed), statistics)
             tensors = folded.completed(layer, target)
-            scale = source.residual_scale / scales[number]
-            errors[number] += _error(streams[number], index, tensors, source, attention, scale)
-        source.advance()
-        progress("comparing heads and latents", index + 1, layers)
-    found = zip(targets, (errors / layers).tolist(), strict=True)
-    return [Compared(target, error) for target, error in found]
+            for each in lengths:
+                scale = each.source.residual_scale / scales[number]
+                error = _error(each, each.streams[number], index, tensors, scale)
+                errors[number][each.tokens] += error / layers
+        for each in lengths:
+            each.source.advance()
+        progress("comparing what to fold to", index + 1, layers)
+    return [Compared(target, found) for target, found in zip(targets, errors, strict=True)]
+
+
+def _short_and_long(checkpoint: Checkpoint, windows: torch.Tensor) -> list[torch.Tensor]:
+    """About as many tokens in windows as they are, and laid end to end in long ones."""
+    tokens = windows.shape[1]
+    some = windows[: max(1, TOKENS // tokens)]
+    most = checkpoint.config.get("max_position_embeddings") or LONG
+    joined = min(LONG, int(most), some.numel()) // tokens
+    if joined < 2:
+        return [some]
+    return [some, some[: len(some) // joined * joined].reshape(-1, joined * tokens)]
+
+
+class _Length:
+    """The source, run on windows of one length.
+
+    Attributes:
+        attention: what its attention puts out in the layer that was run last.
+        streams: each target's layers, ready to run on such windows.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, targets: Sequence[Target], windows: torch.Tensor, load: Load
+    ) -> None:
+        calibration = Calibration(windows)
+        self.tokens = windows.shape[1]
+        self.source = SourcePass(checkpoint, calibration, load)
+        self.attention = calibration.states("attention", checkpoint.geometry.hidden_size)
+        self.streams = [_stream(checkpoint, target, calibration) for target in targets]
 
 
 def _stream(checkpoint: Checkpoint, target: Target, calibration: Calibration) -> LayerStream:
@@ -129,11 +168,10 @@ def _residual_scale(checkpoint: Checkpoint, target: Target) -> float:
 
 @torch.no_grad()
 def _error(
+    length: _Length,
     stream: LayerStream,
     index: int,
     tensors: dict[str, torch.Tensor],
-    source: SourcePass,
-    attention: HiddenStates,
     scale: float,
 ) -> float:
     """Of one layer's attention, on the source's inputs.
@@ -141,12 +179,13 @@ def _error(
     Args:
         scale: of the source's attention in the folded model, whose blocks may be scaled otherwise.
     """
+    inputs = length.source.inputs
     apart, size = 0.0, 0.0
     seen: list[torch.Tensor] = []
     with stream.layer(index, tensors) as live, live.listening(attention_output=seen.append):
-        for batch in source.inputs.batches():
-            live(source.inputs[batch])
-            wanted = attention[batch] * scale
+        for batch in inputs.batches():
+            live(inputs[batch])
+            wanted = length.attention[batch] * scale
             apart += float((seen.pop() - wanted).square().sum())
             size += float(wanted.square().sum())
     return apart / max(size, 1e-300)

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.arch.families import family_of
 from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import describe, is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
+from kvfold.checkpoint.records import ComparedRow
 from kvfold.checkpoint.source import (
     Checkpoint,
     TensorFiles,
@@ -94,7 +94,8 @@ def convert(
     Args:
         source: a Hugging Face folder, a hub name, or a GGUF file.
         latent: in place of ``num_kv_heads``: ``"160+32"`` makes all heads read one latent of 160
-            numbers and one rotary key of 32 (multi-head latent attention, arXiv 2405.04434).
+            numbers and one rotary key of 32 (multi-head latent attention, arXiv 2405.04434);
+            ``"192"`` chooses between such of 192 numbers, by measuring.
         kv_bytes: in place of both: ``"50%"`` of the source's cache, by heads or a latent,
             whichever keeps more of what attention puts out on the calibration text.
         layout: what a latent is stored as: ``deepseek_v3``, ``portable`` or ``youtu``.
@@ -135,54 +136,19 @@ def convert(
     place = new_folder(out, "OUT")
     resume, force = flag(resume, "resume"), flag(force, "force")
     callback(progress, "progress")
-    settled, compared = settle(request, place, resume=resume, force=force, progress=progress)
     options: Any = {"resume": resume, "force": force, "progress": progress}
-    return run_request(settled, place, compared, **options)
-
-
-def settle(
-    request: ConvertRequest,
-    out: Path,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = no_progress,
-) -> tuple[ConvertRequest, dict[str, Any] | None]:
-    """The request with what its ``kv_bytes`` came to, and what was compared for that."""
-    if request.kv_bytes is None:
-        return request, None
-    if is_gguf(request.source):
-        raise InputError("--kv-bytes needs a Hugging Face folder", "give --kv-heads or --latent")
-    from kvfold.fold.choose import candidates, compare
-
-    checkpoint = open_checkpoint(request.source)
-    family_of(checkpoint.config)
-    share = float(request.kv_bytes.removesuffix("%")) / 100
-    targets = candidates(checkpoint, share, request.layout)
-    found = preview(request.settled(targets[0]), out, force=force, resume=resume)
-    windows = _early_windows(found)
-    assert windows is not None
-    method, seed = request.method, request.seed
-    compared = compare(checkpoint, targets, windows, method=method, seed=seed, progress=progress)
-    best = min(compared, key=lambda each: each.error)
-    rows = [each.as_dict() for each in compared]
-    return request.settled(best.target), {"kv_bytes": request.kv_bytes, "compared": rows}
+    return run_request(request, place, **options)
 
 
 def run_request(
     request: ConvertRequest,
     out: Path,
-    compared: dict[str, Any] | None = None,
     *,
     resume: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Do what :func:`convert` describes.
-
-    Args:
-        compared: what :func:`settle` compared, for the record.
-    """
+    """Do what :func:`convert` describes."""
     found = preview(request, out, force=force, resume=resume)
     files = _files(request)
     windows = None
@@ -195,9 +161,7 @@ def run_request(
             work.begin(request.as_dict(), take_prints(files, progress, read))
         if work.finished:
             return read_folding(work.out)
-        record = _run(request, found.text, windows, work, progress)
-        if compared is not None:
-            record["chosen"] = compared
+        record = _run(found, windows, work, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
@@ -257,30 +221,54 @@ def _sha256(text: str) -> str:
 
 
 def _run(
-    request: ConvertRequest,
-    text: GivenText | None,
+    found: Preview,
     windows: "torch.Tensor | None",
     work: Workspace,
     progress: Progress,
 ) -> dict[str, Any]:
+    request, text = found.request, found.text
     folder = _local_source(request, work.folder)
     checkpoint = open_checkpoint(folder)
     _verify(checkpoint, progress)
-    same = request.target.is_source(checkpoint.geometry)
+    same = request.keeps(checkpoint.geometry)
     if is_gguf(request.source):
         check_complete(checkpoint)
     if windows is None:
         windows = _windows(checkpoint.config, checkpoint.geometry, folder, request, text)
+    asked, compared = request, None
+    if request.is_open:
+        request, compared = _settled(found, checkpoint, windows, work.folder, progress)
     layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
     shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
     write_json(work.new / "config.json", folded_config(checkpoint, request.target))
     carried = carry_files(folder, work.new)
     record = _record(checkpoint, request, text, windows, layers)
+    if compared is not None:
+        record |= {"command": command_line(asked), "compared": compared}
     record["source"] |= {"sha256": _weight_hashes(work, checkpoint), "carried": carried}
     write_text(work.new / "README.md", model_card(checkpoint, request.target, record))
     open_checkpoint(work.new)  # the headers of what was written are as planned
     return record
+
+
+def _settled(
+    found: Preview,
+    checkpoint: Checkpoint,
+    windows: "torch.Tensor | None",
+    folder: Path,
+    progress: Progress,
+) -> tuple[ConvertRequest, list[ComparedRow]]:
+    """The request with what is folded to, and what was compared for that."""
+    from kvfold.fold.choose import choose
+
+    assert windows is not None  # an open request has text
+    request = found.request
+    target, rows = choose(
+        folder, checkpoint, found.targets, windows,
+        method=request.method, seed=request.seed, progress=progress,
+    )  # fmt: skip
+    return request.settled(target), rows
 
 
 def _local_source(request: ConvertRequest, partial: Path) -> Path:
@@ -321,7 +309,7 @@ def _windows(
     text: GivenText | None,
 ) -> "torch.Tensor | None":
     """The calibration text as tokens; None if none is needed."""
-    if text is None or request.target.is_source(geometry):
+    if text is None or request.keeps(geometry):
         return None
     longest = config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))

@@ -18,7 +18,6 @@ from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config, resolve
 from kvfold.checkpoint.writer import (
     MAX_SHARD_BYTES,
-    Shard,
     attention_specs,
     carried_files,
     folded_specs,
@@ -26,11 +25,12 @@ from kvfold.checkpoint.writer import (
     total_bytes,
 )
 from kvfold.errors import InputError
+from kvfold.fold.candidates import heads_and_latents, latents_of
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
 from kvfold.names import shown
-from kvfold.numbers import CALIBRATION, KV_HEADS, SEED, SHARD_BYTES, WINDOW, Real
+from kvfold.numbers import CALIBRATION, KV_HEADS, LATENT_SIZE, SEED, SHARD_BYTES, WINDOW, Real
 from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
 from kvfold.requests import Choice, Made, Model, Place, Request, Several, Switch, Text, option
 from kvfold.version import __version__
@@ -38,6 +38,7 @@ from kvfold.version import __version__
 FIT_NAMES = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
 LEAST_TOKENS = 1024
+_OPEN = ("latent", "kv_bytes", "layout", "pad")  # what an open request says of its target
 _GGUF_BYTES_PER_WEIGHT = 4
 
 
@@ -53,6 +54,14 @@ def _share(value: object, name: str) -> str:
     if not words.endswith("%"):
         raise InputError(f"{name} {shown(words)}: expected percent of the source's", "50%")
     return f"{number:g}%"
+
+
+def _latent(value: object, name: str) -> str:
+    """A latent's two sizes, or how many numbers they are together."""
+    words = text(value, name).strip()
+    if words.isascii() and words.isdecimal():
+        return str(LATENT_SIZE.read(words, name))
+    return Latent.spelled(words, name)
 
 
 NO_CALIBRATION = Switch("--no-calibration", None, "calibration text", "Look at the weights only.")
@@ -85,10 +94,11 @@ class ConvertRequest(Request):
     )
     latent: str | None = option(
         "--latent",
-        Text(Latent.spelled),
+        Text(_latent),
         None,
         "Or: a latent of RANK numbers and a rotary key of ROTARY for all heads (MLA), for instance "
-        "160+32; 160+32/2 keeps every second rotary frequency in place of the highest.",
+        "160+32; 160+32/2 keeps every second rotary frequency in place of the highest; 192 lets "
+        "the calibration text choose between such of 192 numbers.",
         metavar="RANK+ROTARY",
     )
     kv_bytes: str | None = option(
@@ -142,7 +152,7 @@ class ConvertRequest(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_target()
-        data_free = self.method in DATA_FREE
+        data_free = self.method in DATA_FREE and not self.is_open
         if data_free and not self.calibration and self.fit in (None, "none"):
             self.fill(calibration=None)
         if not self.fit:
@@ -157,30 +167,48 @@ class ConvertRequest(Request):
             raise InputError(f"{' and '.join(asked)} exclude each other", "keep one")
         if not asked:
             raise InputError("nothing to fold to", "give --kv-heads N, or --latent RANK+ROTARY")
-        if self.kv_bytes is not None and self.calibration is None:
-            raise InputError("--kv-bytes measures on calibration text", "drop --no-calibration")
+        if self.is_open and self.calibration is None:
+            hint = "drop --no-calibration"
+            raise InputError(f"{asked[0]} {self._room} is measured on calibration text", hint)
         if self.pad is not None and self.latent is None:
             raise InputError("--pad is for latents", "give --latent too, or drop it")
         if self.pad is not None and "/" in self.pad:
             raise InputError(f"--pad {self.pad}: expected two sizes", "for instance 512+64")
 
     @property
+    def _room(self) -> str:
+        return self.kv_bytes or self.latent or ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether only a size is asked for, and what is folded to is yet to be measured."""
+        return self.kv_bytes is not None or (self.latent or "").isdecimal()
+
+    @property
     def target(self) -> Target:
-        """What is folded to; not known yet while ``kv_bytes`` is given."""
+        """What is folded to; there is none while the request is open."""
         if self.grouped is not None:
             return self.grouped
         assert self.latent is not None
         asked = Latent.read(self.latent, "--latent")
-        padded = Latent.read(self.pad, "--pad") if self.pad else None
-        sizes = None if padded is None else (padded.rank, padded.rotary)
-        return replace(asked, layout=self.layout, padded=sizes)
+        return replace(asked, layout=self.layout, padded=self.padded)
+
+    @property
+    def padded(self) -> tuple[int, int] | None:
+        """The sizes that a latent is padded to."""
+        sizes = Latent.read(self.pad, "--pad") if self.pad else None
+        return None if sizes is None else (sizes.rank, sizes.rotary)
 
     def settled(self, target: Target) -> "ConvertRequest":
         """The same request for one target."""
         if isinstance(target, Latent):
             return replace(self, kv_bytes=None, latent=target.words)
         assert isinstance(target, Grouped)
-        return replace(self, kv_bytes=None, grouped=target)
+        return replace(self, kv_bytes=None, latent=None, grouped=target)
+
+    def keeps(self, source: AttentionGeometry) -> bool:
+        """Whether the source is like this already, so that nothing need be folded."""
+        return not self.is_open and self.target.is_source(source)
 
     @property
     def calibrates(self) -> bool:
@@ -193,10 +221,10 @@ class ConvertRequest(Request):
 
     def as_dict(self) -> dict[str, Any]:
         """What another run must ask for to go on with this one."""
-        source, target, rest = self.source, self.target, dict(vars(self))
-        for name in ("source", "grouped", "latent", "kv_bytes", "layout", "pad"):
-            del rest[name]
-        return {"source": source, **target.as_dict(), **rest, "kvfold": __version__}
+        rest = dict(vars(self))
+        given = {name: rest.pop(name) for name in ("source", "grouped", *_OPEN)}
+        target = {name: given[name] for name in _OPEN} if self.is_open else self.target.as_dict()
+        return {"source": self.source, **target, **rest, "kvfold": __version__}
 
 
 @dataclass(frozen=True)
@@ -204,10 +232,12 @@ class Preview:
     """What a conversion would do: the answer to ``--dry-run``, and what was read to find out.
 
     Attributes:
+        targets: what is folded to; several where that is yet to be measured.
         config: the source's. text: what is calibrated on, if anything.
     """
 
     request: ConvertRequest
+    targets: tuple[Target, ...]
     source: AttentionGeometry
     config: Mapping[str, Any]
     text: GivenText | None
@@ -218,7 +248,8 @@ class Preview:
     def as_dict(self) -> dict[str, Any]:
         return {
             "request": self.request.as_dict(),
-            "geometry": geometry_record(self.source, self.request.target),
+            "targets": [target.label for target in self.targets],
+            "geometry": geometry_record(self.source, self.targets[0]),
             "output_bytes": self.output_bytes,
             "disk_bytes_needed": self.disk_bytes,
             "disk_bytes_free": self.free_bytes,
@@ -253,47 +284,61 @@ def preview(
         path = Path(request.source).expanduser()
         transcoded = summarize(path).parameters * _GGUF_BYTES_PER_WEIGHT
         config = read_gguf_config(path)
-        geometry = _check_foldable(config, request.target)
+        targets = _targets(request, config)
         output = changed = transcoded
     else:
         config = peek_config(request.source)
-        geometry = _check_foldable(config, request.target)
+        targets = _targets(request, config)
         folder = resolve(request.source)
         checkpoint = open_checkpoint(folder)
         carried_files(folder)
         check_apart(out, [folder])  # of a hub name, known only now
         transcoded = 0
-        shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
-        output = total_bytes(shards)
-        changed = _changed_bytes(checkpoint, shards, request)
+        sizes = [_output_bytes(checkpoint, request, target) for target in targets]
+        output, changed = (max(each) for each in zip(*sizes, strict=True))
+    geometry = family_of(config).geometry(config)
     text = calibration_text(request)
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
     needed = output + changed + transcoded + hidden
     free = check_disk(out, needed)
-    methods_for(request.method, request.target)  # last: from here on torch is imported
+    for target in targets:
+        methods_for(request.method, target)  # last: from here on torch is imported
     if not is_gguf(request.source):
         check_complete(checkpoint)
-    return Preview(request, geometry, config, text, output, needed, free)
+    return Preview(request, targets, geometry, config, text, output, needed, free)
 
 
-def _check_foldable(config: Mapping[str, Any], target: Target) -> AttentionGeometry:
-    """The geometry of a model of that config, which can be folded to the target."""
+def _targets(request: ConvertRequest, config: Mapping[str, Any]) -> tuple[Target, ...]:
+    """What a model of that config may be folded to; all that is asked for, if it can be."""
     family = family_of(config)
     geometry = family.geometry(config)
+    if request.is_open:
+        share, latent = request.kv_bytes, request.latent
+        if share is not None:
+            part = float(share.removesuffix("%")) / 100
+            return heads_and_latents(family, config, part, request.layout)
+        assert latent is not None
+        found = latents_of(family, config, int(latent), request.layout)
+        return tuple(replace(each, padded=request.padded) for each in found)
+    target = request.target
     target.geometry(geometry, family, config)
     if not target.is_source(geometry):
         target.config(family, config)
-    return geometry
+    return (target,)
 
 
-def _changed_bytes(checkpoint: Checkpoint, shards: list[Shard], request: ConvertRequest) -> int:
-    """Size of the tensors kept apart until the output is written: attention, fitted MLPs."""
-    names = set(attention_specs(checkpoint, request.target))
+def _output_bytes(
+    checkpoint: Checkpoint, request: ConvertRequest, target: Target
+) -> tuple[int, int]:
+    """Of all that is written, and of the tensors kept apart until then: attention, fitted MLPs."""
+    shards = plan_shards(folded_specs(checkpoint, target), request.max_shard_bytes)
+    names = set(attention_specs(checkpoint, target))
     if request.fit != "none":
         layers = range(checkpoint.geometry.num_layers)
         mlp = checkpoint.family.mlp_output
         names |= {f"{checkpoint.layer_prefix(layer)}.{mlp}.weight" for layer in layers}
-    return sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
+    apart = sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
+    return total_bytes(shards), apart
 
 
 def calibration_text(request: ConvertRequest) -> GivenText | None:

@@ -1,0 +1,64 @@
+"""What a model may be folded to within so much of its cache. No torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvfold.arch.family import Family
+from kvfold.arch.latent_config import check_latent
+from kvfold.arch.target import Grouped, Latent, Target
+from kvfold.errors import InputError
+from kvfold.geometry import divisors
+
+QUARTERS = (1, 2, 3, 4)  # of the source's rotary frequencies, from the highest, that latents keep
+
+
+def heads_and_latents(
+    family: Family, config: Mapping[str, Any], share: float, layout: str
+) -> tuple[Target, ...]:
+    """The largest of each kind that fit into a share of the source's cache.
+
+    Raises:
+        InputError: if there is none.
+    """
+    g = family.geometry(config)
+    each = g.head_dim + g.v_head_dim
+    room = int(share * g.num_kv_heads * each)
+    fitting = [heads for heads in divisors(g.num_kv_heads)[:-1] if heads * each <= room]
+    found: list[Target] = [Grouped(max(fitting))] if fitting else []
+    try:
+        found += latents_of(family, config, room, layout)
+    except InputError as error:
+        if not found:
+            raise InputError(
+                f"--kv-bytes {share:.0%}: neither heads nor a latent fit into {room} numbers a "
+                f"token and layer; the source has {g.num_kv_heads * each}",
+                "ask for more",
+            ) from error
+    return tuple(found)
+
+
+def latents_of(
+    family: Family, config: Mapping[str, Any], numbers: int, layout: str
+) -> tuple[Latent, ...]:
+    """Latents of so many numbers, rotary key included, that keep more or fewer frequencies.
+
+    Raises:
+        InputError: if there is none.
+    """
+    check_latent(family, config)
+    geometry = family.geometry(config)
+    rotary_dim = family.rotary_dim(config, geometry)
+    sizes = dict.fromkeys(max(2, rotary_dim * quarters // 8 * 2) for quarters in QUARTERS)
+    most = geometry.num_kv_heads * (geometry.head_dim + geometry.v_head_dim)
+    least = 2 * min(sizes)  # as much for all else, or nothing would be left for the values
+    if not least <= numbers <= most:
+        raise InputError(
+            f"--latent {numbers}: expected {least} to {most} numbers a token and layer; the source "
+            f"has {most}",
+            f"for instance {max(least, most // 2)}",
+        )
+    found = [Latent(numbers - r, r, layout=layout) for r in sizes if 2 * r <= numbers]
+    for latent in found:
+        latent.geometry(geometry, family, config)
+        latent.config(family, config)
+    return tuple(found)
