@@ -34,6 +34,34 @@ def turns() -> torch.Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
+def within(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The covariance ``[F, Hkv, Hkv]`` of keys ``[Hkv, F, T]`` within one query's attention."""
+    a = a - (a * weights).sum(-1, keepdim=True)
+    b = b - (b * weights).sum(-1, keepdim=True)
+    return torch.einsum("aft,bft,t->fab", a, b.conj(), weights.to(a.dtype))
+
+
+def test_keys_are_weighed_by_the_energy_of_queries() -> None:
+    inputs, _, call = layer()
+    collector = StatisticsCollector(SIZE, PAIRS, torch.device("cpu"))
+    collector.attention_input(inputs)
+    collector.call(call)
+    found = collector.result().key_moments
+    assert found is not None
+    k = PAIRS.split(call.key.mT)[0].to(torch.complex128)
+    energy = PAIRS.split(call.query.mT)[0].abs().square().double()  # [B, Hq, F, T]
+    p = call.probabilities().double()
+    wanted = torch.zeros_like(found)
+    for b in range(WINDOWS):
+        for t in range(TOKENS):
+            for head in range(HEADS):
+                covariance = within(k[b], k[b], p[b, head, t])
+                weight = energy[b, head, :, t, None, None]
+                wanted[head * KV_HEADS // HEADS] += weight * covariance
+    wanted /= WINDOWS * TOKENS
+    torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_attended_keys_are_covariances_within_attention() -> None:
     inputs, rows, call = layer()
     collector = StatisticsCollector(SIZE, PAIRS, torch.device("cpu"), rows)
@@ -53,13 +81,8 @@ def test_attended_keys_are_covariances_within_attention() -> None:
             for head in range(HEADS):
                 weights = p[b, head, t]
 
-                def within(a: torch.Tensor, b: torch.Tensor, weights=weights) -> torch.Tensor:  # type: ignore[no-untyped-def]
-                    a = a - (a * weights).sum(-1, keepdim=True)
-                    b = b - (b * weights).sum(-1, keepdim=True)
-                    return torch.einsum("aft,bft,t->fab", a, b.conj(), weights.to(a.dtype))
-
-                turned[head] += within(seen, k[b])
-                still[head] += within(k[b], k[b])
+                turned[head] += within(seen, k[b], weights)
+                still[head] += within(k[b], k[b], weights)
                 if head == (t + b) % HEADS:
                     apart = x[b] - weights @ x[b]
                     covariance += apart.T @ (weights[:, None] * apart)

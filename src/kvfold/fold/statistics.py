@@ -1,5 +1,6 @@
 """What a layer's inputs look like to its keys and values, gathered from calibration text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +92,9 @@ class StatisticsCollector:
         averaged = _gram(seen @ inputs)
         self._value_moment += averaged
         self._tokens += inputs.shape[0] * inputs.shape[1]
+        keys = _KeyMoments(call, probabilities, self._pairs)
         if self._pairs.rotary_dim:
-            moments = _key_moments(call, probabilities, self._pairs)
+            moments = keys.by_energy()
             previous = self._key_moments
             self._key_moments = moments if previous is None else previous + moments
         if self._keys is not None:
@@ -101,7 +103,7 @@ class StatisticsCollector:
             self._attended = _added(
                 self._attended,
                 covariance,
-                *_turned_moments(call, probabilities, inputs, self._keys, self._pairs),
+                *keys.attended(inputs, self._keys),
             )
 
     def result(self) -> LayerStatistics:
@@ -144,74 +146,89 @@ def _one_head_each(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.gather(1, index)[:, 0]
 
 
-def _key_moments(call: AttentionCall, probabilities: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """sum_t E_t (sum_s p_ts k_s k_s^H - mean_t mean_t^H), E_t the energy of query t.
+class _KeyMoments:
+    """Sums over queries t of the covariances of keys within each query head's attention.
 
-    The first term is sum_s c_s k_s k_s^H with c_s = sum_t p_ts E_t, so no t x s x heads^2
-    array is ever made. Their difference is small beside them, hence float64.
+    All are of the form sum_t w_t (sum_s p_ts a_s b_s^H - mean_t a mean_t b^H). In the first term
+    the sum over t comes first, so that no t x s x heads^2 array is ever made. The difference of
+    the two is small beside them, hence float64. What attention adds up is in float32, and what all
+    tokens have in common is taken from the keys before, which changes no covariance.
+
+    Complex numbers are pairs of rows, real parts before imaginary ones: ``[B, F, 2 Hkv, T]``.
     """
-    queries, _ = pairs.split(call.query.mT)  # [B, Hq, F, T]
-    keys, _ = pairs.split(call.key.mT)  # [B, Hkv, F, T]
-    batch, kv_heads, frequencies, tokens = keys.shape
-    group_size = queries.shape[1] // kv_heads
-    energies = (queries.real.square() + queries.imag.square()).mT  # [B, Hq, T, F]
-    flat = torch.view_as_real(keys).double().permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
-    shape = kv_heads, frequencies, kv_heads, kv_heads
-    result = torch.zeros(shape, dtype=torch.complex128, device=keys.device)
-    k = keys.permute(2, 1, 0, 3).flatten(2).to(torch.complex128)  # [F, Hkv, B T]
-    for head in range(queries.shape[1]):
-        p, energy = probabilities[:, head].double(), energies[:, head].double()
-        weight = (p.mT @ energy).permute(2, 0, 1).flatten(1)[:, None]  # [F, 1, B T]
-        means = (p @ flat).reshape(batch, tokens, kv_heads, frequencies, 2)
-        m = torch.view_as_complex(means).permute(3, 2, 0, 1).flatten(2)
-        seen = energy.permute(2, 0, 1).flatten(1)[:, None]
-        covariance = (k * weight) @ k.mH - (m * seen) @ m.mH
-        result[head // group_size] += covariance
-    return result
+
+    def __init__(self, call: AttentionCall, probabilities: torch.Tensor, pairs: Pairs) -> None:
+        self._probabilities = probabilities
+        self._queries = pairs.split(call.query.mT)[0]  # [B, Hq, F, T]
+        self._keys = pairs.split(call.key.mT)[0]  # u_s k_s, turned by their positions
+        self._absolute = _centred(_halves(self._keys))
+        self._kv_heads = self._keys.shape[1]
+
+    def by_energy(self) -> torch.Tensor:
+        """``[Hkv, F, Hkv, Hkv]``: queries count by their energy; those of a group together."""
+        a, queries = self._absolute, self._queries
+        energies = (queries.real.square() + queries.imag.square()).double()
+        group_size = queries.shape[1] // self._kv_heads
+        found = []
+        for head, p, mean in self._means(a):
+            energy = energies[:, head]
+            received = (energy.float() @ p).double()[:, :, None]
+            covariance = _sum_of(a * received, a) - _sum_of(mean * energy[:, :, None], mean)
+            found.append(covariance)
+        return torch.stack(found).unflatten(0, (self._kv_heads, group_size)).sum(1)
+
+    def attended(
+        self, inputs: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``turned`` and ``still`` of :class:`AttendedKeys`.
+
+        With u_t the turn of position t, key s is seen by query t as conj(u_t) u_s k_s.
+
+        Args:
+            rows: ``[Hkv, F, X]`` complex, that make keys before they turn.
+        """
+        x = inputs.double()[:, None]
+        parts = (x @ part.flatten(0, 1).mT for part in (rows.real, rows.imag))
+        keys = torch.complex(*(each[:, 0].mT.unflatten(1, rows.shape[:2]) for each in parts))
+        # all windows begin at one position
+        agreement = (self._keys.to(keys.dtype) * keys.conj()).sum((0, 1))  # [F, T]
+        turn = agreement / agreement.abs().clamp_min(1e-300)
+        back = torch.stack([turn.real, -turn.imag], 1)[None]  # conj(u_t): [1, F, 2, T]
+        a, k = self._absolute, _centred(_halves(keys))
+        turned, still = [], []
+        for _, p, mean in self._means(torch.cat([a, k], 2)):
+            mean_a, mean_k = mean.tensor_split(2, 2)
+            seen = (back.flatten(1, 2).float() @ p).double().unflatten(1, back.shape[1:3])
+            turned.append(_sum_of(_turned(a, seen), k) - _sum_of(_turned(mean_a, back), mean_k))
+            still.append(_sum_of(k * p.sum(1).double()[:, None, None], k) - _sum_of(mean_k, mean_k))
+        return torch.stack(turned), torch.stack(still)
+
+    def _means(self, x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Each query head, its attention ``[B, T, T]``, and what it averages of ``x``."""
+        narrow = x.float().flatten(1, 2)
+        for head, p in enumerate(self._probabilities.unbind(1)):
+            yield head, p, (narrow @ p.mT).double().reshape(x.shape)
 
 
-def _turned_moments(
-    call: AttentionCall,
-    probabilities: torch.Tensor,
-    inputs: torch.Tensor,
-    rows: torch.Tensor,
-    pairs: Pairs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over queries t of the two covariances of :class:`AttendedKeys`.
-
-    With u_t the turn of position t, key s is seen by query t as conj(u_t) u_s k_s. As in
-    ``_key_moments`` the sums over t come first, so that no t x s array is made for each pair.
-
-    Args:
-        rows: ``[Hkv, F, X]`` complex, that make keys before they turn.
-    """
-    absolute, _ = pairs.split(call.key.mT)
-    absolute = absolute.permute(0, 3, 1, 2).to(torch.complex128)  # u_s k_s, [B, T, Hkv, F]
-    x = inputs.double()
-    keys = torch.complex(
-        torch.einsum("btx,gfx->btgf", x, rows.real), torch.einsum("btx,gfx->btgf", x, rows.imag)
-    )
-    agreement = (absolute * keys.conj()).sum((0, 2))  # [T, F]: all windows begin at one position
-    back = (agreement / agreement.abs().clamp_min(1e-300)).conj().resolve_conj()  # conj(u_t)
-    kv_heads, frequencies = rows.shape[:2]
-    shape = call.query.shape[1], frequencies, kv_heads, kv_heads
-    turned = torch.zeros(shape, dtype=torch.complex128, device=keys.device)
-    still = torch.zeros_like(turned)
-    both = torch.view_as_real(torch.stack([keys, absolute], -1)).flatten(2)  # [B, T, Hkv F 4]
-    turns = torch.view_as_real(back).flatten(1)  # [T, 2 F]
-    for head in range(shape[0]):
-        p = probabilities[:, head].double()
-        received = torch.view_as_complex((p.mT @ turns).unflatten(-1, (frequencies, 2)))
-        means = torch.view_as_complex((p @ both).unflatten(-1, (kv_heads, frequencies, 2, 2)))
-        mean, seen = means[..., 0], means[..., 1] * back[:, None]
-        still[head] = _by_frequency(p.sum(1)[..., None, None] * keys, keys)
-        still[head] -= _by_frequency(mean, mean)
-        turned[head] = _by_frequency(received[:, :, None] * absolute, keys)
-        turned[head] -= _by_frequency(seen, mean)
-    return turned, still
+def _halves(pairs: torch.Tensor) -> torch.Tensor:
+    """``[B, H, F, T]`` complex -> ``[B, F, 2 H, T]`` float64."""
+    return torch.cat([pairs.real, pairs.imag], 1).double().transpose(1, 2).contiguous()
 
 
-def _by_frequency(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``[B, T, Hkv, F]`` twice -> ``[F, Hkv, Hkv]``: the sum of a b^H."""
-    a, b = (each.permute(3, 2, 0, 1).flatten(2) for each in (a, b))
-    return a @ b.mH
+def _centred(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean((0, -1), keepdim=True)
+
+
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[B, F, 2 H, T]`` times ``turn`` ``[B, F, 2, T]``, complex."""
+    real, imag = x.tensor_split(2, 2)
+    c, s = turn.tensor_split(2, 2)
+    return torch.cat([real * c - imag * s, real * s + imag * c], 2)
+
+
+def _sum_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``[B, F, 2 H, T]`` twice -> ``[F, H, H]`` complex: the sum over tokens of a b^H."""
+    products = (a @ b.mT).sum(0)
+    above, below = products.tensor_split(2, 1)
+    (rr, ri), (ir, ii) = above.tensor_split(2, 2), below.tensor_split(2, 2)
+    return torch.complex(rr + ii, ir - ri)
