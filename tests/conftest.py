@@ -14,6 +14,9 @@ from hypothesis import settings
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many as there are cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 from kvfold.cli.main import main
 from tests.toolbox import tiny
 from tests.toolbox.attention_cases import DEFAULT_DTYPES, default_dtype
