@@ -1,6 +1,7 @@
 """One decode step over latents (MLA): kvfold's cache against PyTorch's ways.
 
     python benchmarks/latents.py            # about 2 minutes on 2 cores
+    VENV/bin/python benchmarks/latents.py   # the same where vLLM for CPUs is: beside its kernel
 
 One layer, one sequence, queries in bfloat16; caches take turns, so that none is found near the
 cores. Every row tells what share of the step its products would take at the speed of the processor,
@@ -12,6 +13,7 @@ PyTorch's own bfloat16 error gets no speed. Appends to ``latents.jsonl`` beside 
 import argparse
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,30 @@ def plain(q: torch.Tensor, rows: torch.Tensor, rank: int) -> Step:
         held = turns.take()
         weights = (x @ held.mT).softmax(-1)
         return (weights @ held[..., :rank])[:, :, None].to(q.dtype)
+
+    return step
+
+
+def vllm(q: torch.Tensor, rows: torch.Tensor, rank: int) -> Step | None:
+    """vLLM's CPU kernel for latents in pages of 16; None where there is none for this."""
+    if (rank, q.shape[-1]) != (512, 576) or find_spec("vllm") is None:
+        return None
+    from vllm import _custom_ops as kernels
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    pages = [
+        rows[0].clone().unflatten(0, (-1, 16)) for _ in range(copies(rows.nbytes, WORKING_SET))
+    ]
+    turns = Rotation(pages)
+    table = torch.arange(len(pages[0]), dtype=torch.int32)[None]
+    lengths = torch.tensor([rows.shape[1]], dtype=torch.int32)
+
+    def step() -> torch.Tensor:
+        out = torch.empty(1, q.shape[1], rank, dtype=rows.dtype)
+        x = q[:, :, 0].to(rows.dtype)
+        kernels.mla_decode_kvcache_cpu(out, x, turns.take(), q.shape[-1] ** -0.5, table, lengths)
+        return out[:, :, None].to(q.dtype)
 
     return step
 
@@ -132,6 +158,11 @@ def case(
         name = f"matmul {str(wide).removeprefix('torch.')}"
         steps[name] = plain(q, rows.bfloat16().to(wide), rank)
         wrong += [] if truth.judge(steps[name]()).passed else [name]
+        theirs = vllm(q, rows.bfloat16().to(wide), rank)
+        if theirs is not None:
+            name = name.replace("matmul", "vLLM")
+            steps[name] = theirs
+            wrong += [] if truth.judge(theirs()).passed else [name]
     timings = measure(steps, rounds=rounds)
     found = []
     for name in steps:

@@ -8,6 +8,8 @@ NAMES = {"sdpa": "transformers `sdpa`, DynamicCache", "bf16": "kvfold bf16",
          "int8": "kvfold int8", "int4": "kvfold int4",
          "mistral.rs BF16": "mistral.rs, bfloat16"}  # fmt: skip
 
+LONG = 16_384  # tokens of the longer of two steps over latents
+
 
 def attention(file: str, by: str, columns: tuple[str, ...], **case: int) -> str:
     """Share of the floor, and speed over the fastest of PyTorch's ways."""
@@ -122,13 +124,24 @@ def latent_steps() -> str:
         yield str(heads)
         for row in own:
             yield f"{row['of_products']:.0%}, {row['of_bytes']:.0%}"
+        yield f"{_of_products_at(LONG, own[0]):.0%}"
         yield f"{own[0]['ns_per_token']:,.0f} ({own[0]['floor_ns_per_token']:,.0f})"
         yield f"{best / own[0]['seconds']:.1f} ×"
+        ways = (found.get((latent, heads, f"vLLM {name}")) for name in ("float32", "bfloat16"))
+        theirs = [r["seconds"] for r in ways if r]
+        yield f"{min(theirs) / own[0]['seconds']:.1f} ×" if theirs else "–"
 
     heads = ("latent", "query heads", *(f"{name}: of products, of bytes" for name in formats),
-             "bf16: ns per token (floor)", "× PyTorch's best")  # fmt: skip
+             f"bf16 at {LONG:,}: of products", "bf16: ns per token (floor)",
+             "× PyTorch's best", "× vLLM's")  # fmt: skip
     cases = dict.fromkeys((latent, heads) for latent, heads, _ in found)
     return table(heads, (cells(*case) for case in cases), 0) + measured(rows)
+
+
+def _of_products_at(context: int, row: Row) -> float:
+    """The share of a step over more tokens, by what each of them adds."""
+    seconds = row["seconds"] + row["ns_per_token"] * 1e-9 * (context - row["context"])
+    return float(row["of_products"] * row["seconds"] / row["context"] * context / seconds)
 
 
 def whole_latent_step() -> str:
