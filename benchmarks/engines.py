@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fold_quality import machine, source_folder
 from kvfold import Verification, convert, verify
 from kvfold.checkpoint.pretrained import load_tokenizer
+from kvfold.checkpoint.workspace import is_begun
 from kvfold.files import append_text
 from kvfold.report.engines import print_verification
 
@@ -140,7 +141,7 @@ def folded_smollm2(source: Path, text: Path, work: Path) -> Path:
     if not folded.exists():
         convert(
             source, folded, 1, fit="refit", calibration=[text],
-            calibration_tokens=CALIBRATION_TOKENS, resume=True,
+            calibration_tokens=CALIBRATION_TOKENS, resume=is_begun(folded),
         )  # fmt: skip
     return folded
 
@@ -151,7 +152,7 @@ def latent_smollm2(source: Path, text: Path, work: Path) -> Path:
     if not folded.exists():
         convert(
             source, folded, latent="160+32", layout="portable", pad="512+64", fit="none",
-            calibration=[text], calibration_tokens=CALIBRATION_TOKENS, resume=True,
+            calibration=[text], calibration_tokens=CALIBRATION_TOKENS, resume=is_begun(folded),
         )  # fmt: skip
     return folded
 
