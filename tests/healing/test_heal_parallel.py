@@ -77,7 +77,7 @@ def test_two_processes_have_the_losses_of_one(
 
 def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folders: Path) -> None:
     """Rank 1 dies after a checkpoint; --resume goes on from it to the end."""
-    process = start(folders, "killed", 2, "--tokens", "32Ki")
+    process = start(folders, "killed", 2, "--tokens", "16Ki")
     kept = working_folder(folders / "killed") / "checkpoints"
     deadline = time.monotonic() + TIMEOUT
     while not saves.saved(kept) and time.monotonic() < deadline and process.poll() is None:
@@ -87,9 +87,9 @@ def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folders: Path) -> No
     assert process.returncode != 0
     assert not (folders / "killed").exists()
     assert saves.saved(kept)
-    finish(start(folders, "killed", 2, "--tokens", "32Ki", "--resume"))
+    finish(start(folders, "killed", 2, "--tokens", "16Ki", "--resume"))
     found = rows(folders / "killed" / "healing.jsonl")
-    assert [row["step"] for row in found] == list(range(1, 129))
+    assert [row["step"] for row in found] == list(range(1, 65))
     assert found[-1]["kl"] < found[0]["kl"]
 
 

@@ -1,5 +1,6 @@
 """A layer over an engine's blocks, without the engine: ragged steps, shared blocks, all formats."""
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,10 @@ BLOCK = 32
 STEPS = [[37, 1, 19, 3], [1, 1, 40, 1], [4, 1, 4, 0], [2, 33, 1, 1]]
 
 
-@pytest.fixture(params=("cpu", "triton", "torch"))
+BACKENDS = ("cpu", "triton", "torch")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     use_backend(request.param, monkeypatch)
     return str(request.param)
@@ -85,7 +89,16 @@ class Engine:
         check_as_good_as_pytorch(out, q, k, v, torch.bfloat16, slack=slack, **given)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def _quick(often: Collection[str]) -> list[Any]:
+    """Backends and formats; Triton's interpreter takes minutes for those that are not often."""
+    return [
+        pytest.param(b, f, marks=[pytest.mark.slow] if b == "triton" and f not in often else [])
+        for b in BACKENDS
+        for f in FORMATS
+    ]
+
+
+@pytest.mark.parametrize(("backend", "name"), _quick(set(FORMATS) - {"nl4"}), indirect=["backend"])
 def test_ragged_steps_are_the_definition(name: str, backend: str) -> None:
     engine = Engine(name, packed=backend == "cpu")
     for new in STEPS:
@@ -158,7 +171,11 @@ def test_memory_of_other_sizes_is_refused() -> None:
         Layer(engine.fmt, 3, DIM, V_DIM).write(k, v, engine.cache, calls)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [each for each in _quick({"int8"}) if each.values[1] in ("int8", "int4")],
+    indirect=["backend"],
+)
 def test_layers_of_one_step_share_a_call_and_not_what_differs(name: str, backend: str) -> None:
     """Other memory, other rows, other options and other strides, each after what was shared."""
     one, two = (Engine(name, packed=backend == "cpu") for _ in range(2))

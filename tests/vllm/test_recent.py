@@ -152,8 +152,14 @@ def test_rings_are_used_again() -> None:
     assert engine.rings.count <= 4  # those of one step and of the step before
 
 
-@pytest.mark.parametrize("tokens", [3, 20])
-@pytest.mark.parametrize("backend", ["cpu", "triton", "torch"])
+@pytest.mark.parametrize(
+    ("backend", "tokens"),
+    [
+        *((backend, tokens) for backend in ("cpu", "torch") for tokens in (3, 20)),
+        ("triton", 3),
+        pytest.param("triton", 20, marks=pytest.mark.slow),
+    ],
+)
 def test_attention_over_blocks_and_rings(
     backend: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

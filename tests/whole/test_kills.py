@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("kind", ["fresh", "replace"])
 @pytest.mark.parametrize(
     ("first", "step"),
-    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(5, 23)],
+    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(5, 31)],
     ids=["all", "some"],
 )
 def test_a_conversion_survives_a_kill_at_any_moment(

@@ -19,8 +19,8 @@ _KEPT_IF_THERE = (
     "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "attention_dropout", "dtype", "torch_dtype", "transformers_version",
 )  # fmt: skip
-# In every layer of DeepSeek-V3's there is one MLP: nothing of its experts is used. Two, as llama.cpp
-# asks for more experts than groups of them.
+# In every layer of DeepSeek-V3's there is one MLP: nothing of its experts is used. There are two
+# of them, as llama.cpp asks for more experts than groups.
 _ALL_DENSE = {
     "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1,
     "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "moe_layer_freq": 1,
