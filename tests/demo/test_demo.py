@@ -69,7 +69,11 @@ def rows(worst: float) -> list[DemoRow]:
         for heads in (4, 2, 1)
         for label, spread in (("mean", worst), ("auto", 1.0))
     ]
-    return [DemoRow(8, "source", quality(10, 2048)), *folds]
+    latents = [
+        DemoRow(8, "latent", quality(10 + 40 / numbers, 8 * numbers), f"{numbers - 8}+8")
+        for numbers in (64, 48, 32)
+    ]
+    return [DemoRow(8, "source", quality(10, 2048)), *folds, *latents]
 
 
 def test_seed_decides_the_weights(threads: None) -> None:
@@ -142,17 +146,18 @@ def test_demo_in_small(
     monkeypatch.setattr(demo, "STEPS", STEPS)
     monkeypatch.setattr(demo, "FOLDED_KV_HEADS", (4, 1))
     monkeypatch.setattr(demo, "FOLDS", (("mean", "mean", "none"), ("auto", "auto", "refit")))
+    monkeypatch.setattr(demo, "LATENTS", ("24+8",))
     monkeypatch.setattr(demo, "_CALIBRATION_TOKENS", 2 * CONTEXT)
     monkeypatch.setattr(demo, "_HELD_OUT_TOKENS", 4 * CONTEXT)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
-    heads = [(row["kv_heads"], row["method"]) for row in document["rows"]]
+    heads = [(row["kv_heads"], row["method"]) for row in document["rows"] if not row["latent"]]
     assert heads == [(8, "source"), (4, "mean"), (4, "auto"), (1, "mean"), (1, "auto")]
-    assert [row["quality"]["kv_bytes_per_token"] for row in document["rows"]] == [
-        256 * count for count, _ in heads
-    ]
+    sizes = [row["quality"]["kv_bytes_per_token"] for row in document["rows"]]
+    assert sizes == [*(256 * count for count, _ in heads), 256]
+    assert document["rows"][-1]["latent"] == "24+8"
     assert json.loads((out / "demo.json").read_text()) == document
     assert (out / "source" / "tokenizer.json").is_file()
     assert "kvfold inspect" in printed.err
@@ -171,7 +176,8 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_demo_shows_what_folding_costs(tmp_path: Path) -> None:
     result = demo.run_demo(tmp_path / "demo")
-    lost = {(row.kv_heads, row.method): row.quality.nats_lost for row in result.rows}
+    lost = {(row.latent or row.kv_heads, row.method): row.quality.nats_lost for row in result.rows}
     assert result.rows[0].quality.perplexity < 50
     assert lost[1, "mean"] > lost[2, "mean"] > lost[4, "mean"] > 0
     assert all(lost[heads, "auto"] < lost[heads, "mean"] for heads in (4, 2, 1))
+    assert lost["24+8", "latent"] < lost[1, "mean"]

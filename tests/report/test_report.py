@@ -134,6 +134,7 @@ def test_a_demo_is_reported(kvfold: Kvfold, healed: Path, tmp_path: Path) -> Non
     demo = tmp_path / "demo"
     demo.mkdir()
     rows = [{"kv_heads": 8, "method": "source", "quality": quality}]
+    rows.append({"kv_heads": 8, "method": "latent", "latent": "24+8", "quality": quality})
     (demo / "demo.json").write_text(json.dumps({"rows": rows, "seed": 3}))
     (demo / "demo.svg").write_text('<?xml version="1.0"?><svg width="1"></svg>')
     run = kvfold("report", demo, "-o", tmp_path / "r.html")
@@ -141,6 +142,7 @@ def test_a_demo_is_reported(kvfold: Kvfold, healed: Path, tmp_path: Path) -> Non
     text = (tmp_path / "r.html").read_text()
     assert "kvfold demo --seed 3" in text
     assert "source, 8 KV heads" in text
+    assert "latent, 24+8" in text
     assert "<?xml" not in text
 
 

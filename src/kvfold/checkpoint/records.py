@@ -208,6 +208,7 @@ class DemoModel(TypedDict):
 
     method: str
     kv_heads: Heads
+    latent: NotRequired[str | None]
     quality: dict[str, Any]
 
 

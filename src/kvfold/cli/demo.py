@@ -52,10 +52,10 @@ def command(out: Path, seed: int, force: bool, as_json: bool) -> None:
 def _print(result: "DemoResult") -> None:
     from kvfold.report.tables import count, print_table, size
 
-    columns = ("KV heads", "method", "KV/token", "perplexity", "nats lost", "top-1")
+    columns = ("cached", "method", "KV/token", "perplexity", "nats lost", "top-1")
     rows = [
         (
-            str(row.kv_heads),
+            row.cached,
             row.method,
             size(row.quality.kv_bytes_per_token),
             f"{row.quality.perplexity:.2f} ± {row.quality.perplexity_error:.2f}",

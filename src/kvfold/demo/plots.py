@@ -99,7 +99,7 @@ def _draw(axes: Axes, line: _Line, style: dict[str, str]) -> None:
 
 
 def _size_axis(axes: Axes, rows: Sequence[DemoRow]) -> None:
-    heads = {row.quality.kv_bytes_per_token: row.kv_heads for row in rows}
+    heads = {row.quality.kv_bytes_per_token: row.kv_heads for row in rows if not row.latent}
     ticks = sorted(heads)
     axes.set_xscale("log", base=2)
     axes.set_xlim(ticks[0] / 2.2, ticks[-1] * 1.25)  # room for the labels at the left
@@ -107,7 +107,7 @@ def _size_axis(axes: Axes, rows: Sequence[DemoRow]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     most = max(heads.values())
     axes.set_xticklabels([f"{size(tick)}\n{_heads(heads[tick], most)}" for tick in ticks])
-    axes.set_xlabel("KV cache per token (float16), and KV heads", color=_INK)
+    axes.set_xlabel("KV cache per token (float16), and KV heads of that size", color=_INK)
     axes.tick_params(colors=_INK, length=3)
 
 
@@ -187,7 +187,7 @@ def _spread(positions: Sequence[float], gap: float) -> list[float]:
 
 def _words(figure: Figure, rows: Sequence[DemoRow], seed: int) -> None:
     title: dict[str, Any] = {"ha": "left", "va": "top", "color": _INK}
-    figure.text(0.02, 0.965, finding(rows), fontsize=12, fontweight="bold", **title)
+    figure.text(0.02, 0.965, finding(rows), fontsize=11.5, fontweight="bold", **title)
     quality = rows[0].quality
     figure.text(
         0.02,
@@ -206,7 +206,8 @@ def _words(figure: Figure, rows: Sequence[DemoRow], seed: int) -> None:
 def finding(rows: Sequence[DemoRow]) -> str:
     """The plot's title: what the largest fold cost, by the best and by the worst method."""
     source = rows[0]
-    smallest = [row for row in rows[1:] if row.kv_heads == min(each.kv_heads for each in rows)]
+    least = min(row.quality.kv_bytes_per_token for row in rows)
+    smallest = [row for row in rows[1:] if row.quality.kv_bytes_per_token == least]
     best = min(smallest, key=lambda row: row.quality.perplexity)
     worst = max(smallest, key=lambda row: row.quality.perplexity)
     factor = source.quality.kv_bytes_per_token / best.quality.kv_bytes_per_token

@@ -11,11 +11,23 @@ SOURCE = "source"
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One model of the demo: the source, or one of its folds."""
+    """One model of the demo: the source, or one of its folds.
+
+    Attributes:
+        latent: in place of KV heads, as ``24+8``; all heads read it then.
+    """
 
     kv_heads: int
     method: str
     quality: Quality
+    latent: str | None = None
+
+    @property
+    def cached(self) -> str:
+        """What the cache holds of a token, in a few words."""
+        if self.latent is not None:
+            return f"latent of {self.latent}"
+        return f"{self.kv_heads} KV head{'' if self.kv_heads == 1 else 's'}"
 
 
 @dataclass(frozen=True)

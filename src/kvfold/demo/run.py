@@ -30,6 +30,10 @@ FOLDS = (
     ("auto, no fit", AUTO, "none"),
     ("auto", AUTO, "local"),
 )
+# As many numbers as 4, 2, 1.5 and 1 heads: a latent, and half the rotary frequencies for all heads.
+# Stored with biases: so small a model has no direction in which all of its inputs are alike.
+LATENTS = ("120+8", "56+8", "40+8", "24+8")
+LATENT = "latent"
 _CALIBRATION_TOKENS = 96 * CONTEXT
 _HELD_OUT_TOKENS = 128 * CONTEXT
 
@@ -37,7 +41,7 @@ _HELD_OUT_TOKENS = 128 * CONTEXT
 def run_demo(
     out: Path, seed: int = 0, force: bool = False, progress: Progress = no_progress
 ) -> DemoResult:
-    """Train, fold to 4, 2 and 1 KV heads, evaluate and plot.
+    """Train, fold to 4, 2 and 1 KV heads and to latents as large, evaluate and plot.
 
     ``out`` appears when all is done: the source model, the texts, ``demo.json``, the plot.
 
@@ -89,26 +93,27 @@ def check_out(out: Path, force: bool) -> None:
 def fold_and_compare(
     model: "LlamaForCausalLM", tokenizer: Tokenizer, splits: Splits, seed: int, progress: Progress
 ) -> tuple[DemoRow, ...]:
-    """Fold with every method to every number of heads; score all on the held-out text."""
+    """Fold by every method to all numbers of heads, and to latents; score on held-out text."""
     from kvfold.fold.model import fold_model
 
     windows = token_windows(tokenizer, joined(splits.calibration), CONTEXT, _CALIBRATION_TOKENS)
-    names: list[tuple[int, str]] = [(model.config.num_key_value_heads, SOURCE)]
-    models: list[Any] = [model]
-    total = len(FOLDED_KV_HEADS) * len(FOLDS)
+    heads = int(model.config.num_key_value_heads)
+    found: list[tuple[int, str, str | None, Any]] = [(heads, SOURCE, None, model)]
+    total = len(FOLDED_KV_HEADS) * len(FOLDS) + len(LATENTS)
     for kv_heads in FOLDED_KV_HEADS:
         for label, method, fit in FOLDS:
             data = windows if method == AUTO else None  # averaging looks at weights only
             folded = fold_model(model, kv_heads, method, fit, data, seed)
-            names.append((kv_heads, label))
-            models.append(folded.model)
-            progress("folding", len(models) - 1, total)
-    labelled = [
-        (f"{label} {heads}", each) for (heads, label), each in zip(names, models, strict=True)
-    ]
+            found.append((kv_heads, label, None, folded.model))
+            progress("folding", len(found) - 1, total)
+    for words in LATENTS:
+        folded = fold_model(model, latent=words, layout="youtu", windows=windows, seed=seed)
+        found.append((heads, LATENT, words, folded.model))
+        progress("folding", len(found) - 1, total)
     held_out = token_windows(tokenizer, joined(splits.held_out), CONTEXT, _HELD_OUT_TOKENS)
+    labelled = [(f"{label} {latent or kv}", each) for kv, label, latent, each in found]
     qualities = compare(labelled, held_out, "held-out topics", progress)
     return tuple(
-        DemoRow(kv_heads, label, quality)
-        for (kv_heads, label), quality in zip(names, qualities, strict=True)
+        DemoRow(kv_heads, label, quality, latent)
+        for (kv_heads, label, latent, _), quality in zip(found, qualities, strict=True)
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arguments import flag, location, several
-from kvfold.checkpoint.records import DEMO_RECORD, FOLDING, HEALING, QUALITY, RECORDS
+from kvfold.checkpoint.records import DEMO_RECORD, FOLDING, HEALING, QUALITY, RECORDS, DemoModel
 from kvfold.documents import open_regular
 from kvfold.errors import InputError
 from kvfold.files import check_file, write_text
@@ -188,8 +188,7 @@ def _of_demo(run: Path) -> Section:
     record = DEMO_RECORD.read(run / DEMO)
     for number, row in enumerate(record["rows"]):
         QUALITY.check({**row["quality"], "name": row["method"]}, f"{run / DEMO}, row {number}")
-    rows = [{**row["quality"], "name": f"{row['method']}, {row['kv_heads']} KV heads"}
-            for row in record["rows"]]  # fmt: skip
+    rows = [{**row["quality"], "name": _demo_name(row)} for row in record["rows"]]
     parts: list[Table | Figure | str] = []
     if (run / _PLOT).is_file():
         # As an image, not as a part of the page: whoever wrote it, nothing in it is run or fetched.
@@ -198,6 +197,11 @@ def _of_demo(run: Path) -> Section:
     parts.append(_quality(rows))
     parts.append(_code(f"kvfold demo --seed {record['seed']} --out {run.name}"))
     return Section(f"Demo: {run.name}", parts)
+
+
+def _demo_name(row: DemoModel) -> str:
+    latent = row.get("latent")
+    return f"{row['method']}, {latent or row['kv_heads']}{'' if latent else ' KV heads'}"
 
 
 def _of_bench(path: Path) -> list[Section]:
