@@ -403,6 +403,20 @@ def test_the_other_commands_take_it(
     AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
 
 
+def test_a_norm_that_cannot_be_undone_is_told(
+    kvfold: Kvfold, folded: Path, llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Random embeddings have nothing in common; biases need nothing."""
+    for layout in ("deepseek_v3", "youtu"):
+        run = kvfold(
+            "convert", llama_folder, tmp_path / layout, "--latent", "24+4", "--layout", layout,
+            "--fit", "none", "--calibration", text_file, "--calibration-tokens", 1024,
+            "--context", 64,
+        )  # fmt: skip
+        assert run.code == 0, run.err
+        assert ("--layout youtu" in run.err) == (layout == "deepseek_v3"), run.err
+
+
 # -- heads or a latent --------------------------------------------------------------------------
 
 

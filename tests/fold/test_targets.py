@@ -63,6 +63,8 @@ class Fused:
 class FusedFold:
     """Takes the heads as they are."""
 
+    constant_error: float | None = None
+
     def __init__(
         self, layer: StoredLayer, heads: LayerHeads, target: Fused, statistics: LayerStatistics
     ) -> None:

@@ -238,6 +238,7 @@ class KeptReport(TypedDict):
     groups: Annotated[list[Annotated[list[LayerNumber], MinLen(1)]], MinLen(1)]
     captured_value: Number
     captured_key: Number
+    constant_error: NotRequired[Number]
 
 
 class KeptLayer(TypedDict):

@@ -49,6 +49,12 @@ def constant_direction(moment: torch.Tensor, value_moment: torch.Tensor) -> torc
     return found
 
 
+def constant_error(constant: torch.Tensor, moment: torch.Tensor) -> float:
+    """The root of E(u . x - 1)^2: how far from 1 what stands for it is, over tokens."""
+    u, mean = constant, moment[:-1, -1]
+    return float((u @ moment[:-1, :-1] @ u - 2 * u @ mean + moment[-1, -1]).clamp_min(0).sqrt())
+
+
 def with_constant(
     shared: SharedLatent,
     o_bias: torch.Tensor | None,

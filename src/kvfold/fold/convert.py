@@ -44,6 +44,7 @@ from kvfold.errors import InputError
 from kvfold.files import write_json, write_text
 from kvfold.fold.record import (
     BUILTIN_WARNING,
+    constant_warnings,
     geometry_record,
     model_card,
     read_folding,
@@ -403,7 +404,11 @@ def _record(
         "fit": request.fit,
         "seed": request.seed,
         "calibration": calibration,
-        "warnings": [*([BUILTIN_WARNING] if builtin else []), *request.target.warnings],
+        "warnings": [
+            *([BUILTIN_WARNING] if builtin else []),
+            *request.target.warnings,
+            *constant_warnings(layers),
+        ],
         "summary": summary(layers),
         "layers": layers,
     }

@@ -23,6 +23,8 @@ class GroupedFold:
         layer: the source's. heads: its heads. statistics: what its inputs look like.
     """
 
+    constant_error: float | None = None  # heads need no constant
+
     def __init__(
         self, layer: StoredLayer, heads: LayerHeads, target: Grouped, statistics: LayerStatistics
     ) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from kvfold.arch.latent import LatentWeights
 from kvfold.arch.target import Latent
-from kvfold.fold.constant import constant_direction, with_constant
+from kvfold.fold.constant import constant_direction, constant_error, with_constant
 from kvfold.fold.energy import Energy
 from kvfold.fold.heads import LayerHeads
 from kvfold.fold.latent_energy import latent_energy
@@ -20,7 +20,13 @@ _INPUT_NORM = "input_layernorm.weight"
 
 
 class LatentFold:
-    """Folds one layer by any method that makes a latent of all its heads."""
+    """Folds one layer by any method that makes a latent of all its heads.
+
+    Attributes:
+        constant_error: see ``LayerReport``.
+    """
+
+    constant_error: float | None = None
 
     def __init__(
         self, layer: StoredLayer, heads: LayerHeads, target: Latent, statistics: LayerStatistics
@@ -56,6 +62,7 @@ class LatentFold:
         constant = None
         if not self._target.stored.bias:
             constant = constant_direction(self._statistics.moment, self._statistics.value_moment)
+            self.constant_error = constant_error(constant, self._statistics.moment)
         o_bias = self._heads.o_bias
         o_bias = None if o_bias is None else o_bias.double() * self._residual
         weights = with_constant(shared, o_bias, constant, self._statistics.moment)

@@ -39,7 +39,8 @@ class LayerReport:
     Attributes:
         method: the method used (``auto`` names the one it chose). groups: source KV heads that
             now share, in the order of the new heads. captured_value, captured_key: see
-            ``fold.energy``.
+            ``fold.energy``. constant_error: of a latent without biases, how far from the same in
+            all tokens what stands for its constant is (``fold.constant``): so wrong is its norm.
     """
 
     layer: int
@@ -47,9 +48,10 @@ class LayerReport:
     groups: list[list[int]]
     captured_value: float
     captured_key: float
+    constant_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -90,6 +92,8 @@ class FoldedLayer:
 class LayerFold(Protocol):
     """Folds one layer to a target by any method that can make it."""
 
+    constant_error: float | None
+
     def groups(self, method: Method) -> list[list[int]]: ...
 
     def by(self, method: Method, seed: int) -> tuple[Any, Energy]:
@@ -120,8 +124,9 @@ def fold_layer(
     candidates = ((method, *fold.by(method, plan.seed + source.index)) for method in methods)
     best, weights, energy = max(candidates, key=lambda candidate: candidate[2].captured)
     report = LayerReport(
-        source.index, best.name, fold.groups(best), energy.captured_value, energy.captured_key
-    )
+        source.index, best.name, fold.groups(best), energy.captured_value, energy.captured_key,
+        fold.constant_error,
+    )  # fmt: skip
     return FoldedLayer(source.index, _stored(source, plan.target, weights), report)
 
 

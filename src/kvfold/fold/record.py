@@ -16,6 +16,22 @@ BUILTIN_WARNING = (
 )
 
 
+_LARGE_ERROR = 0.1  # of a latent's norm; SmolLM2's layers have a few hundredths
+
+
+def constant_warnings(reports: Sequence[dict[str, Any]]) -> list[str]:
+    """Of latents without biases, whose norm is wrong where inputs have no part in common."""
+    errors = [report.get("constant_error") or 0.0 for report in reports]
+    bad = [error for error in errors if error > _LARGE_ERROR]
+    if not bad:
+        return []
+    return [
+        f"in {len(bad)} of {len(errors)} layers inputs have no part that is the same in all tokens "
+        f"(it varies by up to {max(bad):.0%}), so that the latent's norm cannot be undone: use "
+        "--layout youtu, which has biases"
+    ]
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What a finished run left in its folder."""
     return dict(RECORDS.read(folder / RECORD))
