@@ -142,7 +142,7 @@ def test_a_demo_is_reported(kvfold: Kvfold, healed: Path, tmp_path: Path) -> Non
     text = (tmp_path / "r.html").read_text()
     assert "kvfold demo --seed 3" in text
     assert "source, 8 KV heads" in text
-    assert "latent, 24+8" in text
+    assert "latent, a latent of 24+8 numbers" in text
     assert "<?xml" not in text
 
 

@@ -288,3 +288,8 @@ class Latent:
             raise InputError(
                 f"--pad {self.padded[0]}+{self.padded[1]}: expected an even rotary size"
             )
+
+
+def heads_or_latent(num_kv_heads: int, latent: str | None) -> Target:
+    """What is told of a model in two entries: a latent's words, or else a number of heads."""
+    return Grouped(num_kv_heads) if latent is None else Latent.read(latent, "latent")

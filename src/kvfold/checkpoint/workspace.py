@@ -40,7 +40,8 @@ from kvfold.errors import InputError, RunError
 from kvfold.files import is_temporary, of_full_disk, write_json
 
 REQUEST, NEW, OLD = "request.json", "out", "old"
-# What is worth going on from: a layer, a checkpoint, a shard, a dequantized source, an older OUT.
+# What is worth going on from: what was compared, a layer, a checkpoint, a shard, a dequantized
+# source, an older OUT.
 _WORTH = ("compared.json", "layers/*.json", "checkpoints/step-????????", f"{NEW}/*", "source", OLD)
 _INPUTS, _FOLDER = "inputs", "folder"
 

@@ -123,10 +123,9 @@ def _print_preview(preview: dict[str, Any]) -> None:
     from kvfold.report.tables import print_table, size
 
     request, geometry = preview["request"], preview["geometry"]
-    targets = preview["targets"]
-    several = [("one of these", target) for target in targets]
     rows = [
-        *(several if len(targets) > 1 else _geometry_rows(geometry)),
+        *(_geometry_rows(geometry) if geometry else []),
+        *([] if geometry else [("one of these", target) for target in preview["targets"]]),
         ("method, fit", f"{request['method']}, {request['fit']}"),
         ("output", size(preview["output_bytes"])),
         ("disk space needed meanwhile", size(preview["disk_bytes_needed"])),

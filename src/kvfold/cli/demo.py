@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def command(out: Path, seed: int, force: bool, as_json: bool) -> None:
     """Train a small model here, fold it, and plot what that costs.
 
-    Takes about two minutes on two CPU cores. Needs no GPU and no network: the text is
+    Takes two to six minutes on two CPU cores. Needs no GPU and no network: the text is
     Python's own documentation. OUT/source is a model to try the other commands on.
     """
     from kvfold.demo.run import check_out

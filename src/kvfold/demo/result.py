@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfold.arch.target import heads_or_latent
 from kvfold.quality.scores import Quality
 
 SOURCE = "source"
@@ -25,9 +26,7 @@ class DemoRow:
     @property
     def cached(self) -> str:
         """What the cache holds of a token, in a few words."""
-        if self.latent is not None:
-            return f"latent of {self.latent}"
-        return f"{self.kv_heads} KV head{'' if self.kv_heads == 1 else 's'}"
+        return heads_or_latent(self.kv_heads, self.latent).label
 
 
 @dataclass(frozen=True)

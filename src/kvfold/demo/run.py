@@ -1,7 +1,7 @@
 """``kvfold demo``: train a small MHA model on Python's own documentation, fold it, measure it.
 
 Everything it needs is on the machine already: the text is ``pydoc_data.topics``, which ships
-with Python, and the model is trained here in about a minute, on the CPU. No torch at import.
+with Python, and the model is trained here in a minute or three, on the CPU. No torch at import.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@ on the source's own inputs, and compared by what its attention puts out: in the 
 calibration has, and in long ones, for what no longer turns with distance fails late.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -41,43 +41,29 @@ class Compared:
     target: Target
     errors: dict[int, float]
 
-    @property
-    def error(self) -> float:
-        """Short and long windows count alike."""
-        return fmean(self.errors.values())
-
     def as_dict(self) -> ComparedRow:
         errors = {str(tokens): error for tokens, error in self.errors.items()}
         return {"target": self.target.label, "attention_error": errors}
 
 
 def choose(
-    folder: Path,
-    checkpoint: Checkpoint,
-    targets: Sequence[Target],
-    windows: torch.Tensor,
-    *,
-    method: str,
-    seed: int,
-    progress: Progress = no_progress,
+    kept: Path, targets: Sequence[Target], measure: Callable[[], list[Compared]]
 ) -> tuple[Target, list[ComparedRow]]:
     """The best target, and how all of them compare.
 
     Args:
-        folder: keeps the comparison for a run that is taken up again.
-        windows: see :func:`compare`.
+        kept: the file that keeps the comparison for a run that is taken up again.
+        measure: makes the comparison, if it is not kept.
 
     Raises:
-        RunError: if what the folder keeps is no comparison of these targets.
+        RunError: if the file is no comparison of these targets.
     """
-    kept = folder / KEPT
     if not kept.exists():
-        found = compare(checkpoint, targets, windows, method=method, seed=seed, progress=progress)
-        write_json(kept, [each.as_dict() for each in found])
+        write_json(kept, [each.as_dict() for each in measure()])
     rows = COMPARED.read(kept)
     if [row["target"] for row in rows] != [target.label for target in targets]:
         raise RunError(f"{kept} compares something else", "--force instead of --resume starts over")
-    errors = [fmean(row["attention_error"].values()) for row in rows]
+    errors = [fmean(row["attention_error"].values()) for row in rows]  # lengths count alike
     return targets[errors.index(min(errors))], rows
 
 

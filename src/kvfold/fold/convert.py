@@ -7,16 +7,16 @@ with ``resume``.
 
 import hashlib
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.arguments import callback, flag, location, new_folder, several
-from kvfold.checkpoint.gguf import describe, is_gguf, transcode
+from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
-from kvfold.checkpoint.pretrained import check_complete, load_tokenizer
+from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.records import ComparedRow
 from kvfold.checkpoint.source import (
     Checkpoint,
@@ -40,7 +40,6 @@ from kvfold.checkpoint.writer import (
     plan_shards,
     write_shards,
 )
-from kvfold.errors import InputError
 from kvfold.files import write_json, write_text
 from kvfold.fold.record import (
     BUILTIN_WARNING,
@@ -51,16 +50,15 @@ from kvfold.fold.record import (
     summary,
 )
 from kvfold.fold.request import (
-    LEAST_TOKENS,
     NO_CALIBRATION,
     ConvertRequest,
     Preview,
     calibration_text,
     preview,
 )
-from kvfold.geometry import AttentionGeometry
+from kvfold.fold.windows import early_windows, windows_of
 from kvfold.progress import Progress, no_progress
-from kvfold.quality.text import GivenText, token_windows
+from kvfold.quality.text import GivenText
 from kvfold.record import RECORD, command_line, versions
 
 if TYPE_CHECKING:
@@ -154,7 +152,7 @@ def run_request(
     files = _files(request)
     windows = None
     if not resume:  # known before there is a working folder
-        windows = _early_windows(found)
+        windows = early_windows(found)
     started = time.monotonic()
     with opened(out) as work:
         if not work.start(request.as_dict(), resume=resume, force=force, files=files):
@@ -171,18 +169,6 @@ def run_request(
         write_json(work.new / RECORD, record)
         work.publish(files)
     return record
-
-
-def _early_windows(found: Preview) -> "torch.Tensor | None":
-    """:func:`_windows` from the source as it is; of a GGUF file its metadata says enough."""
-    request = found.request
-    if not is_gguf(request.source):
-        folder = resolve(request.source)
-        return _windows(found.config, found.source, folder, request, found.text)
-    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
-        if found.text is not None:
-            describe(Path(request.source).expanduser(), Path(apart), tokenizer=True)
-        return _windows(found.config, found.source, Path(apart), request, found.text)
 
 
 def _files(request: ConvertRequest) -> Files:
@@ -235,7 +221,7 @@ def _run(
     if is_gguf(request.source):
         check_complete(checkpoint)
     if windows is None:
-        windows = _windows(checkpoint.config, checkpoint.geometry, folder, request, text)
+        windows = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text)
     asked, compared = request, None
     if request.is_open:
         request, compared = _settled(found, checkpoint, windows, work.folder, progress)
@@ -261,14 +247,13 @@ def _settled(
     progress: Progress,
 ) -> tuple[ConvertRequest, list[ComparedRow]]:
     """The request with what is folded to, and what was compared for that."""
-    from kvfold.fold.choose import choose
+    from kvfold.fold.choose import KEPT, choose, compare
 
     assert windows is not None  # an open request has text
-    request = found.request
-    target, rows = choose(
-        folder, checkpoint, found.targets, windows,
-        method=request.method, seed=request.seed, progress=progress,
-    )  # fmt: skip
+    request, targets = found.request, found.targets
+    options: Any = {"method": request.method, "seed": request.seed, "progress": progress}
+    measure = partial(compare, checkpoint, targets, windows, **options)
+    target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
 
 
@@ -300,33 +285,6 @@ def _verify(checkpoint: Checkpoint, progress: Progress) -> None:
     for index, name in enumerate(names, 1):
         checkpoint.tensor(name)
         progress("checking the source", index, len(names))
-
-
-def _windows(
-    config: Mapping[str, Any],
-    geometry: AttentionGeometry,
-    folder: Path,
-    request: ConvertRequest,
-    text: GivenText | None,
-) -> "torch.Tensor | None":
-    """The calibration text as tokens; None if none is needed."""
-    if text is None or request.keeps(geometry):
-        return None
-    longest = config.get("max_position_embeddings") or request.context
-    context = min(request.context, int(longest))
-    windows = token_windows(
-        load_tokenizer(folder),
-        text.text,
-        context,
-        request.calibration_tokens,
-        config.get("vocab_size"),
-    )
-    if windows.numel() < LEAST_TOKENS:
-        raise InputError(
-            f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",
-            "give more text: 50,000 tokens is good",
-        )
-    return windows
 
 
 def _fold_layers(

@@ -1,6 +1,7 @@
 """Folding a layer to latent attention: one latent and one rotary key for all heads."""
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -20,13 +21,7 @@ _INPUT_NORM = "input_layernorm.weight"
 
 
 class LatentFold:
-    """Folds one layer by any method that makes a latent of all its heads.
-
-    Attributes:
-        constant_error: see ``LayerReport``.
-    """
-
-    constant_error: float | None = None
+    """Folds one layer by any method that makes a latent of all its heads."""
 
     def __init__(
         self, layer: StoredLayer, heads: LayerHeads, target: Latent, statistics: LayerStatistics
@@ -59,14 +54,24 @@ class LatentFold:
         shared = _scaled(shared, self._scale * self._geometry.head_dim**0.5)
         shared = _padded(shared, self._geometry)
         shared = replace(shared, o=shared.o * self._residual)
-        constant = None
-        if not self._target.stored.bias:
-            constant = constant_direction(self._statistics.moment, self._statistics.value_moment)
-            self.constant_error = constant_error(constant, self._statistics.moment)
         o_bias = self._heads.o_bias
         o_bias = None if o_bias is None else o_bias.double() * self._residual
-        weights = with_constant(shared, o_bias, constant, self._statistics.moment)
+        weights = with_constant(shared, o_bias, self._constant, self._statistics.moment)
         return _in_two_steps(weights, self._norm) if self._target.stored.two_steps else weights
+
+    @cached_property
+    def _constant(self) -> torch.Tensor | None:
+        """What stands for a constant; None where there are biases."""
+        if self._target.stored.bias:
+            return None
+        return constant_direction(self._statistics.moment, self._statistics.value_moment)
+
+    @property
+    def constant_error(self) -> float | None:
+        """See :class:`kvfold.fold.layer.LayerReport`."""
+        if self._constant is None:
+            return None
+        return constant_error(self._constant, self._statistics.moment)
 
     @property
     def _norm(self) -> torch.Tensor:

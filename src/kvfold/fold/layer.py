@@ -92,7 +92,9 @@ class FoldedLayer:
 class LayerFold(Protocol):
     """Folds one layer to a target by any method that can make it."""
 
-    constant_error: float | None
+    @property
+    def constant_error(self) -> float | None:
+        """See :class:`LayerReport`; None where nothing needs a constant."""
 
     def groups(self, method: Method) -> list[list[int]]: ...
 

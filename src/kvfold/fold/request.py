@@ -246,10 +246,11 @@ class Preview:
     free_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
+        known = len(self.targets) == 1
         return {
             "request": self.request.as_dict(),
             "targets": [target.label for target in self.targets],
-            "geometry": geometry_record(self.source, self.targets[0]),
+            "geometry": geometry_record(self.source, *self.targets) if known else None,
             "output_bytes": self.output_bytes,
             "disk_bytes_needed": self.disk_bytes,
             "disk_bytes_free": self.free_bytes,

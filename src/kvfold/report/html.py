@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.target import heads_or_latent
 from kvfold.arguments import flag, location, several
 from kvfold.checkpoint.records import DEMO_RECORD, FOLDING, HEALING, QUALITY, RECORDS, DemoModel
 from kvfold.documents import open_regular
@@ -200,8 +201,7 @@ def _of_demo(run: Path) -> Section:
 
 
 def _demo_name(row: DemoModel) -> str:
-    latent = row.get("latent")
-    return f"{row['method']}, {latent or row['kv_heads']}{'' if latent else ' KV heads'}"
+    return f"{row['method']}, {heads_or_latent(row['kv_heads'], row.get('latent')).label}"
 
 
 def _of_bench(path: Path) -> list[Section]:

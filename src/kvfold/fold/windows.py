@@ -1,0 +1,56 @@
+"""A request's calibration text as windows of tokens. No torch at import."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.checkpoint.gguf import describe, is_gguf
+from kvfold.checkpoint.pretrained import load_tokenizer
+from kvfold.checkpoint.source import resolve
+from kvfold.errors import InputError
+from kvfold.fold.request import LEAST_TOKENS, ConvertRequest, Preview
+from kvfold.geometry import AttentionGeometry
+from kvfold.quality.text import GivenText, token_windows
+
+if TYPE_CHECKING:
+    import torch
+
+
+def early_windows(found: Preview) -> "torch.Tensor | None":
+    """:func:`windows_of` from the source as it is; of a GGUF file its metadata says enough."""
+    request = found.request
+    if not is_gguf(request.source):
+        folder = resolve(request.source)
+        return windows_of(found.config, found.source, folder, request, found.text)
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
+        if found.text is not None:
+            describe(Path(request.source).expanduser(), Path(apart), tokenizer=True)
+        return windows_of(found.config, found.source, Path(apart), request, found.text)
+
+
+def windows_of(
+    config: Mapping[str, Any],
+    geometry: AttentionGeometry,
+    folder: Path,
+    request: ConvertRequest,
+    text: GivenText | None,
+) -> "torch.Tensor | None":
+    """The calibration text as tokens; None if none is needed."""
+    if text is None or request.keeps(geometry):
+        return None
+    longest = config.get("max_position_embeddings") or request.context
+    context = min(request.context, int(longest))
+    windows = token_windows(
+        load_tokenizer(folder),
+        text.text,
+        context,
+        request.calibration_tokens,
+        config.get("vocab_size"),
+    )
+    if windows.numel() < LEAST_TOKENS:
+        raise InputError(
+            f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",
+            "give more text: 50,000 tokens is good",
+        )
+    return windows

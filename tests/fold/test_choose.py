@@ -1,0 +1,90 @@
+"""Requests that give a size only: the calibration text chooses what is folded to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvfold as package
+from kvfold.errors import InputError, RunError
+from kvfold.fold.choose import KEPT
+from tests.conftest import Kvfold
+from tests.toolbox import tiny
+from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
+
+RANK, ROTARY = 20, 4
+
+
+def test_what_a_share_of_the_cache_is_spent_on(
+    kvfold: Kvfold, text_file: Path, tmp_path: Path
+) -> None:
+    """A latent in disguise is found to be one; repeated heads are found to be heads."""
+    cases = {"latent": tiny.hidden_mla("llama", RANK), "heads": tiny.hidden_mha(tiny.make("llama"))}
+    with torch.no_grad():
+        for model in cases.values():
+            model.model.embed_tokens.weight[:, 0] = 30.0
+    for kind, model in cases.items():
+        source = tiny.save_with_tokenizer(model, tmp_path / kind)
+        run = kvfold(
+            "convert", source, tmp_path / f"{kind}-out", "--kv-bytes", "34%", "--fit", "none",
+            "--calibration", text_file, "--calibration-tokens", 1024, "--context", 64, "--json",
+        )  # fmt: skip
+        assert run.code == 0, run.err
+        record: Any = run.json()
+        errors = [max(each["attention_error"].values()) for each in record["compared"]]
+        assert min(errors) < 1e-4, record["compared"]
+        assert ("latent" in record["geometry"]) == (kind == "latent"), record["compared"]
+        assert "--kv-bytes 34%" in record["command"]
+
+
+def test_the_text_chooses_between_latents_of_one_size(
+    kvfold: Kvfold, text_file: Path, tmp_path: Path
+) -> None:
+    """A latent in disguise is found at its own split; a dry run says what will be compared."""
+    source = tiny.save_with_tokenizer(tiny.hidden_mla("llama", RANK), tmp_path / "source")
+    arguments = [
+        "convert", source, tmp_path / "out", "--latent", RANK + 1 + ROTARY, "--layout", "youtu",
+        "--fit", "none", "--calibration", text_file, "--calibration-tokens", 1024, "--context", 64,
+        "--json",
+    ]  # fmt: skip
+    dry = kvfold(*arguments, "--dry-run")
+    assert dry.code == 0, dry.err
+    preview: Any = dry.json()
+    sizes = ("23+2", "21+4", "19+6", "17+8")
+    assert preview["targets"] == [f"a latent of {words} numbers" for words in sizes]
+    run = kvfold(*arguments)
+    assert run.code == 0, run.err
+    record: Any = run.json()
+    found = {row["target"]: row["attention_error"] for row in record["compared"]}
+    assert list(found) == preview["targets"]
+    longest = tiny.CASES["llama"][1]["max_position_embeddings"]
+    assert set(found["a latent of 21+4 numbers"]) == {"64", str(longest // 64 * 64)}
+    assert record["geometry"]["latent"] == {"rank": 21, "rotary": 4, "layout": "youtu"}
+    assert max(found["a latent of 21+4 numbers"].values()) < 1e-6
+    assert f"--latent {RANK + 1 + ROTARY} " in record["command"]
+
+
+def test_a_run_that_goes_on_compares_no_more(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"latent": "48", "calibration": [text_file], **CALIBRATION}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    package.convert(llama_folder, whole, **arguments)
+    with pytest.raises(Stop):
+        package.convert(llama_folder, out, **arguments, progress=stop_at("folding layers", 1))
+    kept = tmp_path / f".out.kvfold-partial/{KEPT}"
+    rows = kept.read_text()
+    for wrong in ("[]", rows.replace("+4 ", "+2 "), rows[:-3], '[{"target": "a"}]'):
+        kept.write_text(wrong)
+        with pytest.raises((InputError, RunError), match=f"{KEPT}.*"):
+            package.convert(llama_folder, out, **arguments, resume=True)
+    kept.write_text(rows)
+    labels = []
+    package.convert(
+        llama_folder, out, **arguments, resume=True,
+        progress=lambda label, done, total: labels.append(label),
+    )  # fmt: skip
+    assert "comparing what to fold to" not in labels
+    assert "folding layers" in labels
+    assert digests(out) == digests(whole)
