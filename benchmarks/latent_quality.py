@@ -46,6 +46,8 @@ CASES = (
     Case(192, "latent", "none", "144+48"),
     Case(192, "latent", "refit", "144+48"),
     Case(192, "latent", "local", "144+48"),
+    Case(192, "latent", "none", "136+56"),
+    Case(192, "latent", "local", "136+56"),
     Case(128, "pca", "none"),
     Case(128, "care", "none", "96+32/2"),
     Case(128, "transmla", "none", "96+32/2"),

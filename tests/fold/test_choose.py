@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import kvfold as package
+from kvfold.arch.families import BY_TYPE
 from kvfold.errors import InputError, RunError
+from kvfold.fold.candidates import latents_of
 from kvfold.fold.choose import KEPT
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
@@ -88,3 +90,15 @@ def test_a_run_that_goes_on_compares_no_more(
     assert "comparing what to fold to" not in labels
     assert "folding layers" in labels
     assert digests(out) == digests(whole)
+
+
+def test_which_latents_are_compared() -> None:
+    """Of 32 frequencies: those whose lowest hardly turn over long contexts, and fewer."""
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, **tiny.COMMON, **sizes}
+    found = latents_of(BY_TYPE["llama"], config, 192, "youtu")
+    labels = [latent.label for latent in found]
+    words = ("176+16", "160+32", "152+40", "144+48", "136+56", "128+64")
+    assert labels == [f"a latent of {each} numbers" for each in words]
+    with pytest.raises(InputError, match="--latent 24: expected 32 to 384 numbers"):
+        latents_of(BY_TYPE["llama"], config, 24, "youtu")

@@ -9,7 +9,9 @@ from kvfold.arch.target import Grouped, Latent, Target
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
 
-QUARTERS = (1, 2, 3, 4)  # of the source's rotary frequencies, from the highest, that latents keep
+# Of the source's rotary frequencies, the highest, that latents keep. Those left out may hardly turn
+# over a context: which do depends on the model's base, so several are compared.
+EIGHTHS = (2, 4, 5, 6, 7, 8)
 
 
 def heads_and_latents(
@@ -48,7 +50,7 @@ def latents_of(
     check_latent(family, config)
     geometry = family.geometry(config)
     rotary_dim = family.rotary_dim(config, geometry)
-    sizes = dict.fromkeys(max(2, rotary_dim * quarters // 8 * 2) for quarters in QUARTERS)
+    sizes = dict.fromkeys(max(2, rotary_dim * eighths // 16 * 2) for eighths in EIGHTHS)
     most = geometry.num_kv_heads * (geometry.head_dim + geometry.v_head_dim)
     least = 2 * min(sizes)  # as much for all else, or nothing would be left for the values
     if not least <= numbers <= most:

@@ -1,7 +1,6 @@
 """Fitting a folded layer to its source, on the inputs it will really get."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import cos, pi
 
@@ -85,17 +84,14 @@ Stage = Callable[[FitTask, Progress], None]
 Samples = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and wanted outputs, [B, T, …]
 
 
-class _CapturedError(Exception):
-    """The linear layer's input has been seen; the rest of the layer need not run."""
-
-
 def refit_output(task: FitTask, progress: Progress) -> None:
     """Solve o_proj in closed form on the folded heads' own outputs."""
     linear = task.linear(task.output_name)
 
     def pairs() -> Samples:
         for batch in task.folded_inputs.batches():
-            yield _input_of(linear, task, batch), task.attention_target(batch)
+            inputs = task.live.input_of(linear, task.folded_inputs[batch])
+            yield inputs, task.attention_target(batch)
 
     _solve(task, task.output_name, pairs())
 
@@ -153,23 +149,6 @@ def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torc
     system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution: torch.Tensor = torch.linalg.solve(system, cross + weight * start.T.double())
     return solution.T
-
-
-def _input_of(linear: nn.Linear, task: FitTask, windows: slice) -> torch.Tensor:
-    """Run the folded layer up to ``linear`` and no further; return its input."""
-
-    def capture(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _CapturedError
-
-    seen: list[torch.Tensor] = []
-    handle = linear.register_forward_pre_hook(capture)
-    try:
-        with suppress(_CapturedError):
-            task.live(task.folded_inputs[windows])
-    finally:
-        handle.remove()
-    return seen.pop()
 
 
 STEPS = 60

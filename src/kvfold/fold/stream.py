@@ -8,13 +8,14 @@ calls its layers in order can be streamed, with no code of its own here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -203,6 +204,10 @@ def _first_input(base: Any, ids: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
+class _ReachedError(Exception):
+    """What was asked for has been seen; the rest of the layer need not run."""
+
+
 @dataclass
 class LiveLayer:
     """A decoder layer that has its weights.
@@ -222,6 +227,34 @@ class LiveLayer:
         """``[B, T, C]`` -> ``[B, T, C]``."""
         out = self.module(hidden, *self.args, **self.kwargs)
         return out if isinstance(out, torch.Tensor) else out[0]
+
+    def input_of(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the layer up to a module below it and no further; return the module's input."""
+        return self._reach(module.register_forward_pre_hook, lambda args: args[0], hidden)
+
+    def attention_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention puts out; nothing behind it is run."""
+        return self._reach(self.attention.register_forward_hook, lambda args, out: out[0], hidden)
+
+    def _reach(
+        self,
+        register: Callable[[Callable[..., None]], RemovableHandle],
+        take: Callable[..., torch.Tensor],
+        hidden: torch.Tensor,
+    ) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def hook(module: nn.Module, *passing: Any) -> None:
+            seen.append(take(*passing))
+            raise _ReachedError
+
+        handle = register(hook)
+        try:
+            with suppress(_ReachedError):
+                self(hidden)
+        finally:
+            handle.remove()
+        return seen.pop()
 
     @contextmanager
     def listening(
