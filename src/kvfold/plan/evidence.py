@@ -26,8 +26,8 @@ FOLDED = (
 )
 
 # Of the same model with a latent of half its cache.
-LATENT = Folded("converted with the defaults of `kvfold convert`", 0.10, 0.26)
-LATENT_LONG = Folded("at 4,096 tokens of context", 0.36, 0.51)
+LATENT = Folded("converted with the defaults of `kvfold convert`", 0.10, 0.31)
+LATENT_LONG = Folded("at 4,096 tokens of context", 0.16, 0.35)
 
 # Of an 8- or 4-bit cache against bfloat16, at 4,096 tokens of context, on the worse of two texts.
 CACHES = {
@@ -53,10 +53,11 @@ def heads_risk(factor: float) -> str:
 def latent_risk() -> str:
     """What is known of storing a model with a latent for all heads."""
     return (
-        f"measured is {MODEL} with half of its cache (144+48): {LATENT.what}: "
+        f"measured is {MODEL} with half of its cache (136+56): {LATENT.what}: "
         f"{LATENT.similar:.2f} nats per token lost on text like the calibration's, "
         f"{LATENT.other:.2f} on other text, {LATENT_LONG.similar:.2f} and {LATENT_LONG.other:.2f} "
-        f"{LATENT_LONG.what}, for position-free keys fail late; `kvfold eval` tells it of yours"
+        f"{LATENT_LONG.what}; with fewer rotary frequencies latents fail late; `kvfold eval` tells "
+        "it of yours"
     )
 
 
