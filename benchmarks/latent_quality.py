@@ -52,8 +52,10 @@ CASES = (
     Case(128, "care", "none", "96+32/2"),
     Case(128, "transmla", "none", "96+32/2"),
     Case(128, "latent", "none", "80+48"),
+    Case(128, "latent", "none", "72+56"),
     Case(128, "auto", "local"),
     Case(128, "latent", "local", "80+48"),
+    Case(128, "latent", "local", "72+56"),
 )
 
 
