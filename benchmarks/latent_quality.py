@@ -48,6 +48,7 @@ CASES = (
     Case(192, "latent", "local", "144+48"),
     Case(192, "latent", "none", "136+56"),
     Case(192, "latent", "local", "136+56"),
+    Case(192, "latent", "none", "128+64"),
     Case(128, "pca", "none"),
     Case(128, "care", "none", "96+32/2"),
     Case(128, "transmla", "none", "96+32/2"),
