@@ -6,38 +6,46 @@
 
 Each row is made by `kvfold convert` on the handbook's other chapters and scored by `kvfold eval` on
 held-out chapters, on Python's documentation and on source code of Python's standard library, in
-windows of 512 and of 4,096 tokens. Appends to ``latent_quality.jsonl`` beside this file, one JSON
-line per row with the machine and date, and prints the table of all that were measured. Rows that
-are in WORK already are not converted again.
+windows of 512 and of 4,096 tokens. Healing sees the handbook's other chapters and other Debian
+manuals, no code and none of Python's documentation. Appends to ``latent_quality.jsonl`` beside this
+file, one JSON line per row with the machine and date, and prints the table of all that were
+measured. Rows that are in WORK already are not converted again.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fold_quality import machine, source_folder
-from kvfold import convert, evaluate
+from kvfold import convert, evaluate, heal
 from kvfold.files import append_text
 from pages.quality import latents
 
 TEXTS = ("handbook", "documentation", "code")
+HEALING = ("calibration", "manuals")
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to cache ``numbers`` of a token and layer: a latent, or one KV head."""
+    """One way to cache ``numbers`` of a token and layer: a latent, or one KV head.
+
+    Attributes:
+        healed: with so many tokens.
+    """
 
     numbers: int
     method: str
     fit: str
     latent: str | None = None
+    healed: int = 0
 
     @property
     def name(self) -> str:
-        return "-".join([self.latent or "heads", self.method, self.fit]).replace("/", "o")
+        parts = [self.latent or "heads", self.method, self.fit, f"healed-{self.healed}"]
+        return "-".join(parts[: 4 if self.healed else 3]).replace("/", "o")
 
 
 CASES = (
@@ -57,13 +65,32 @@ CASES = (
     Case(128, "auto", "local"),
     Case(128, "latent", "local", "80+48"),
     Case(128, "latent", "local", "72+56"),
+    Case(128, "auto", "local", healed=100_000),
+    Case(128, "latent", "local", "72+56", healed=100_000),
 )
 
 
 def fold(source: Path, work: Path, texts: Path, case: Case, tokens: int) -> dict[str, Any]:
-    """Convert (unless done before) and return the record."""
+    """Convert and heal (unless done before), and return the record."""
     out = work / case.name
-    if not out.exists():
+    if case.healed and not out.exists():
+        folded = replace(case, healed=0)
+        fold(source, work, texts, folded, tokens)
+        heal(
+            work / folded.name,
+            out,
+            source,
+            [texts / f"{name}.txt" for name in HEALING],
+            tokens=case.healed,
+            batch_tokens=1024,
+            train="all",
+            lr=2e-4,
+            lr_rest=4e-5,
+            eval_tokens=case.healed,
+            held_out_tokens=4096,
+            eval_texts=(),
+        )
+    elif not out.exists():
         convert(
             source,
             out,
@@ -101,10 +128,11 @@ def main() -> None:
         for context, tokens in ((512, arguments.tokens), (4096, arguments.long))
     }
     for place, (case, record) in enumerate(zip(cases, records, strict=True), start=1):
+        done = record["heal"] if case.healed else record
         own = {context: each[place :: len(models)] for context, each in scores.items()}
         line = {
             "benchmark": "latent_quality", **asdict(case), **machine(),
-            "command": record["command"], "run": record["run"],
+            **{key: done[key] for key in ("command", "run")},
             "calibration_tokens": record["calibration"]["tokens"],
             "captured": [[x["captured_value"], x["captured_key"]] for x in record["layers"]],
             "scores": {context: [s.as_dict() for s in each] for context, each in own.items()},

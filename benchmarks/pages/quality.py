@@ -75,7 +75,7 @@ def kept() -> str:
 
 
 def latents() -> str:
-    rows = results("latent_quality", "numbers", "method", "fit", "latent")
+    rows = results("latent_quality", "numbers", "method", "fit", "latent", "healed")
     if not rows:
         return NOT_YET
     rows.sort(key=lambda row: (-row["numbers"], row["fit"] != "none"))
@@ -84,7 +84,8 @@ def latents() -> str:
         yield str(row["numbers"])
         yield f"`{row['latent']}`" if row["latent"] else "one KV head"
         yield row["method"]
-        yield row["fit"]
+        healed = row.get("healed")
+        yield f"{row['fit']}, healed with {healed:,} tokens" if healed else row["fit"]
         for context in ("512", "4096"):
             yield " / ".join(f"{s['nats_lost']:.2f}" for s in row["scores"][context])
 

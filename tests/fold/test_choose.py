@@ -9,8 +9,11 @@ import torch
 import kvfold as package
 from kvfold.arch.families import BY_TYPE
 from kvfold.errors import InputError, RunError
+from kvfold.fold import choose
 from kvfold.fold.candidates import latents_of
 from kvfold.fold.choose import KEPT
+from kvfold.fold.layer import FoldedLayer
+from kvfold.fold.stored_layer import StoredLayer
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
 from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
@@ -90,6 +93,29 @@ def test_a_run_that_goes_on_compares_no_more(
     assert "comparing what to fold to" not in labels
     assert "folding layers" in labels
     assert digests(out) == digests(whole)
+
+
+def test_of_deep_models_layers_spread_over_the_depth_are_compared(
+    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part has its middle; the source runs to there and no further."""
+    layers = tiny.make("llama").config.num_hidden_layers
+    folded, compared = [], []
+    fold_layer = choose.fold_layer
+
+    def spy(layer: StoredLayer, *others: Any) -> FoldedLayer:
+        folded.append(layer.index)
+        return fold_layer(layer, *others)
+
+    monkeypatch.setattr(choose, "fold_layer", spy)
+    monkeypatch.setattr(choose, "LAYERS", 1)
+    package.convert(
+        llama_folder, tmp_path / "out", latent="48", calibration=[text_file], **CALIBRATION,
+        progress=lambda label, done, total: compared.append((label, done, total)),
+    )  # fmt: skip
+    assert set(folded) == {layers // 2}
+    last = [row for row in compared if row[0] == "comparing what to fold to"][-1]
+    assert last[1:] == (layers // 2 + 1, layers // 2 + 1)
 
 
 def test_which_latents_are_compared() -> None:

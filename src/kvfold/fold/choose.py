@@ -1,8 +1,8 @@
 """Heads or a latent, and which? What keeps more of the source's attention in so much cache.
 
-Where a request leaves its target open, every layer is folded to each candidate in closed form, run
-on the source's own inputs, and compared by what its attention puts out: in the windows that
-calibration has, and in long ones, for what no longer turns with distance fails late.
+Where a request leaves its target open, layers spread over the depth are folded to each candidate in
+closed form, run on the source's own inputs, and compared by what their attention puts out: in the
+windows that calibration has, and in long ones, for what no longer turns with distance fails late.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ from kvfold.progress import Progress, no_progress
 
 TOKENS = 8192  # of the calibration text; the order of candidates needs no more
 LONG = 4096  # tokens of a long window
+LAYERS = 8  # that are folded; the source is run through all before the last of them
 KEPT = "compared.json"
 
 
@@ -35,7 +36,7 @@ class Compared:
 
     Attributes:
         errors: by tokens of a window: |a - a_source|^2 / |a_source|^2 of what attention puts out,
-            mean over layers.
+            mean over the layers that were folded.
     """
 
     target: Target
@@ -76,7 +77,7 @@ def compare(
     seed: int,
     progress: Progress = no_progress,
 ) -> list[Compared]:
-    """Fold all layers to each target, without fitting, and measure; see :class:`Compared`.
+    """Fold some layers to each target, without fitting, and measure; see :class:`Compared`.
 
     Args:
         windows: token ids ``[N, T]``; about the first ``TOKENS`` of them are used.
@@ -85,26 +86,54 @@ def compare(
     cut = _short_and_long(checkpoint, windows)
     lengths = [_Length(checkpoint, targets, each, load) for each in cut]
     scales = [_residual_scale(checkpoint, target) for target in targets]
-    attended = any(isinstance(target, Latent) for target in targets)
-    errors: list[dict[int, float]] = [{each.tokens: 0.0 for each in lengths} for _ in targets]
-    layers = checkpoint.geometry.num_layers
-    for index in range(layers):
+    plans = [FoldPlan(target, method, "none", seed) for target in targets]
+    chosen = _spread(checkpoint.geometry.num_layers)
+    found: list[list[dict[int, float]]] = []
+    for index in range(chosen[-1] + 1):
         layer = StoredLayer(checkpoint, index)
-        short, *others = lengths
-        statistics = short.source.statistics(layer, short.attention, attended=attended)
-        for other in others:
-            other.source.run(layer, other.attention)
-        for number, target in enumerate(targets):
-            folded = fold_layer(layer, FoldPlan(target, method, "none", seed), statistics)
-            tensors = folded.completed(layer, target)
+        if index in chosen:
+            found.append(_errors(layer, plans, lengths, scales))
+        else:
             for each in lengths:
-                scale = each.source.residual_scale / scales[number]
-                error = _error(each, each.streams[number], index, tensors, scale)
-                errors[number][each.tokens] += error / layers
+                each.source.run(layer)
         for each in lengths:
             each.source.advance()
-        progress("comparing what to fold to", index + 1, layers)
-    return [Compared(target, found) for target, found in zip(targets, errors, strict=True)]
+        progress("comparing what to fold to", index + 1, chosen[-1] + 1)
+    return [
+        Compared(target, {tokens: fmean(row[tokens] for row in rows) for tokens in rows[0]})
+        for target, rows in zip(targets, zip(*found, strict=True), strict=True)
+    ]
+
+
+def _spread(layers: int) -> list[int]:
+    """The middles of ``LAYERS`` parts of the depth; all of fewer layers."""
+    parts = min(LAYERS, layers)
+    return [(2 * part + 1) * layers // (2 * parts) for part in range(parts)]
+
+
+def _errors(
+    layer: StoredLayer, plans: Sequence[FoldPlan], lengths: Sequence["_Length"], scales: list[float]
+) -> list[dict[int, float]]:
+    """Of the layer folded by each plan, by tokens of a window."""
+    short, *others = lengths
+    attended = any(isinstance(plan.target, Latent) for plan in plans)
+    statistics = short.source.statistics(layer, short.attention, attended=attended)
+    for other in others:
+        other.source.run(layer, other.attention)
+    rows = []
+    for number, plan in enumerate(plans):
+        tensors = fold_layer(layer, plan, statistics).completed(layer, plan.target)
+        rows.append({
+            each.tokens: _error(
+                each,
+                each.streams[number],
+                layer.index,
+                tensors,
+                each.source.residual_scale / scales[number],
+            )
+            for each in lengths
+        })  # fmt: skip
+    return rows
 
 
 def _short_and_long(checkpoint: Checkpoint, windows: torch.Tensor) -> list[torch.Tensor]:
