@@ -12,7 +12,7 @@ from kvfold.errors import InputError, RunError
 from kvfold.fold import choose
 from kvfold.fold.candidates import latents_of
 from kvfold.fold.choose import KEPT
-from kvfold.fold.layer import FoldedLayer
+from kvfold.fold.layer import FoldedLayer, fold_layer
 from kvfold.fold.stored_layer import StoredLayer
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
@@ -101,7 +101,6 @@ def test_of_deep_models_layers_spread_over_the_depth_are_compared(
     """One part has its middle; the source runs to there and no further."""
     layers = tiny.make("llama").config.num_hidden_layers
     folded, compared = [], []
-    fold_layer = choose.fold_layer
 
     def spy(layer: StoredLayer, *others: Any) -> FoldedLayer:
         folded.append(layer.index)
