@@ -44,8 +44,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.latent or "heads", self.method, self.fit, f"healed-{self.healed}"]
-        return "-".join(parts[: 4 if self.healed else 3]).replace("/", "o")
+        healed = f"-healed-{self.healed}" if self.healed else ""
+        return f"{self.latent or 'heads'}-{self.method}-{self.fit}{healed}".replace("/", "o")
 
 
 CASES = (

@@ -84,7 +84,7 @@ def latents() -> str:
         yield str(row["numbers"])
         yield f"`{row['latent']}`" if row["latent"] else "one KV head"
         yield row["method"]
-        healed = row.get("healed")
+        healed = row["healed"]
         yield f"{row['fit']}, healed with {healed:,} tokens" if healed else row["fit"]
         for context in ("512", "4096"):
             yield " / ".join(f"{s['nats_lost']:.2f}" for s in row["scores"][context])
