@@ -9,7 +9,7 @@ import torch
 from kvfold import convert
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold import hidden
-from kvfold.fold.hidden import HiddenStates
+from kvfold.fold.hidden import HiddenStates, Windows
 from kvfold.healing.local import heal_layers
 from kvfold.progress import no_progress
 from tests.toolbox import tiny
@@ -23,22 +23,26 @@ def test_hidden_states_are_the_same_in_a_file(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hidden, "SPILL_BYTES", 100)
-    shape = (5, 4, 3)
-    in_file = HiddenStates(shape, CPU, tmp_path / "below" / "states", dtype)
-    in_memory = HiddenStates(shape, CPU, None, dtype)
-    small = HiddenStates((1, 4, 3), CPU, tmp_path / "small", dtype)
-    assert (tmp_path / "below" / "states").stat().st_size == 60 * dtype.itemsize
+    shapes, size = [(5, 4), (9, 1)], 3
+    in_file = HiddenStates(shapes, size, CPU, tmp_path / "below" / "states", dtype)
+    in_memory = HiddenStates(shapes, size, CPU, None, dtype)
+    small = HiddenStates([(1, 4)], size, CPU, tmp_path / "small", dtype)
+    assert (tmp_path / "below" / "states").stat().st_size == (60 + 27) * dtype.itemsize
     assert not (tmp_path / "small").exists(), "what is small stays in memory"
-    assert (small.windows, small.tokens) == (1, 4)
+    assert small.shapes == ((1, 4),)
     monkeypatch.setattr(hidden, "BATCH_TOKENS", 8)
-    values = torch.randn(shape).to(dtype)
+    texts = [torch.randn(*shape, size).to(dtype) for shape in shapes]
     for states in (in_file, in_memory):
         batches = list(states.batches())
-        assert [len(range(5)[batch]) for batch in batches] == [2, 2, 1]
+        assert [(batch.text, batch.which) for batch in batches] == [
+            *((0, slice(*ends)) for ends in ((0, 2), (2, 4), (4, 5))),
+            *((1, slice(*ends)) for ends in ((0, 8), (8, 9))),
+        ]
         for batch in batches:
-            states[batch] = values[batch]
-        assert torch.equal(states[torch.tensor([4, 0])], values[[4, 0]])
-        assert torch.equal(states[slice(0, 5)], values)
+            states[batch] = texts[batch.text][batch.which]
+        for text, values in enumerate(texts):
+            assert torch.equal(states[Windows(text, torch.tensor([4, 0]))], values[[4, 0]])
+            assert torch.equal(states[Windows(text, slice(None))], values)
 
 
 @pytest.mark.parametrize("fit", ["none", "refit"])

@@ -172,7 +172,7 @@ def _stream(checkpoint: Checkpoint, target: Target, calibration: Calibration) ->
     stream = LayerStream(config, family.layer, family.attention, calibration.device)
     first = Calibration(calibration.windows[:1], device=calibration.device)
     states = first.states("first", checkpoint.geometry.hidden_size)
-    stream.start(first.windows, loader(checkpoint), states)  # for what layers are called with
+    stream.start(first.texts, loader(checkpoint), states)  # for what layers are called with
     return stream
 
 

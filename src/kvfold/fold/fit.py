@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import cos, pi
 
 import torch
 from torch import nn
 
 from kvfold.errors import UnsupportedError
-from kvfold.fold.hidden import HiddenStates
+from kvfold.fold.hidden import FIRST, TEXT, HiddenStates, Windows
 from kvfold.fold.stream import LiveLayer
 from kvfold.progress import Progress
 
@@ -46,7 +47,11 @@ class FitTask:
     fixed: tuple[str, ...] = ()
     changed: set[str] = field(default_factory=set)
 
-    def attention_target(self, windows: slice) -> torch.Tensor:
+    @cached_property
+    def damping(self) -> "Damping":
+        return Damping.of(self.source_outputs)
+
+    def attention_target(self, windows: Windows) -> torch.Tensor:
         """The source's attention output, plus what the residual stream lacks by now."""
         target = self.source_attention[windows]
         if self.source_scale != self.residual_scale:
@@ -70,9 +75,10 @@ class FitTask:
         the source layer adds, on windows spread over the text. (A mean would show a few tokens
         of giant norm only.)"""
         ratios = []
-        stride = -(-self.folded_inputs.windows // _ERROR_WINDOWS)
-        chosen = torch.arange(0, self.folded_inputs.windows, stride, device="cpu")
-        for windows in chosen.split(4):
+        count, _ = self.folded_inputs.shapes[TEXT]
+        stride = -(-count // _ERROR_WINDOWS)
+        chosen = torch.arange(0, count, stride, device="cpu")
+        for windows in (Windows(TEXT, some) for some in chosen.split(4)):
             wanted = self.source_outputs[windows]
             error = (self.live(self.folded_inputs[windows]) - wanted).square().sum(-1)
             added = (wanted - self.source_inputs[windows]).square().sum(-1)
@@ -80,8 +86,37 @@ class FitTask:
         return float(torch.cat(ratios).median())
 
 
+@dataclass
+class Damping:
+    """How much less tokens of giant norm (attention sinks) count than usual ones.
+
+    By the square root of their energy above the median: a plain loss would see little else, and
+    equal relative weights break them.
+
+    Attributes:
+        factors: ``[N, T]`` for each text, 1 for usual tokens.
+        usual: the median of the text's mean energies.
+    """
+
+    factors: list[torch.Tensor]
+    usual: torch.Tensor
+
+    @classmethod
+    def of(cls, states: HiddenStates) -> "Damping":
+        energies: list[list[torch.Tensor]] = [[] for _ in states.shapes]
+        for batch in states.batches():
+            energies[batch.text].append(states[batch].square().mean(-1))
+        texts = [torch.cat(energy) for energy in energies]
+        usual = texts[TEXT].median().clamp_min(1e-30)
+        return cls([(energy / usual).clamp_min(1).rsqrt() for energy in texts], usual)
+
+    def __getitem__(self, windows: Windows) -> torch.Tensor:
+        return self.factors[windows.text][windows.which]
+
+
 Stage = Callable[[FitTask, Progress], None]
-Samples = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and wanted outputs, [B, T, …]
+# Which windows, their inputs and their wanted outputs [B, T, …]
+Samples = Iterator[tuple[Windows, torch.Tensor, torch.Tensor]]
 
 
 def refit_output(task: FitTask, progress: Progress) -> None:
@@ -91,7 +126,7 @@ def refit_output(task: FitTask, progress: Progress) -> None:
     def pairs() -> Samples:
         for batch in task.folded_inputs.batches():
             inputs = task.live.input_of(linear, task.folded_inputs[batch])
-            yield inputs, task.attention_target(batch)
+            yield batch, inputs, task.attention_target(batch)
 
     _solve(task, task.output_name, pairs())
 
@@ -117,22 +152,29 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
             finally:
                 handle.remove()
             inputs, output = seen.pop()
-            yield inputs, output + lack / task.residual_scale
+            yield batch, inputs, output + lack / task.residual_scale
 
     _solve(task, task.mlp_output_name, pairs())
 
 
 @torch.no_grad()
 def _solve(task: FitTask, name: str, pairs: Samples) -> None:
-    """Set the linear layer ``name`` to the ridge solution over (input, wanted output) pairs."""
+    """Set the linear layer ``name`` to the ridge solution over inputs and wanted outputs.
+
+    Of the text, tokens of giant norm count as they are. First tokens, which are many and all become
+    such, would drown it.
+    """
     linear = task.linear(name)
     size = linear.in_features
     gram = linear.weight.new_zeros(size, size, dtype=torch.float64)
     cross = linear.weight.new_zeros(size, linear.out_features, dtype=torch.float64)
-    for inputs, wanted in pairs:
+    for windows, inputs, wanted in pairs:
         x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
         if linear.bias is not None:
             y = y - linear.bias
+        if windows.text == FIRST:
+            root = task.damping[windows].sqrt().reshape(-1, 1)
+            x, y = root * x, root * y
         gram += (x.T @ x).double()
         cross += (x.T @ y).double()
     linear.weight.copy_(_ridge(gram, cross, linear.weight))
@@ -153,6 +195,8 @@ def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torc
 
 STEPS = 60
 STEP_TOKENS = 1024
+STEP_FIRST = 64  # first tokens that a step sees beside them, and
+_SHARES = {TEXT: 1.0, FIRST: STEP_FIRST / STEP_TOKENS}  # what they count
 RATE = 1e-3  # for a tensor whose RMS is 0.05; others in proportion
 _WARM_UP = 0.05
 
@@ -160,9 +204,7 @@ _WARM_UP = 0.05
 def fit_attention(task: FitTask, progress: Progress) -> None:
     """Train the layer's attention with Adam towards the source's layer output, MLP included.
 
-    Looking through the layer's own frozen MLP lets the loss weigh the errors that matter to
-    it. Tokens of giant norm (attention sinks) are damped by the square root of their energy
-    above the median: a plain loss would see little else, and equal relative weights break them.
+    Looking through the layer's own frozen MLP lets the loss weigh the errors that matter to it.
     """
     attention = task.live.attention
     parameters = {
@@ -176,12 +218,13 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine)
-    weights = _token_weights(task.source_outputs)
-    for windows in _draws(task.folded_inputs, task.seed):
-        error = task.live(task.folded_inputs[windows]) - task.source_outputs[windows]
-        loss = (error.square().mean(-1) * weights[windows]).mean()
+    damping = task.damping
+    for step in _draws(task.folded_inputs, task.seed):
         optimizer.zero_grad()
-        loss.backward()
+        for windows in step:
+            error = task.live(task.folded_inputs[windows]) - task.source_outputs[windows]
+            weighted = error.square().mean(-1) * (damping[windows] / damping.usual)
+            (_SHARES[windows.text] * weighted.mean()).backward()
         optimizer.step()
         schedule.step()
     attention.requires_grad_(False)
@@ -205,18 +248,20 @@ def _cosine(step: int) -> float:
     return min(1.0, done / _WARM_UP) * 0.5 * (1 + cos(pi * min(1.0, done)))
 
 
-def _token_weights(target: HiddenStates) -> torch.Tensor:
-    """``[N, T]``, 1 for usual tokens; scaled by their mean energy so that losses compare."""
-    energy = torch.cat([target[batch].square().mean(-1) for batch in target.batches()])
-    usual = energy.median().clamp_min(1e-30)
-    return (energy / usual).clamp_min(1).rsqrt() / usual
+def _draws(states: HiddenStates, seed: int) -> Iterator[list[Windows]]:
+    """Windows of every text for each step."""
+    sizes = {TEXT: STEP_TOKENS // states.shapes[TEXT][1], FIRST: STEP_FIRST}
+    texts = [
+        _epochs(count, min(count, max(1, sizes[text])), seed)
+        for text, (count, _) in enumerate(states.shapes)
+    ]
+    for step in zip(*texts, strict=True):
+        yield [Windows(text, which) for text, which in enumerate(step)]
 
 
-def _draws(states: HiddenStates, seed: int) -> Iterator[torch.Tensor]:
-    """Windows for each step: epochs of a seeded shuffle, the same on every device."""
+def _epochs(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Which windows for each step: epochs of a seeded shuffle, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    count = states.windows
-    size = min(count, max(1, STEP_TOKENS // states.tokens))
     left: list[int] = []
     for _ in range(STEPS):
         if len(left) < size:

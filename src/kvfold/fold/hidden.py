@@ -1,51 +1,65 @@
-"""Hidden states of a text between two layers, wherever they find room."""
+"""Hidden states of texts between two layers, wherever they find room."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kvfold.files import reserve
 
+TEXT, FIRST = 0, 1  # of the texts: that of calibration, and tokens that texts begin with
 BATCH_TOKENS = 4096  # tokens run through a layer at once
 SPILL_BYTES = 2**30  # hidden states larger than this live in a file
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Some windows of one of the texts."""
+
+    text: int
+    which: slice | torch.Tensor
+
+
 class HiddenStates:
-    """``[N, T, C]``, empty at first: on the device that computes, or in a file where it is large.
+    """``[N, T, C]`` for each text, empty at first: on the device that computes, or in a file.
 
     Args:
-        device: where what is read from it lies. spill: the file; None keeps it in memory.
+        shapes: N and T of each text. size: C.
+        device: where what is read lies. spill: the file of what is large; None keeps it in memory.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shapes: Sequence[tuple[int, int]],
+        size: int,
         device: torch.device,
         spill: Path | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.windows, self.tokens, _ = shape
-        self._device = device
-        size = shape[0] * shape[1] * shape[2]
-        if spill is None or size * dtype.itemsize <= SPILL_BYTES:
-            self._states = torch.empty(shape, dtype=dtype, device=device)
+        self.shapes, self._device = tuple(shapes), device
+        counts = [windows * tokens * size for windows, tokens in shapes]
+        if spill is None or sum(counts) * dtype.itemsize <= SPILL_BYTES:
+            flat = torch.empty(sum(counts), dtype=dtype, device=device)
         else:
-            self._states = _in_file(spill, size, dtype).reshape(shape)
+            flat = _in_file(spill, sum(counts), dtype)
+        parts = zip(flat.split(counts), shapes, strict=True)
+        self._states = [part.reshape(*shape, size) for part, shape in parts]
 
-    def __getitem__(self, windows: slice | torch.Tensor) -> torch.Tensor:
-        return self._states[windows].to(self._device)
+    def __getitem__(self, windows: Windows) -> torch.Tensor:
+        return self._states[windows.text][windows.which].to(self._device)
 
-    def put(self, windows: slice, states: torch.Tensor) -> None:
-        self._states[windows] = states
+    def put(self, windows: Windows, states: torch.Tensor) -> None:
+        self._states[windows.text][windows.which] = states
 
     __setitem__ = put
 
-    def batches(self) -> Iterator[slice]:
-        """Slices of the windows of about ``BATCH_TOKENS`` tokens."""
-        size = max(1, BATCH_TOKENS // self.tokens)
-        for start in range(0, self.windows, size):
-            yield slice(start, min(start + size, self.windows))
+    def batches(self) -> Iterator[Windows]:
+        """All windows, text by text, in slices of about ``BATCH_TOKENS`` tokens."""
+        for text, (windows, tokens) in enumerate(self.shapes):
+            size = max(1, BATCH_TOKENS // tokens)
+            for start in range(0, windows, size):
+                yield Windows(text, slice(start, min(start + size, windows)))
 
 
 def _in_file(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ made from, and how (:class:`Making`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kvfold.fold.layer_store import LayerStore
 from kvfold.fold.passes import Calibration, FoldedPass, SourcePass, loader
 from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer
+from kvfold.fold.windows import first_tokens
 from kvfold.progress import Progress, no_progress
 
 
@@ -32,7 +33,8 @@ class Making:
         config: the folded model's. carrier: what becomes of the base's other tensors.
         make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
             ``gathers`` says that it looks at them, and there is text to gather them from.
-        attended: whether it looks at ``LayerStatistics.attended``, too.
+        latent: whether it makes a latent, which also looks at ``LayerStatistics.attended``, and is
+            fitted on first tokens, too (``fold.windows``).
         fit: a name in ``fold.fit.FITS``.
     """
 
@@ -43,7 +45,7 @@ class Making:
     carrier: Carrier
     make: Callable[[StoredLayer, LayerStatistics | None], FoldedLayer]
     gathers: bool
-    attended: bool
+    latent: bool
     fit: str
     seed: int
 
@@ -64,7 +66,7 @@ def fold_all(
         carrier=plan.target,
         make=lambda layer, statistics: fold_layer(layer, plan, statistics),
         gathers=True,
-        attended=isinstance(plan.target, Latent),
+        latent=isinstance(plan.target, Latent),
         fit=plan.fit,
         seed=plan.seed,
     )
@@ -104,6 +106,9 @@ class _SideBySide:
 
     def __init__(self, making: Making, calibration: Calibration) -> None:
         self._making = making
+        if making.latent and making.fit != "none":
+            vocabulary = making.source.config["vocab_size"]
+            calibration = replace(calibration, first=first_tokens(calibration.windows, vocabulary))
         load = loader(making.source)
         self._source = SourcePass(making.source, calibration, load)
         self._folded: FoldedPass | None = None
@@ -142,7 +147,7 @@ class _SideBySide:
         attention = self._folded.attention if self._folded else None
         layer = self._source_layer(base)
         if self._making.gathers:
-            return self._source.statistics(layer, attention, attended=self._making.attended)
+            return self._source.statistics(layer, attention, attended=self._making.latent)
         self._source.run(layer, attention)
         return None
 

@@ -17,7 +17,7 @@ from kvfold.arch.carried import Carrier
 from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.fit import FITS, FitTask
-from kvfold.fold.hidden import HiddenStates
+from kvfold.fold.hidden import TEXT, HiddenStates
 from kvfold.fold.layer import FoldedLayer, as_stored
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
 from kvfold.fold.stored_layer import StoredLayer, Tensors
@@ -38,16 +38,24 @@ class Calibration:
         windows: token ids ``[N, T]``.
         spill: folder for hidden states too large for memory; None keeps them there.
         device: what layers run and are fitted on, in float32.
+        first: see :func:`kvfold.fold.windows.first_tokens`. They are run and fitted, but not heard
+            by statistics.
     """
 
     windows: torch.Tensor
     spill: Path | None = None
     device: torch.device = CPU
+    first: torch.Tensor | None = None
+
+    @property
+    def texts(self) -> list[torch.Tensor]:
+        """Token ids ``[N, T]``: the text's, and first tokens as windows of one."""
+        return [self.windows] if self.first is None else [self.windows, self.first[:, None]]
 
     def states(self, name: str, hidden_size: int) -> HiddenStates:
-        count, tokens = self.windows.shape
         file = self.spill / f"{name}.f32" if self.spill else None
-        return HiddenStates((count, tokens, hidden_size), self.device, file)
+        shapes = [(len(text), text.shape[1]) for text in self.texts]
+        return HiddenStates(shapes, hidden_size, self.device, file)
 
 
 def loader(checkpoint: Checkpoint) -> Load:
@@ -77,7 +85,7 @@ class SourcePass:
         self._stream = LayerStream(source.config, family.layer, family.attention, self._device)
         self.inputs = calibration.states("source-in", self._size)
         self.outputs = calibration.states("source-out", self._size)
-        self._stream.start(calibration.windows, load, self.inputs)
+        self._stream.start(calibration.texts, load, self.inputs)
 
     def statistics(
         self, layer: StoredLayer, attention: HiddenStates | None, *, attended: bool
@@ -102,12 +110,15 @@ class SourcePass:
         """Compute the layer's outputs.
 
         Args:
-            attention: takes up what its attention puts out. collector: hears some of the batches.
+            attention: takes up what its attention puts out.
+            collector: hears some of the text's batches.
         """
-        stride = max(1, self.inputs.windows * self.inputs.tokens // STATISTICS_TOKENS)
+        windows, tokens = self.inputs.shapes[TEXT]
+        stride = max(1, windows * tokens // STATISTICS_TOKENS)
         with self._stream.layer(layer.index, layer.below()) as live:
             for number, batch in enumerate(self.inputs.batches()):
-                heard = collector if number % stride == 0 else None  # spread over the text
+                spread = batch.text == TEXT and number % stride == 0
+                heard = collector if spread else None
                 with live.listening(
                     call=heard.call if heard else None,
                     attention_input=heard.attention_input if heard else None,
@@ -150,7 +161,7 @@ class FoldedPass:
         self._stream = LayerStream(config, family.layer, family.attention, calibration.device)
         self._inputs = calibration.states("folded-in", base.geometry.hidden_size)
         self.attention = calibration.states("attention", base.geometry.hidden_size)
-        self._stream.start(calibration.windows, load, self._inputs)
+        self._stream.start(calibration.texts, load, self._inputs)
 
     def fit(self, folded: FoldedLayer, base: StoredLayer, progress: Progress) -> None:
         """Fit a folded layer to what the source's layer, run just now, puts out."""

@@ -7,7 +7,7 @@ stored hidden states, and emptied again. So any architecture whose transformers 
 calls its layers in order can be streamed, with no code of its own here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +95,9 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class _Recorder(nn.Module):
     """Stands in for a layer: keeps what it is called with, returns its input."""
 
@@ -102,7 +105,7 @@ class _Recorder(nn.Module):
         super().__init__()
         # Models read attributes of their layers (the kind of attention, for instance).
         object.__setattr__(self, "layer", layer)
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.arguments: Arguments = ((), {})
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,12 +146,15 @@ class LayerStream:
         self._base = getattr(self.model, self._base_name)
         self._layers: nn.ModuleList = getattr(self._base, self._list_name)
         self._attention, self._device = attention, device
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._arguments: dict[int, list[Arguments]] = {}  # by tokens of a window
 
     def start(
-        self, windows: torch.Tensor, load: Callable[[str], torch.Tensor], out: HiddenStates
+        self,
+        texts: Sequence[torch.Tensor],
+        load: Callable[[str], torch.Tensor],
+        out: HiddenStates,
     ) -> None:
-        """Write the first layer's input for token ids ``[N, T]`` to ``out`` ``[N, T, C]``."""
+        """Write the first layer's input to ``out`` for each text's token ids ``[N, T]``."""
         recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
         setattr(self._base, self._list_name, recorders)
         names = [name for name, _ in self._base.named_parameters()]
@@ -158,10 +164,13 @@ class LayerStream:
         }
         self._base.load_state_dict(state, strict=False, assign=True)
         with torch.no_grad():
-            for index in range(len(windows)):
-                window = slice(index, index + 1)
-                out[window] = _first_input(self._base, windows[window].to(self._device))
-        self._arguments = [recorder.arguments for recorder in recorders]  # type: ignore[misc]
+            for batch in out.batches():
+                ids = texts[batch.text][batch.which].to(self._device)
+                out[batch] = _first_input(self._base, ids)
+            for text in texts:  # a batch of one, which broadcasts
+                _first_input(self._base, text[:1].to(self._device))
+                arguments: list[Any] = [recorder.arguments for recorder in recorders]
+                self._arguments[text.shape[1]] = arguments
         self._base.to("meta")
         setattr(self._base, self._list_name, self._layers)
 
@@ -185,9 +194,9 @@ class LayerStream:
             raise CheckpointError(
                 f"layer {index} has no {missing[0]}", "the checkpoint is incomplete; copy it again"
             )
-        args, kwargs = self._arguments[index]
+        arguments = {tokens: layers[index] for tokens, layers in self._arguments.items()}
         try:
-            yield LiveLayer(module, module.get_submodule(self._attention), args, kwargs)
+            yield LiveLayer(module, module.get_submodule(self._attention), arguments)
         finally:
             module.to("meta")
 
@@ -214,18 +223,18 @@ class LiveLayer:
 
     Attributes:
         module: the layer. attention: its attention module.
-        args, kwargs: what the model calls it with besides the hidden states (batch size 1,
-            which broadcasts).
+        arguments: what the model calls it with besides the hidden states (batch size 1, which
+            broadcasts), by tokens of a window.
     """
 
     module: nn.Module
     attention: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    arguments: Mapping[int, Arguments]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[B, T, C]`` -> ``[B, T, C]``."""
-        out = self.module(hidden, *self.args, **self.kwargs)
+        args, kwargs = self.arguments[hidden.shape[1]]
+        out = self.module(hidden, *args, **kwargs)
         return out if isinstance(out, torch.Tensor) else out[0]
 
     def input_of(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from kvfold.quality.text import GivenText, token_windows
 if TYPE_CHECKING:
     import torch
 
+_FIRST_TOKENS = 2048  # at most
+
 
 def early_windows(found: Preview) -> "torch.Tensor | None":
     """:func:`windows_of` from the source as it is; of a GGUF file its metadata says enough."""
@@ -54,3 +56,28 @@ def windows_of(
             "give more text: 50,000 tokens is good",
         )
     return windows
+
+
+def first_tokens(windows: "torch.Tensor", vocabulary: int) -> "torch.Tensor | None":
+    """Tokens that a text may begin with, which calibration windows ``[N, T]`` have N of.
+
+    Attention falls back on a text's first token (an attention sink), whose state is a function of
+    nothing but itself: what goes wrong with it goes wrong in all that follows. Half of them are
+    tokens of the windows, half are spread over the vocabulary.
+
+    Returns:
+        ``[M]``, each once; None where all windows begin alike, as they do after a
+        beginning-of-sequence token.
+    """
+    import torch
+
+    if (windows[:, 0] == windows[0, 0]).all():
+        return None
+    half = _FIRST_TOKENS // 2
+    known = torch.arange(vocabulary, device="cpu")
+    return torch.cat([_spread(windows.cpu().unique(), half), _spread(known, half)]).unique()
+
+
+def _spread(ids: "torch.Tensor", count: int) -> "torch.Tensor":
+    """So many of them, evenly."""
+    return ids[:: -(-len(ids) // count)]

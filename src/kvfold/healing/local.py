@@ -15,6 +15,7 @@ from kvfold.fold.layer import FoldedLayer
 from kvfold.fold.layer_store import LayerStore
 from kvfold.fold.loop import Making, go_down
 from kvfold.fold.passes import Calibration
+from kvfold.geometry import LatentGeometry
 from kvfold.progress import Progress
 
 
@@ -42,7 +43,7 @@ def heal_layers(
         carrier=Unchanged(),
         make=lambda layer, statistics: FoldedLayer(layer.index, layer.all(), None),
         gathers=False,
-        attended=False,
+        latent=isinstance(folded.geometry, LatentGeometry),
         fit="local",
         seed=seed,
     )
