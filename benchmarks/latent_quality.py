@@ -51,6 +51,8 @@ class Case:
 CASES = (
     Case(192, "care", "none", "160+32/2"),
     Case(192, "transmla", "none", "160+32/2"),
+    Case(192, "care", "local", "160+32/2"),
+    Case(192, "transmla", "local", "160+32/2"),
     Case(192, "latent", "none", "144+48"),
     Case(192, "latent", "refit", "144+48"),
     Case(192, "latent", "local", "144+48"),
@@ -60,6 +62,8 @@ CASES = (
     Case(128, "pca", "none"),
     Case(128, "care", "none", "96+32/2"),
     Case(128, "transmla", "none", "96+32/2"),
+    Case(128, "care", "local", "96+32/2"),
+    Case(128, "transmla", "local", "96+32/2"),
     Case(128, "latent", "none", "80+48"),
     Case(128, "latent", "none", "72+56"),
     Case(128, "auto", "local"),
