@@ -10,6 +10,7 @@ from kvfold import convert
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold import hidden
 from kvfold.fold.hidden import HiddenStates, Windows
+from kvfold.fold.stream import AttentionCall, _attention
 from kvfold.healing.local import heal_layers
 from kvfold.progress import no_progress
 from tests.toolbox import tiny
@@ -81,3 +82,23 @@ def test_healing_runs_the_folded_model_on_its_own_embeddings(tmp_path: Path) -> 
         found.append(reports[0]["stages"][0]["error_before"])
     assert found[0] == pytest.approx(0, abs=1e-9)
     assert found[1] > 0.01
+
+
+@pytest.mark.parametrize("value_dim", [8, 16, 24])
+def test_narrow_values_are_attended_alike(value_dim: int) -> None:
+    """Without gradients values narrower than keys, as a latent's are, are padded."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 12, dim, generator=generator, dtype=torch.float64)
+        for heads, dim in ((6, 16), (2, 16), (2, value_dim))
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    call = AttentionCall(query, key, value, None, 0.25, None)
+    groups = call.probabilities().unflatten(1, (2, 3))
+    wanted = (groups @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            found, _ = _attention(module, query, key, value, None, 0.25, is_causal=True)
+        assert found.shape == (2, 12, 6, value_dim)
+        assert (found - wanted).abs().max() < 1e-14 * 12 * value.abs().max()
