@@ -1,5 +1,6 @@
 """Tokens that texts begin with: which are taken, that they are run rightly, and what they gain."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from kvfold.fold.passes import loader
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.stream import LayerStream
 from kvfold.fold.windows import first_tokens
+from kvfold.healing.local import heal_layers
+from kvfold.progress import no_progress
 from tests.toolbox import tiny
 
 CPU = torch.device("cpu")
@@ -93,6 +96,21 @@ def test_heads_are_folded_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("kvfold.fold.loop.first_tokens", fail)
     fold_model(tiny.make("llama"), 1, "pca", "refit", tiny.tokens(8, 32, seed=5))
+
+
+def test_a_latent_is_healed_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, windows = tiny.make("llama"), tiny.tokens(8, 32, seed=5)
+    folded = fold_model(source, Latent(12, 4, layout="youtu"), "latent", "none", windows).model
+    seen = []
+
+    def spy(*given: Any) -> torch.Tensor | None:
+        seen.append(first_tokens(*given))
+        return seen[-1]
+
+    monkeypatch.setattr("kvfold.fold.loop.first_tokens", spy)
+    models = (tiny.checkpoint_of(source), tiny.checkpoint_of(folded))
+    heal_layers(*models, windows, tmp_path, 0, no_progress)
+    assert [None if ids is None else len(ids) for ids in seen] == [tiny.VOCABULARY]
 
 
 def test_first_tokens_of_giant_norm_count_by_the_root_of_their_energy_less() -> None:

@@ -49,6 +49,7 @@ class FitTask:
 
     @cached_property
     def damping(self) -> "Damping":
+        """By the energy of what the source's layer puts out."""
         return Damping.of(self.source_outputs)
 
     def attention_target(self, windows: Windows) -> torch.Tensor:
@@ -162,7 +163,7 @@ def _solve(task: FitTask, name: str, pairs: Samples) -> None:
     """Set the linear layer ``name`` to the ridge solution over inputs and wanted outputs.
 
     Of the text, tokens of giant norm count as they are. First tokens, which are many and all become
-    such, would drown it.
+    such, are damped, not to drown it.
     """
     linear = task.linear(name)
     size = linear.in_features

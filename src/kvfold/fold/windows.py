@@ -79,5 +79,5 @@ def first_tokens(windows: "torch.Tensor", vocabulary: int) -> "torch.Tensor | No
 
 
 def _spread(ids: "torch.Tensor", count: int) -> "torch.Tensor":
-    """So many of them, evenly."""
+    """At most so many of them, evenly."""
     return ids[:: -(-len(ids) // count)]
