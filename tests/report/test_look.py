@@ -1,5 +1,6 @@
 """Attention maps: those of transformers' eager attention, in bounded memory."""
 
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from kvfold import fold_model
 from kvfold.errors import InputError
+from kvfold.report import look as drawing
 from kvfold.report import maps
 from kvfold.report.maps import divergences, look, pooled
 from tests.conftest import Kvfold
@@ -77,6 +79,31 @@ def test_the_map_of_all_tokens_by_all_tokens_never_exists() -> None:
         pooled(seen)
         divergences(seen, seen)
     assert largest.numel <= 6 * maps.ROWS * tokens < 6 * tokens * tokens
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 9, 14, 32, 40])
+@pytest.mark.parametrize("models", [1, 2])
+def test_maps_fill_the_picture_and_none_covers_another(heads: int, models: int) -> None:
+    page = drawing._Page(heads, models, drawing._columns(heads), drawing._MARGIN)
+    places = [page.place(head, number) for head in range(heads) for number in range(models)]
+    edges = [
+        (left, bottom, left + width, bottom + height) for left, bottom, width, height in places
+    ]
+    assert all(0 < a < c <= 1 and 0 < b < d < 1 for a, b, c, d in edges)
+    for (a, b, c, d), (e, f, g, h) in combinations(edges, 2):
+        assert c <= e or g <= a or d <= f or h <= b
+    assert max(c for _, _, c, _ in edges) > 0.95
+    inches = {(round(w * drawing._WIDTH, 6), round(h * page.height, 6)) for _, _, w, h in places}
+    assert inches == {(round(page.side, 6),) * 2}
+
+
+@pytest.mark.parametrize("words", [1, 12, 33, 64, 65])
+def test_words_are_as_many_as_can_be_read(words: int) -> None:
+    side = 2.0
+    shown = sorted(drawing._some(["a" * 30] * words, side))
+    room = side / words * 72 * min((b - a for a, b in pairwise(shown)), default=words)
+    assert room >= 1.1 * drawing._LETTERS  # points from one line of letters to the next
+    assert bool(shown) == (words <= drawing._MOST_WORDS)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -1,8 +1,9 @@
 """The report: everything of a run is in it, and it needs nothing else."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from html.parser import HTMLParser
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from kvfold import convert, heal
 from kvfold.bench.results import Row
 from kvfold.bench.timing import Spread, Timing
+from kvfold.errors import InputError
+from kvfold.quality.scores import Quality
 from kvfold.report.figures import decode_times
+from kvfold.report.html import write_report
 from kvfold.report.page import Section, Table, render
 from kvfold.report.tables import print_table
 from tests.conftest import Kvfold
@@ -60,12 +64,86 @@ def test_everything_of_a_run_is_in_one_file(kvfold: Kvfold, healed: Path, tmp_pa
     page = Page(text)
     assert page.fetched == []
     assert page.tags["h2"] == 4  # folding and healing; folding; benchmark
-    assert page.tags["svg"] == 2 * 4 + 1 + 1
+    assert page.tags["svg"] == 2 * 4 + 2 + 1  # folding; quality and healing; benchmark
     assert "script" not in page.tags
     for words in ("6 → 2", "nats lost", "kvfold heal", "kvfold convert", "Drift", "of floor"):
         assert words in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
+
+
+def test_a_report_begins_with_its_verdict(healed: Path, tmp_path: Path) -> None:
+    """On the last model: bytes of the record, nats of the evaluation, steps of the benchmark."""
+    losses = {"a": (0, 0.7, 0.1), "b": (0, 1.2, 0.35)}
+    names = ("source", "folded", "healed")
+    rows = [score(name, text, lost) for text, each in losses.items()
+            for name, lost in zip(names, each, strict=True)]  # fmt: skip
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    steps = [
+        step(model, context, implementation, faster)
+        for model, context, implementation, faster in (
+            ("source", 512, "sdpa", 1.0),
+            ("source", 4096, "sdpa", 1.0),
+            ("healed", 512, "kvfold int8", 9.0),
+            ("healed", 4096, "sdpa", 1.2),
+            ("healed", 4096, "kvfold bf16", 1.75),
+        )
+    ]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in steps))
+    runs = [healed.parent / "folded", tmp_path / "eval.json", tmp_path / "steps.jsonl"]
+    write_report(runs, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    head = text[: text.index("<h2")]
+    assert (
+        "healed keeps 25% of its source&#x27;s KV cache, loses 0.10 to 0.35 nats a token on 2 "
+        "texts and decodes 1.8 times as fast at 4,096 tokens of context, with kvfold bf16." in head
+    )
+    assert "a 0.10, b 0.35" in head
+    assert f"× {exp(0.1):.2f} to {exp(0.35):.2f}" in head
+    order = [text.index(f">{title}") for title in ("Evaluation", "Benchmark", "Folding")]
+    assert order == sorted(order)
+
+
+def test_a_verdict_says_what_was_not_measured(healed: Path, tmp_path: Path) -> None:
+    write_report([healed.parent / "folded"], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "folded keeps 33% of its source&#x27;s KV cache; what it lost was not measured; " in text
+    assert "kvfold eval SRC OUT" in text
+    assert "kvfold bench model SRC OUT" in text
+    write_report([healed], tmp_path / "h.html")  # which has been measured
+    assert (
+        "healed keeps 33% of its source&#x27;s KV cache and loses "
+        in (tmp_path / "h.html").read_text()
+    )
+    write_report([ROOT / "benchmarks" / "attention.jsonl"], tmp_path / "b.html")  # of no model
+    assert '<p class="verdict">' not in (tmp_path / "b.html").read_text()
+
+
+def test_more_than_texts_may_have_been_evaluated(tmp_path: Path) -> None:
+    rows = [score("source", "a", 0.0), score("folded", "a", 0.5)]
+    whole = {"texts": rows, "needles": [], "tasks": []}
+    (tmp_path / "eval.json").write_text(json.dumps(whole, indent=2))
+    write_report([tmp_path / "eval.json"], tmp_path / "r.html")
+    assert "folded keeps 25% " in (tmp_path / "r.html").read_text()
+    for wrong in ("[{}]", '{"texts": 3}', "[", ""):
+        (tmp_path / "wrong.json").write_text(wrong)
+        with pytest.raises(InputError, match=r"wrong\.json"):
+            write_report([tmp_path / "wrong.json"], tmp_path / "w.html")
+    assert not (tmp_path / "w.html").exists()
+
+
+def score(name: str, text: str, lost: float) -> dict[str, Any]:
+    values = dict.fromkeys((each.name for each in fields(Quality)), 1.0)
+    tokens, size = 100, 4096 if name == "source" else 1024
+    own = {"name": name, "text": text, "nats_lost": float(lost), "tokens": tokens}
+    return {**values, **own, "kv_bytes_per_token": size}
+
+
+def step(model: str, context: int, implementation: str, faster: float) -> Row:
+    case = {"model": model, "num_heads": 8, "num_kv_heads": 2, "context": context, "batch": 1}
+    return Row(
+        "model", case, implementation, seconds=Timing.of([6e-3]), vs_first=Spread.of([faster])
+    )
 
 
 def test_a_model_benchmark_is_drawn_with_its_floor(kvfold: Kvfold, tmp_path: Path) -> None:

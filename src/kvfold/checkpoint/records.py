@@ -152,6 +152,13 @@ class WholeQuality(QualityRow):
 
 
 @open_ended
+class Evaluated(TypedDict):
+    """What ``eval --json`` prints of texts and of more."""
+
+    texts: Annotated[list[WholeQuality], MaxLen(10_000)]
+
+
+@open_ended
 class HealAsked(TypedDict):
     """What healing was asked for."""
 
@@ -294,6 +301,7 @@ FOLDING = Document(FoldRecord, _RUN)
 HEALING = Document(HealRecord, _RUN)
 QUALITY = Document(QualityRow, _RUN)
 QUALITIES = Document(list[WholeQuality], _RUN)
+EVALUATION = Document(Evaluated, "give what `kvfold eval --json` printed", error=InputError)
 DEMO_RECORD = Document(DemoRecord, _RUN)
 METRICS_ROW = Document(MetricsRow, _RUN, largest=MEGABYTE)
 COMPARED = Document(list[ComparedRow], "--force instead of --resume starts over")

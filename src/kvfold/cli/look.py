@@ -23,8 +23,9 @@ _DEFAULT = "The animal did not cross the street because it was too tired."
 def command(request: LookRequest, force: bool) -> None:
     """Draw which tokens each head of MODEL looks at, word by word.
 
-    Heads that share a KV head have its number in their title. With --against, the folded model's
-    maps stand below, each with its divergence from the source's: KL in nats, mean over queries.
+    Heads that share a KV head have its number and its colour in their title. With --against, the
+    folded model's maps stand beside the source's, each with its divergence from it: KL in nats,
+    mean over queries.
     Long texts are summed into 128 bins, in bounded memory. PNG files of several layers get the
     layer's number in their name.
     """
@@ -96,8 +97,8 @@ def _page(request: LookRequest, pictures: "list[Picture]") -> str:
     title = "Attention of " + " and ".join(Path(source).name for source in request.sources)
     note = (
         "Rows are queries, columns the tokens they look at; darker is more (square root of the "
-        "weight). Titles: query head, the KV head it reads, and for the folded model its "
-        "divergence from the source's map in nats."
+        "weight). Titles: query head, the KV head it reads, and for the folded model, which stands "
+        "to the right, its divergence from the source's map in nats."
     )
     sections = [
         Section(f"Layer {picture.layer}", [Figure(picture.tag, picture.summary), note])

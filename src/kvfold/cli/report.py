@@ -15,7 +15,8 @@ from kvfold.cli.output import say
 def command(runs: tuple[Path, ...], out: Path, force: bool) -> None:
     """Put everything measured about RUNs into one HTML file.
 
-    A RUN is a folder that convert, heal or demo made, or a file that bench --save wrote.
+    A RUN is a folder that convert, heal or demo made, a file that bench --save wrote, or what
+    eval --json printed. The report begins with its verdict on the last model: bytes, nats, speed.
     """
     from kvfold.report.html import write_report
 

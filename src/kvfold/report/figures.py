@@ -1,7 +1,8 @@
 """The report's drawings, each a function from numbers to SVG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LETTERS_ABREAST = 24  # names of more are set aslant
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -87,6 +89,50 @@ def kv_memory(source: int, folded: int) -> str:
     return _svg(figure)
 
 
+def quality_path(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Nats lost by every model but the first, in their order: a panel for each text."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    figure = Figure(figsize=(max(7.6, 2.9 * len(texts)), 3.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for axes, text in zip(panels, texts, strict=True):
+        _path(axes, [row for row in rows if row["text"] == text][1:])
+        axes.set_title(label(text), fontsize=11)
+    panels[0].set_ylabel("nats lost per token")
+    return _svg(figure)
+
+
+def _path(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A bar for what each model loses, and above it in grey what it wins back of the one before."""
+    lost = [row["nats_lost"] for row in rows]
+    places = range(len(rows))
+    for place, (before, after) in enumerate(pairwise(lost), 1):
+        if before > after:
+            axes.bar(place, before - after, 0.7, after, color="#e3e3e3")
+            axes.plot([place - 0.35, place + 0.35], [before] * 2, ":", color="#666666")
+    axes.bar(
+        places, lost, 0.7, color=[COLOURS[place % 7] for place in places],
+        yerr=[row["nats_lost_error"] for row in rows], ecolor="#222222", capsize=3,
+    )  # fmt: skip
+    for place, row in enumerate(rows):
+        top = row["nats_lost"] + row["nats_lost_error"]
+        axes.annotate(
+            f"{row['nats_lost']:.2f}", (place, top), (0, 3), textcoords="offset points",
+            ha="center", fontsize=11,
+        )  # fmt: skip
+    names = [label(row["name"]) for row in rows]
+    crowded = sum(map(len, names)) > _LETTERS_ABREAST
+    axes.set_xticks(
+        places, names, rotation=20 if crowded else 0, ha="right" if crowded else "center"
+    )
+    axes.margins(y=0.15)
+    axes.axhline(0, color="#222222", linewidth=0.8)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", color="#e3e3e3")
+    axes.set_axisbelow(True)
+
+
 def healing_curve(rows: Sequence[dict[str, Any]]) -> str:
     """KL from the source on each text, against tokens healed."""
     figure, axes = _new()
@@ -101,7 +147,7 @@ def decode_times(rows: "Sequence[Row]") -> str:
     lines = -(-len(titles) // columns)
     figure = Figure(figsize=(3.4 * columns + 0.6, 3.1 * lines), layout="constrained")
     FigureCanvasSVG(figure)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     names = list(dict.fromkeys(row.implementation for row in rows))
     for axes, title in zip(panels, titles, strict=False):
         _steps(axes, [row for row in rows if _title(row) == title], names)
@@ -150,7 +196,8 @@ def _steps(axes: Axes, rows: "Sequence[Row]", names: Sequence[str]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("context, tokens")
-    axes.set_ylabel("step, ms")
+    if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+        axes.set_ylabel("step, ms")
     axes.grid(color="#e3e3e3")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvfold.names import printable
+from kvfold.report.verdict import Verdict
 from kvfold.version import __version__
 
 Rows = Sequence[Sequence[str]]
@@ -34,10 +35,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report."""
+    """A part of the report; ``details`` stand behind all others."""
 
     title: str
-    parts: Sequence[Table | Figure | str] = field(default_factory=list)
+    parts: "Sequence[Part]" = field(default_factory=list)
+    details: bool = False
+
+
+Part = Table | Figure | str
 
 
 # Whatever else goes wrong, a report runs no script and fetches nothing.
@@ -57,6 +62,12 @@ th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px so
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 caption, figcaption, .soft { color: var(--soft); font-size: .88rem; text-align: left;
   caption-side: bottom; padding-top: .4rem; }
+.verdict { font-size: 1.35rem; line-height: 1.4; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem;
+  margin: 1.2rem 0; }
+.tiles div { border: 1px solid var(--rule); border-radius: 8px; padding: .8rem 1rem; }
+.tiles b { display: block; font-size: 2rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere; }
 figure { margin: 1.2rem 0; } figure > div { background: #fff; border-radius: 6px;
   padding: .5rem; } svg { max-width: 100%; height: auto; }
 pre { background: rgba(127, 127, 127, .14); padding: .6rem .8rem; border-radius: 6px;
@@ -80,8 +91,8 @@ def embedded(data: bytes, kind: str, words: str) -> str:
     return f'<img alt="{html.escape(words)}" style="max-width:100%" src="{source}">'
 
 
-def render(title: str, sections: Sequence[Section]) -> str:
-    """The page, as one string."""
+def render(title: str, sections: Sequence[Section], lead: Verdict | None = None) -> str:
+    """The page, as one string; ``lead`` is what it says first."""
     body = "\n".join(_section(section) for section in sections)
     contents = " · ".join(f'<a href="#s{i}">{_escape(s.title)}</a>' for i, s in enumerate(sections))
     for index in range(len(sections)):
@@ -91,9 +102,17 @@ def render(title: str, sections: Sequence[Section]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_escape(title)}</h1>\n<p>{contents}</p>\n{body}\n"
+        f"<h1>{_escape(title)}</h1>\n{_lead(lead) if lead else ''}<p>{contents}</p>\n{body}\n"
         f'<p class="soft">Made by kvfold {__version__}.</p>\n</body>\n</html>\n'
     )
+
+
+def _lead(lead: Verdict) -> str:
+    tiles = "".join(
+        f"<div><b>{_escape(tile.number)}</b><span>{_escape(tile.words)}</span></div>"
+        for tile in lead.tiles
+    )
+    return f'<p class="verdict">{_escape(lead.sentence)}</p>\n<div class="tiles">{tiles}</div>\n'
 
 
 def _section(section: Section) -> str:

@@ -29,7 +29,7 @@ class LookRequest(Request):
         "--against",
         Model(),
         None,
-        "A model folded from MODEL, drawn below it.",
+        "A model folded from MODEL, drawn beside it.",
         metavar="FOLDED",
     )
     layers: tuple[int, ...] = option(
