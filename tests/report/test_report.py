@@ -105,16 +105,16 @@ def test_a_report_begins_with_its_verdict(healed: Path, tmp_path: Path) -> None:
 
 
 def test_a_verdict_says_what_was_not_measured(healed: Path, tmp_path: Path) -> None:
-    write_report([healed.parent / "folded"], tmp_path / "r.html")
+    convert(healed.parent / "source", tmp_path / "plain", 2, calibrate=False)
+    write_report([tmp_path / "plain"], tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
-    assert "folded keeps 33% of its source&#x27;s KV cache; what it lost was not measured; " in text
+    assert "plain keeps 33% of its source&#x27;s KV cache; what it lost was not measured; " in text
     assert "kvfold eval SRC OUT" in text
     assert "kvfold bench model SRC OUT" in text
-    write_report([healed], tmp_path / "h.html")  # which has been measured
-    assert (
-        "healed keeps 33% of its source&#x27;s KV cache and loses "
-        in (tmp_path / "h.html").read_text()
-    )
+    for name in ("folded", "healed"):  # which have been measured
+        write_report([healed.parent / name], tmp_path / f"{name}.html")
+        text = (tmp_path / f"{name}.html").read_text()
+        assert f"{name} keeps 33% of its source&#x27;s KV cache and loses " in text
     write_report([ROOT / "benchmarks" / "attention.jsonl"], tmp_path / "b.html")  # of no model
     assert '<p class="verdict">' not in (tmp_path / "b.html").read_text()
 

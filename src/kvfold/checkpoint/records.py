@@ -108,6 +108,22 @@ class FoldRun(TypedDict):
 
 
 @open_ended
+class HeldOut(TypedDict):
+    """What a fitted model lost on calibration text that was held out, per token.
+
+    Errors are standard errors over windows.
+    """
+
+    tokens: Count
+    source_nll: Number
+    nats_lost: Number
+    nats_lost_error: Number
+    kl: Number
+    kl_error: Number
+    top1: Number
+
+
+@open_ended
 class FoldRecord(TypedDict):
     """A ``kvfold.json`` that ``convert`` wrote."""
 
@@ -119,6 +135,7 @@ class FoldRecord(TypedDict):
     calibration: NotRequired[Calibration | None]
     warnings: NotRequired[list[str]]
     summary: NotRequired[Summary]
+    held_out: NotRequired[HeldOut]
     layers: Annotated[list[LayerRow], MaxLen(MOST_LAYERS)]
     run: FoldRun
 
@@ -254,6 +271,7 @@ class KeptLayer(TypedDict):
     report: KeptReport | None
     stages: Annotated[list[FitStage], MaxLen(5)]
     drift: Number | None
+    held_out: HeldOut | None
 
 
 class ComparedRow(TypedDict):

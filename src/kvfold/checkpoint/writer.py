@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.arch.carried import Carried
+from kvfold.arch.carried import Carried, Carrier
 from kvfold.arch.target import Target
 from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
@@ -72,14 +72,14 @@ def folded_specs(checkpoint: Checkpoint, target: Target) -> list[TensorSpec]:
     return own + [spec for name, spec in attention.items() if name not in checkpoint.names]
 
 
-def carried_from(checkpoint: Checkpoint, target: Target) -> dict[str, tuple[str, Carried]]:
+def carried_from(checkpoint: Checkpoint, carrier: Carrier) -> dict[str, tuple[str, Carried]]:
     """Of every tensor that is not attention: the source's name of what it is made of, and how."""
     family, config = checkpoint.family, checkpoint.config
     return {
         made.name: (spec.name, made)
         for spec in stored_specs(checkpoint)
         if spec.name not in checkpoint.attention_names
-        for made in target.carried(family, config, spec.name, spec.shape)
+        for made in carrier.carried(family, config, spec.name, spec.shape)
     }
 
 

@@ -1,5 +1,6 @@
 """``kvfold convert``"""
 
+from math import exp
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -60,9 +61,28 @@ def command(
     for warning in record.get("warnings", []):
         say(f"warning: {warning}", err=True)
     if not as_json:
-        say(
-            f"next: kvfold eval {quote(request.source)} {quote(str(out))} --text YOUR.txt", err=True
+        for line in _next(request, out):
+            say(line, err=True)
+
+
+def _next(request: ConvertRequest, out: Path) -> list[str]:
+    """What could be done now, and what that gained where it was measured."""
+    from kvfold.plan.evidence import FOLDED, MODEL
+
+    source, folded = quote(request.source), quote(str(out))
+    texts = " ".join(f"--text {quote(name)}" for name in request.calibration or ("TEXT.txt",))
+    lines = [
+        f"next: kvfold eval {source} {folded} --text YOUR.txt",
+        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 200k",
+    ]
+    if request.fit == "local":
+        fitted, healed = FOLDED
+        lines.append(
+            f"{MODEL} with a third of its heads lost {fitted.similar:.2f} nats on text like the "
+            f"calibration's and {fitted.other:.2f} on other text; {healed.similar:.2f} and "
+            f"{healed.other:.2f} once healed like that"
         )
+    return lines
 
 
 def convert_and_heal(
@@ -148,6 +168,13 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
     for name, stage in summary.get("stages", {}).items():
         change = f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}"
         rows.append((f"layer error, {name.replace('_', ' ')}", change))
+    held_out = record.get("held_out")
+    if held_out:
+        lost = f"{held_out['nats_lost']:.3f} ± {held_out['nats_lost_error']:.3f}"
+        ratio = f"perplexity × {exp(held_out['nats_lost']):.2f}"
+        rows.append(
+            ("nats lost, held-out text", f"{lost} ({held_out['tokens']:,} tokens; {ratio})")
+        )
     rows.append(("peak memory", size(record["run"]["peak_memory_bytes"])))
     rows.append(("time", f"{record['run']['seconds']:.0f} s"))
     print_table(f"Folded to {out}", ["", ""], rows)

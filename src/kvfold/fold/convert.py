@@ -17,7 +17,7 @@ from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete
-from kvfold.checkpoint.records import ComparedRow
+from kvfold.checkpoint.records import ComparedRow, HeldOut
 from kvfold.checkpoint.source import (
     Checkpoint,
     TensorFiles,
@@ -56,7 +56,7 @@ from kvfold.fold.request import (
     calibration_text,
     preview,
 )
-from kvfold.fold.windows import early_windows, windows_of
+from kvfold.fold.windows import Cut, early_windows, windows_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import GivenText
 from kvfold.record import RECORD, command_line, versions
@@ -150,9 +150,9 @@ def run_request(
     """Do what :func:`convert` describes."""
     found = preview(request, out, force=force, resume=resume)
     files = _files(request)
-    windows = None
+    cut = None
     if not resume:  # known before there is a working folder
-        windows = early_windows(found)
+        cut = early_windows(found)
     started = time.monotonic()
     with opened(out) as work:
         if not work.start(request.as_dict(), resume=resume, force=force, files=files):
@@ -160,7 +160,7 @@ def run_request(
             work.begin(request.as_dict(), take_prints(files, progress, read))
         if work.finished:
             return read_folding(work.out)
-        record = _run(found, windows, work, progress)
+        record = _run(found, cut, work, progress)
         record["run"] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": peak_memory(),
@@ -209,7 +209,7 @@ def _sha256(text: str) -> str:
 
 def _run(
     found: Preview,
-    windows: "torch.Tensor | None",
+    cut: Cut | None,
     work: Workspace,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -220,17 +220,21 @@ def _run(
     same = request.keeps(checkpoint.geometry)
     if is_gguf(request.source):
         check_complete(checkpoint)
-    if windows is None:
-        windows = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text)
+    if cut is None:
+        cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text)
     asked, compared = request, None
     if request.is_open:
-        request, compared = _settled(found, checkpoint, windows, work.folder, progress)
-    layers = [] if same else _fold_layers(checkpoint, request, windows, work.folder, progress)
+        request, compared = _settled(found, checkpoint, cut, work.folder, progress)
+    layers, held_out = list[dict[str, Any]](), None
+    if not same:
+        layers, held_out = _fold_layers(checkpoint, request, cut, work.folder, progress)
     shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
     write_json(work.new / "config.json", folded_config(checkpoint, request.target))
     carried = carry_files(folder, work.new)
-    record = _record(checkpoint, request, text, windows, layers)
+    record = _record(checkpoint, request, text, cut, layers)
+    if held_out is not None:
+        record["held_out"] = held_out
     if compared is not None:
         record |= {"command": command_line(asked), "compared": compared}
     record["source"] |= {"sha256": _weight_hashes(work, checkpoint), "carried": carried}
@@ -242,17 +246,17 @@ def _run(
 def _settled(
     found: Preview,
     checkpoint: Checkpoint,
-    windows: "torch.Tensor | None",
+    cut: Cut | None,
     folder: Path,
     progress: Progress,
 ) -> tuple[ConvertRequest, list[ComparedRow]]:
     """The request with what is folded to, and what was compared for that."""
     from kvfold.fold.choose import KEPT, choose, compare
 
-    assert windows is not None  # an open request has text
+    assert cut is not None  # an open request has text
     request, targets = found.request, found.targets
     options: Any = {"method": request.method, "seed": request.seed, "progress": progress}
-    measure = partial(compare, checkpoint, targets, windows, **options)
+    measure = partial(compare, checkpoint, targets, cut.calibration, **options)
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
 
@@ -290,11 +294,11 @@ def _verify(checkpoint: Checkpoint, progress: Progress) -> None:
 def _fold_layers(
     checkpoint: Checkpoint,
     request: ConvertRequest,
-    windows: "torch.Tensor | None",
+    cut: Cut | None,
     partial: Path,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """Fold all layers, keeping each on disk; return their reports."""
+) -> tuple[list[dict[str, Any]], HeldOut | None]:
+    """Fold all layers, keeping each on disk; their reports, and what was measured at the end."""
     from kvfold.fold.layer import FoldPlan
     from kvfold.fold.layer_store import LayerStore
     from kvfold.fold.loop import fold_all
@@ -302,11 +306,16 @@ def _fold_layers(
 
     plan = FoldPlan(request.target, request.method, request.fit, request.seed)
     hidden = partial / "hidden"
-    calibration = None if windows is None else Calibration(windows, hidden)
+    calibration = None
+    if cut is not None:
+        calibration = Calibration(cut.calibration, hidden, held_out=cut.held_out)
     layers = fold_all(checkpoint, plan, calibration, LayerStore(partial / "layers"), progress)
-    reports = [layer.as_dict() for layer in layers]
+    reports, held_out = [], None
+    for layer in layers:
+        reports.append(layer.as_dict())
+        held_out = layer.held_out
     shutil.rmtree(hidden, ignore_errors=True)
-    return reports
+    return reports, held_out
 
 
 def _write(
@@ -339,17 +348,17 @@ def _record(
     checkpoint: Checkpoint,
     request: ConvertRequest,
     text: GivenText | None,
-    windows: "torch.Tensor | None",
+    cut: Cut | None,
     layers: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    builtin = windows is not None and not request.calibration
+    builtin = cut is not None and not request.calibration
     calibration = None
-    if windows is not None and text is not None:
+    if cut is not None and text is not None:
         calibration = {
             "texts": list(request.calibration or ["built-in"]),
             "sha256": _sha256(text.text),
-            "tokens": windows.numel(),
-            "context": windows.shape[1],
+            "tokens": cut.calibration.numel(),
+            "context": cut.calibration.shape[1],
             "builtin": builtin,
         }
     return {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kvfold.errors import UnsupportedError
-from kvfold.fold.hidden import FIRST, TEXT, HiddenStates, Windows
+from kvfold.fold.hidden import FIRST, FITTED, TEXT, HiddenStates, Windows
 from kvfold.fold.stream import LiveLayer
 from kvfold.progress import Progress
 
@@ -99,17 +99,18 @@ class Damping:
         usual: the median of the text's mean energies.
     """
 
-    factors: list[torch.Tensor]
+    factors: dict[int, torch.Tensor]
     usual: torch.Tensor
 
     @classmethod
     def of(cls, states: HiddenStates) -> "Damping":
-        energies: list[list[torch.Tensor]] = [[] for _ in states.shapes]
-        for batch in states.batches():
-            energies[batch.text].append(states[batch].square().mean(-1))
-        texts = [torch.cat(energy) for energy in energies]
+        energies: dict[int, list[torch.Tensor]] = {}
+        for batch in states.batches(FITTED):
+            energies.setdefault(batch.text, []).append(states[batch].square().mean(-1))
+        texts = {text: torch.cat(energy) for text, energy in energies.items()}
         usual = texts[TEXT].median().clamp_min(1e-30)
-        return cls([(energy / usual).clamp_min(1).rsqrt() for energy in texts], usual)
+        damped = {text: (energy / usual).clamp_min(1).rsqrt() for text, energy in texts.items()}
+        return cls(damped, usual)
 
     def __getitem__(self, windows: Windows) -> torch.Tensor:
         return self.factors[windows.text][windows.which]
@@ -125,7 +126,7 @@ def refit_output(task: FitTask, progress: Progress) -> None:
     linear = task.linear(task.output_name)
 
     def pairs() -> Samples:
-        for batch in task.folded_inputs.batches():
+        for batch in task.folded_inputs.batches(FITTED):
             inputs = task.live.input_of(linear, task.folded_inputs[batch])
             yield batch, inputs, task.attention_target(batch)
 
@@ -144,7 +145,7 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
 
     def pairs() -> Samples:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for batch in task.folded_inputs.batches():
+        for batch in task.folded_inputs.batches(FITTED):
             handle = linear.register_forward_hook(
                 lambda module, args, output: seen.append((args[0], output))
             )
@@ -250,14 +251,14 @@ def _cosine(step: int) -> float:
 
 
 def _draws(states: HiddenStates, seed: int) -> Iterator[list[Windows]]:
-    """Windows of every text for each step."""
+    """Windows of every text that is fitted for each step."""
     sizes = {TEXT: STEP_TOKENS // states.shapes[TEXT][1], FIRST: STEP_FIRST}
+    counts = {text: count for text in FITTED if (count := states.shapes[text][0])}
     texts = [
-        _epochs(count, min(count, max(1, sizes[text])), seed)
-        for text, (count, _) in enumerate(states.shapes)
+        _epochs(count, min(count, max(1, sizes[text])), seed) for text, count in counts.items()
     ]
     for step in zip(*texts, strict=True):
-        yield [Windows(text, which) for text, which in enumerate(step)]
+        yield [Windows(text, which) for text, which in zip(counts, step, strict=True)]
 
 
 def _epochs(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Hidden states of texts between two layers, wherever they find room."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import torch
 
 from kvfold.files import reserve
 
-TEXT, FIRST = 0, 1  # of the texts: that of calibration, and tokens that texts begin with
+# The texts: that of calibration, tokens that texts begin with, and what no step looks at.
+TEXT, FIRST, HELD = 0, 1, 2
+FITTED = (TEXT, FIRST)
 BATCH_TOKENS = 4096  # tokens run through a layer at once
 SPILL_BYTES = 2**30  # hidden states larger than this live in a file
 
@@ -54,9 +56,11 @@ class HiddenStates:
 
     __setitem__ = put
 
-    def batches(self) -> Iterator[Windows]:
+    def batches(self, texts: Collection[int] = (TEXT, FIRST, HELD)) -> Iterator[Windows]:
         """All windows, text by text, in slices of about ``BATCH_TOKENS`` tokens."""
         for text, (windows, tokens) in enumerate(self.shapes):
+            if text not in texts:
+                continue
             size = max(1, BATCH_TOKENS // tokens)
             for start in range(0, windows, size):
                 yield Windows(text, slice(start, min(start + size, windows)))

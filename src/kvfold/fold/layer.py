@@ -8,6 +8,7 @@ import torch
 
 from kvfold.arch.carried import Carrier, carry
 from kvfold.arch.target import Grouped, Latent, Target
+from kvfold.checkpoint.records import HeldOut
 from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.fold.energy import Energy
 from kvfold.fold.grouped import GroupedFold
@@ -63,6 +64,7 @@ class FoldedLayer:
         stages: what each stage of fitting gained.
         drift: how far the hidden states after it are from the source's, |x - x_source| /
             |x_source|, median over tokens; None where the folded model was not run.
+        held_out: of the last layer, how the whole model does on text that was held out.
     """
 
     index: int
@@ -70,6 +72,7 @@ class FoldedLayer:
     report: LayerReport | None
     stages: list[dict[str, Any]] = field(default_factory=list)
     drift: float | None = None
+    held_out: HeldOut | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What was done to it, for the record."""

@@ -37,7 +37,12 @@ class LayerStore:
         ]
         write_tensors(self._tensors(layer.index), specs, iter(layer.tensors.values()))
         report = None if layer.report is None else layer.report.as_dict()
-        stored = {"report": report, "stages": layer.stages, "drift": layer.drift}
+        stored = {
+            "report": report,
+            "stages": layer.stages,
+            "drift": layer.drift,
+            "held_out": layer.held_out,
+        }
         write_json(self._report(layer.index), stored)
 
     def read(self, index: int) -> FoldedLayer:
@@ -50,7 +55,8 @@ class LayerStore:
         tensors = {name: read_tensor(entry) for name, entry in entries.items()}
         report = None if stored["report"] is None else LayerReport(**stored["report"])
         stages = [dict(stage) for stage in stored["stages"]]
-        return FoldedLayer(index, tensors, report, stages, stored["drift"])
+        held_out = stored["held_out"]
+        return FoldedLayer(index, tensors, report, stages, stored["drift"], held_out)
 
     def _report(self, index: int) -> Path:
         return self.folder / f"{index}.json"

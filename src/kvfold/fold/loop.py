@@ -14,9 +14,10 @@ from kvfold.arch.carried import Carrier
 from kvfold.arch.target import Latent
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
+from kvfold.fold.held_out import compare_ends
 from kvfold.fold.layer import FoldedLayer, FoldPlan, fold_layer
 from kvfold.fold.layer_store import LayerStore
-from kvfold.fold.passes import Calibration, FoldedPass, SourcePass, loader
+from kvfold.fold.passes import Calibration, FoldedPass, Load, SourcePass, loader
 from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.windows import first_tokens
@@ -109,14 +110,13 @@ class _SideBySide:
         if making.latent and making.fit != "none":
             vocabulary = making.source.config["vocab_size"]
             calibration = replace(calibration, first=first_tokens(calibration.windows, vocabulary))
-        load = loader(making.source)
+        self._calibration, self._last = calibration, making.source.geometry.num_layers - 1
+        load, base_load = self._loaders()
         self._source = SourcePass(making.source, calibration, load)
         self._folded: FoldedPass | None = None
         if making.fit != "none":
-            if making.base is not making.source:
-                load = loader(making.base)
             self._folded = FoldedPass(
-                making.base, making.config, making.carrier, self._source, calibration, load,
+                making.base, making.config, making.carrier, self._source, calibration, base_load,
                 fit=making.fit, seed=making.seed,
             )  # fmt: skip
 
@@ -133,7 +133,16 @@ class _SideBySide:
         if self._folded is not None:
             folded.drift = self._folded.run(folded, base)
         self._source.advance()
+        if self._folded is not None and folded.index == self._last:
+            loaders = self._loaders()
+            folded.held_out = compare_ends(self._calibration, self._source, self._folded, loaders)
         return folded
+
+    def _loaders(self) -> tuple[Load, Load]:
+        """Of the source and of the base, which are often one."""
+        making = self._making
+        load = loader(making.source)
+        return load, load if making.base is making.source else loader(making.base)
 
     def pass_over(self, folded: FoldedLayer) -> None:
         """Run a layer that an earlier run has made."""

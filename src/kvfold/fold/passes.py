@@ -6,6 +6,7 @@ ones.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from kvfold.arch.carried import Carrier
 from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
+from kvfold.checkpoint.writer import carried_from
 from kvfold.fold.fit import FITS, FitTask
 from kvfold.fold.hidden import TEXT, HiddenStates
 from kvfold.fold.layer import FoldedLayer, as_stored
@@ -28,6 +30,7 @@ STATISTICS_TOKENS = 16_384  # second moments change little with more, and cost a
 CPU = torch.device("cpu")
 
 Load = Callable[[str], torch.Tensor]  # by the name in transformers' module
+Ending = AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,21 @@ class Calibration:
         device: what layers run and are fitted on, in float32.
         first: see :func:`kvfold.fold.windows.first_tokens`. They are run and fitted, but not heard
             by statistics.
+        held_out: token ids ``[M, T]`` that are run through both models and nothing else.
     """
 
     windows: torch.Tensor
     spill: Path | None = None
     device: torch.device = CPU
     first: torch.Tensor | None = None
+    held_out: torch.Tensor | None = None
 
     @property
     def texts(self) -> list[torch.Tensor]:
-        """Token ids ``[N, T]``: the text's, and first tokens as windows of one."""
-        return [self.windows] if self.first is None else [self.windows, self.first[:, None]]
+        """Token ids ``[N, T]`` of the texts of ``fold.hidden``, first tokens as windows of one."""
+        none = self.windows[:0]
+        first = none[:, :1] if self.first is None else self.first[:, None]
+        return [self.windows, first, none if self.held_out is None else self.held_out]
 
     def states(self, name: str, hidden_size: int) -> HiddenStates:
         file = self.spill / f"{name}.f32" if self.spill else None
@@ -68,6 +75,17 @@ def loader(checkpoint: Checkpoint) -> Load:
         return read[name]
 
     return load
+
+
+def carrying(load: Load, checkpoint: Checkpoint, carrier: Carrier) -> Load:
+    """What becomes of those that ``load`` reads in a model that ``checkpoint`` is folded to."""
+    carried = carried_from(checkpoint, carrier)
+
+    def made(name: str) -> torch.Tensor:
+        source, how = carried[checkpoint.stored_names.to_stored(name)]
+        return how.make(load(source))
+
+    return made
 
 
 class SourcePass:
@@ -126,6 +144,10 @@ class SourcePass:
                 ):
                     self.outputs[batch] = live(self.inputs[batch])
 
+    def ending(self, load: Load) -> Ending:
+        """See :meth:`LayerStream.ending`."""
+        return self._stream.ending(load)
+
     def advance(self) -> None:
         """What came out of this layer goes into the next."""
         self.inputs, self.outputs = self.outputs, self.inputs
@@ -141,6 +163,7 @@ class FoldedPass:
 
     Attributes:
         attention: what the source's attention puts out, to be filled before a layer is fitted.
+        inputs: hidden states before the layer that comes next.
     """
 
     def __init__(
@@ -157,11 +180,12 @@ class FoldedPass:
     ) -> None:
         self._config, self._family = config, BY_TYPE[config["model_type"]]
         self._source, self._carrier, self._fit, self._seed = source, carrier, fit, seed
+        self._base = base
         family = self._family
         self._stream = LayerStream(config, family.layer, family.attention, calibration.device)
-        self._inputs = calibration.states("folded-in", base.geometry.hidden_size)
+        self.inputs = calibration.states("folded-in", base.geometry.hidden_size)
         self.attention = calibration.states("attention", base.geometry.hidden_size)
-        self._stream.start(calibration.texts, load, self._inputs)
+        self._stream.start(calibration.texts, carrying(load, base, carrier), self.inputs)
 
     def fit(self, folded: FoldedLayer, base: StoredLayer, progress: Progress) -> None:
         """Fit a folded layer to what the source's layer, run just now, puts out."""
@@ -179,6 +203,10 @@ class FoldedPass:
                 if name in task.changed:
                     folded.tensors[base.prefix + name] = as_stored(parameter, dtype)
 
+    def ending(self, load: Load) -> Ending:
+        """See :meth:`LayerStream.ending`."""
+        return self._stream.ending(carrying(load, self._base, self._carrier))
+
     def _task(self, live: LiveLayer, index: int) -> FitTask:
         family, source = self._family, self._source
         return FitTask(
@@ -188,7 +216,7 @@ class FoldedPass:
             source_inputs=source.inputs,
             source_attention=self.attention,
             source_outputs=source.outputs,
-            folded_inputs=self._inputs,
+            folded_inputs=self.inputs,
             residual_scale=family.residual_factor(self._config),
             source_scale=source.residual_scale,
             drift=not family.post_norm,
@@ -201,9 +229,10 @@ class FoldedPass:
         """Go on with the layer as it is stored; return its drift (see ``FoldedLayer``)."""
         ratios = []
         with self._stream.layer(folded.index, folded.completed(base, self._carrier)) as live:
-            for batch in self._inputs.batches():
-                found, wanted = live(self._inputs[batch]), self._source.outputs[batch]
-                self._inputs[batch] = found
-                distance = (found - wanted).norm(dim=-1)
-                ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
+            for batch in self.inputs.batches():
+                found, wanted = live(self.inputs[batch]), self._source.outputs[batch]
+                self.inputs[batch] = found
+                if batch.text == TEXT:
+                    distance = (found - wanted).norm(dim=-1)
+                    ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
         return float(torch.cat(ratios).median())

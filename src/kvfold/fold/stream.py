@@ -130,6 +130,15 @@ class _Recorder(nn.Module):
         return hidden
 
 
+class _Giver(_Recorder):
+    """Stands in for all layers: returns what the last of them has put out."""
+
+    output: torch.Tensor
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.output
+
+
 class LayerStream:
     """Runs a checkpoint's decoder layers one at a time, in float32.
 
@@ -180,11 +189,44 @@ class LayerStream:
                 ids = texts[batch.text][batch.which].to(self._device)
                 out[batch] = _first_input(self._base, ids)
             for text in texts:  # a batch of one, which broadcasts
+                if not len(text) or text.shape[1] in self._arguments:
+                    continue
                 _first_input(self._base, text[:1].to(self._device))
                 arguments: list[Any] = [recorder.arguments for recorder in recorders]
                 self._arguments[text.shape[1]] = arguments
-        self._base.to("meta")
+        _forget(self._base)
         setattr(self._base, self._list_name, self._layers)
+
+    @contextmanager
+    def ending(
+        self, load: Callable[[str], torch.Tensor]
+    ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """What the model makes of its last layer's output ``[B, T, C]``: logits ``[B, T, V]``."""
+        given = _Giver(self._layers[0])
+        setattr(self._base, self._list_name, nn.ModuleList([given]))
+        tied = self.model.config.tie_word_embeddings
+        head = self.model.get_output_embeddings()
+        own = {id(parameter) for parameter in head.parameters()} if tied else set()
+        state = {
+            name: load(name).to(self._device, torch.float32)
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in own or name.startswith(self._base_name)
+        }
+        self.model.load_state_dict(state, strict=False, assign=True)
+        if tied:
+            head.weight = self.model.get_input_embeddings().weight
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            given.output = hidden
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+            found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return found
+
+        try:
+            yield logits
+        finally:
+            _forget(self.model)
+            setattr(self._base, self._list_name, self._layers)
 
     @contextmanager
     def layer(
@@ -211,6 +253,13 @@ class LayerStream:
             yield LiveLayer(module, module.get_submodule(self._attention), arguments)
         finally:
             module.to("meta")
+
+
+def _forget(module: nn.Module) -> None:
+    """Give back the memory of its weights; tables that it made itself stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _first_input(base: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,29 @@ from kvfold.checkpoint.source import resolve
 from kvfold.errors import InputError
 from kvfold.fold.request import LEAST_TOKENS, ConvertRequest, Preview
 from kvfold.geometry import AttentionGeometry
-from kvfold.quality.text import GivenText, token_windows
+from kvfold.quality.text import GivenText, spread, token_windows
 
 if TYPE_CHECKING:
     import torch
 
 _FIRST_TOKENS = 2048  # at most
+_HELD_OUT, _HELD_OUT_OF = 8, 16  # windows at most, and of how many one where all are needed
 
 
-def early_windows(found: Preview) -> "torch.Tensor | None":
+@dataclass(frozen=True)
+class Cut:
+    """A text as token ids.
+
+    Attributes:
+        calibration: windows ``[N, T]`` to fold and to fit on.
+        held_out: ``[M, T]``, windows of the same text that no step looks at; none of a short one.
+    """
+
+    calibration: "torch.Tensor"
+    held_out: "torch.Tensor"
+
+
+def early_windows(found: Preview) -> Cut | None:
     """:func:`windows_of` from the source as it is; of a GGUF file its metadata says enough."""
     request = found.request
     if not is_gguf(request.source):
@@ -37,25 +52,44 @@ def windows_of(
     folder: Path,
     request: ConvertRequest,
     text: GivenText | None,
-) -> "torch.Tensor | None":
+) -> Cut | None:
     """The calibration text as tokens; None if none is needed."""
     if text is None or request.keeps(geometry):
         return None
     longest = config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
     windows = token_windows(
-        load_tokenizer(folder),
-        text.text,
-        context,
-        request.calibration_tokens,
-        config.get("vocab_size"),
+        load_tokenizer(folder), text.text, context, vocabulary=config.get("vocab_size")
     )
-    if windows.numel() < LEAST_TOKENS:
+    found = cut(windows, request.calibration_tokens)
+    if found.calibration.numel() < LEAST_TOKENS:
         raise InputError(
             f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",
             "give more text: 50,000 tokens is good",
         )
-    return windows
+    return found
+
+
+def cut(windows: "torch.Tensor", tokens: int) -> Cut:
+    """At most so many tokens of ``[N, T]`` to calibrate on, spread evenly, and others to hold out.
+
+    Where all are needed, one in ``_HELD_OUT_OF`` is held out.
+    """
+    import torch
+
+    count = len(windows)
+    chosen = spread(count, tokens // windows.shape[1])
+    rest = torch.ones(count, dtype=torch.bool)
+    rest[chosen] = False
+    others = rest.nonzero()[:, 0]
+    if len(others) < min(_HELD_OUT, len(chosen) // _HELD_OUT_OF):
+        last = torch.arange(_HELD_OUT_OF - 1, len(chosen), _HELD_OUT_OF)
+        others = chosen[last]
+        keep = torch.ones(len(chosen), dtype=torch.bool)
+        keep[last] = False
+        chosen = chosen[keep]
+    held_out = others[spread(len(others), _HELD_OUT)] if len(others) else others
+    return Cut(windows[chosen], windows[held_out])
 
 
 def first_tokens(windows: "torch.Tensor", vocabulary: int) -> "torch.Tensor | None":

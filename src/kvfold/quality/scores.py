@@ -86,7 +86,7 @@ def compare(
             for position, (_, model) in enumerate(models):
                 logits = _logits(model, window)
                 reference = logits if reference is None else reference
-                samples[position].append(_score(logits, reference, window[1:]))
+                samples[position].append(score_window(logits, reference, window[1:]))
             progress(f"evaluating on {text}", index + 1, len(windows))
     first = torch.stack([sample["nll"] for sample in samples[0]])
     return [
@@ -119,9 +119,15 @@ def _logits(model: "PreTrainedModel", window: "torch.Tensor") -> "torch.Tensor":
     return result
 
 
-def _score(
+def score_window(
     logits: "torch.Tensor", reference: "torch.Tensor", targets: "torch.Tensor"
 ) -> "dict[str, torch.Tensor]":
+    """One model on one window: nats per token, KL of every token, agreement.
+
+    Args:
+        logits, reference: log-probabilities ``[T, vocabulary]``, this model's and the first's.
+        targets: the tokens that came, ``[T]``.
+    """
     targets = targets.to(logits.device)
     same = logits is reference
     kl = (reference.exp() * (reference - logits)).sum(-1) if not same else logits.new_zeros(())
@@ -151,13 +157,13 @@ def _summary(
         tokens=kl.numel(),
         nll=mean,
         perplexity=exp(mean),
-        perplexity_error=exp(mean) * _error(nll),
+        perplexity_error=exp(mean) * standard_error(nll),
         nats_lost=loss,
-        nats_lost_error=_error(lost),
+        nats_lost_error=standard_error(lost),
         ratio=exp(loss),
-        ratio_error=exp(loss) * _error(lost),
+        ratio_error=exp(loss) * standard_error(lost),
         kl=float(kl.mean()),
-        kl_error=_error(kl.mean(-1)),
+        kl_error=standard_error(kl.mean(-1)),
         kl_p95=float(kl.flatten().quantile(0.95)),
         kl_p99=float(kl.flatten().quantile(0.99)),
         top1=float(torch.stack([window["top1"] for window in scored]).mean()),
@@ -165,7 +171,7 @@ def _summary(
     )
 
 
-def _error(samples: "torch.Tensor") -> float:
+def standard_error(samples: "torch.Tensor") -> float:
     """The standard error of the mean; 0 for a single sample, which has none to show."""
     return float(samples.std() / len(samples) ** 0.5) if len(samples) > 1 else 0.0
 

@@ -139,10 +139,22 @@ def token_windows(
             "give more text, or a smaller --context",
         )
     windows = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)
-    wanted = count if max_tokens is None else max(1, min(count, max_tokens // context))
-    chosen = torch.arange(wanted) * count // wanted
-    first = torch.tensor(opening, dtype=torch.int64).expand(wanted, -1)
+    wanted = count if max_tokens is None else max_tokens // context
+    chosen = spread(count, wanted)
+    first = torch.tensor(opening, dtype=torch.int64).expand(len(chosen), -1)
     return torch.cat([first, windows[chosen]], dim=1)
+
+
+def spread(count: int, wanted: int) -> "torch.Tensor":
+    """Which of ``count`` things to take, at least one, spread evenly over them.
+
+    >>> spread(10, 4).tolist()
+    [0, 2, 5, 7]
+    """
+    import torch
+
+    taken = max(1, min(count, wanted))
+    return torch.arange(taken) * count // taken
 
 
 def opening_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -36,6 +36,13 @@ def evidence(run: Path, found: Evidence) -> None:
     if folding:
         cache = folding["geometry"]["kv_bytes_per_token_16bit"]
         found.cache = (cache["source"], cache["folded"])
+        held_out = folding.get("held_out")
+        if held_out:
+            text = "held-out calibration text"
+            found.quality = [
+                {"text": text, "name": "source", "nats_lost": 0.0},
+                {"text": text, "name": run.name, "nats_lost": held_out["nats_lost"]},
+            ]
     if heal:
         found.quality = heal["quality"]
 
@@ -99,10 +106,21 @@ def _facts(record: dict[str, Any]) -> list[Part]:
         ("KV cache per token, 16 bit", f"{size(cache['source'])} → {size(cache['folded'])}"),
         ("method, fit", f"{record['method']}, {record['fit']}"),
         ("calibration", text),
+        *_lost(record),
         ("time, peak memory", f"{record['run']['seconds']:.0f} s, "
                               f"{size(record['run']['peak_memory_bytes'])}"),
     ]  # fmt: skip
     return [Table(["", ""], facts), f"$ {record['command']}"]
+
+
+def _lost(record: dict[str, Any]) -> list[tuple[str, str]]:
+    found = record.get("held_out")
+    if not found:
+        return []
+    words = (
+        f"{found['nats_lost']:.3f} ± {found['nats_lost_error']:.3f} ({found['tokens']:,} tokens)"
+    )
+    return [("nats lost, held-out calibration text", words)]
 
 
 def _healing(run: Path, heal: dict[str, Any]) -> Section:
