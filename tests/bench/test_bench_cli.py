@@ -8,6 +8,7 @@ import pytest
 
 from kvfold.bench.peers import PEERS, Peer
 from tests.conftest import Kvfold
+from tests.toolbox import tiny
 from tests.toolbox.commands import complaint, modules_after
 
 ATTENTION = (
@@ -58,6 +59,34 @@ def test_a_wrong_result_fails_the_command(kvfold: Kvfold, monkeypatch: pytest.Mo
     assert run.code == 1
     assert "WRONG" in run.out
     assert run.err.splitlines()[-2].startswith("error: 2 of 4 results are wrong")
+
+
+def test_one_model_as_mha_gqa_and_mqa(kvfold: Kvfold, text_file: Path, tmp_path: Path) -> None:
+    """One command for tokens per second, bytes and perplexity."""
+    source = tiny.save_with_tokenizer(tiny.make("llama"), tmp_path / "two")
+    one = tmp_path / "one"
+    kvfold("convert", source, one, "--kv-heads", 1, "--no-calibration")
+    save = tmp_path / "rows.jsonl"
+    options = ("--mha", "--perplexity", text_file, "--batch", "1,2", "--dtype", "bf16")
+    arguments = ("bench", "model", source, one, *MODEL, *options)
+    run = kvfold(*arguments, "--save", save)
+    assert run.code == 0, run.err
+    lines = run.out[run.out.index("One model") :].splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [line.split()[0] for line in lines if ": " in line and line.strip()[3:4] == ":"]
+    assert shown == ["MHA:", "GQA:", "MQA:"]
+    rows: Any = [json.loads(line) for line in save.read_text().splitlines()]
+    by_sharing = {row["sharing"]: row for row in rows if row["implementation"] == "sdpa"}
+    assert list(by_sharing) == ["MHA", "GQA", "MQA"]
+    mha, gqa, mqa = by_sharing.values()
+    assert [row["case"]["num_kv_heads"] for row in (mha, gqa, mqa)] == [6, 2, 1]
+    assert mha["kv_bytes"] == 3 * gqa["kv_bytes"] == 6 * mqa["kv_bytes"]
+    # The same function in bfloat16; the folded one is another.
+    assert abs(mha["perplexity"] / gqa["perplexity"] - 1) < 2**-7
+    assert mqa["perplexity"] != gqa["perplexity"]
+    report = kvfold("report", save, "-o", tmp_path / "r.html")
+    assert report.code == 0, report.err
+    assert "MQA: one" in (tmp_path / "r.html").read_text()
 
 
 def test_models_side_by_side(

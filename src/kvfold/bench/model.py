@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,15 +26,23 @@ from kvfold.bench.contestant import (
     twin,
     walk,
 )
-from kvfold.bench.model_cases import GATE_STEPS, ModelRequest
+from kvfold.bench.model_cases import (
+    GATE_STEPS,
+    PERPLEXITY_TOKENS,
+    PERPLEXITY_WINDOW,
+    ModelRequest,
+)
 from kvfold.bench.results import OK, SKIPPED, WRONG, Results, Row
 from kvfold.bench.this_machine import described, is_cold
 from kvfold.bench.timing import Timing, measure, ratio
-from kvfold.checkpoint.pretrained import load_tokenizer
+from kvfold.checkpoint.pretrained import built_model, load_tokenizer
+from kvfold.checkpoint.repeated import as_mha
+from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import UnsupportedError
 from kvfold.ops.formats import format_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.run import load_model, local_folder
+from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import read_texts, token_windows
 from kvfold.record import command_line
 
@@ -49,6 +57,7 @@ class Loaded:
     folder: Path
     decoder: Decoder
     by_implementation: dict[str, Model]
+    quality: Quality | None = None
 
     @property
     def native(self) -> Model:
@@ -87,7 +96,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        return f"{self.loaded.folder} {self.implementation}"
+        return f"{self.loaded.name} {self.loaded.folder} {self.implementation}"
 
     @property
     def status(self) -> str:
@@ -105,6 +114,10 @@ def run_model(request: ModelRequest, *, progress: Progress = no_progress) -> Res
     with ExitStack() as stack, torch.no_grad():
         count = stack.enter_context(threads(request.threads))
         models = [_load(path, stack) for path in request.paths]
+        if request.mha:
+            models.insert(0, _as_mha(models[0]))
+        if request.perplexity is not None:
+            models = _scored(models, request.perplexity, progress)
         for index, (context, batch) in enumerate(cases):
             progress("cases", index, len(cases))
             rows += _run_case(models, request, context, batch)
@@ -117,11 +130,32 @@ def _load(path: str, stack: ExitStack) -> Loaded:
 
     kvfold.transformers.enable()
     folder = local_folder(path, stack)
-    model: Any = load_model(folder, "bfloat16", "cpu")
-    twins = {name: twin(model, name) for name in (NATIVE, PLAIN, OURS)}
     name = Path(path).name if Path(path).exists() else path
+    return _loaded(name, folder, load_model(folder, "bfloat16", "cpu"))
+
+
+def _loaded(name: str, folder: Path, model: Model) -> Loaded:
+    twins = {name: twin(model, name) for name in (NATIVE, PLAIN, OURS)}
     decoder = describe(plain_config(model.config.get_text_config(decoder=True)))
     return Loaded(name, folder, decoder, twins)
+
+
+def _as_mha(loaded: Loaded) -> Loaded:
+    """The same model with its KV heads repeated."""
+    model = loaded.native
+    source = Checkpoint(loaded.name, model.config.to_dict(), TensorDict(model.state_dict()))
+    return _loaded(
+        f"{loaded.name} as MHA", loaded.folder, built_model(*as_mha(source), model.dtype)
+    )
+
+
+def _scored(models: list[Loaded], text: str, progress: Progress) -> list[Loaded]:
+    """With what each predicts of a text."""
+    tokenizer = load_tokenizer(models[0].folder)
+    words = read_texts([text], PERPLEXITY_WINDOW)
+    windows = token_windows(tokenizer, words, PERPLEXITY_WINDOW, PERPLEXITY_TOKENS)
+    found = compare([(model.name, model.native) for model in models], windows, text, progress)
+    return [replace(model, quality=own) for model, own in zip(models, found, strict=True)]
 
 
 def _run_case(models: list[Loaded], request: ModelRequest, context: int, batch: int) -> list[Row]:
@@ -202,6 +236,15 @@ def kv_bytes_expected(layers: Iterable[Layer], dtype: str | None, tokens: int) -
     return tokens * rows
 
 
+def _sharing(loaded: Loaded) -> str:
+    first = loaded.decoder.layers[0]
+    if getattr(loaded.native.config, "kv_lora_rank", None):
+        return "MLA"
+    if first.num_kv_heads == first.num_heads:
+        return "MHA"
+    return "MQA" if first.num_kv_heads == 1 else "GQA"
+
+
 def _row(
     entry: Entry,
     first: Entry,
@@ -223,6 +266,7 @@ def _row(
             "batch": batch,
         },
         "implementation": entry.implementation,
+        "sharing": _sharing(entry.loaded),
         "status": entry.status,
         "reason": "" if entry.status == OK else entry.reason or (verdict and verdict.reason),
         "error": verdict.error if verdict else None,
@@ -235,6 +279,9 @@ def _row(
         "working_set": must_read,
         "cold": is_cold(must_read),
     }
+    quality = entry.loaded.quality
+    if quality is not None:
+        values |= {"perplexity": quality.perplexity, "perplexity_error": quality.perplexity_error}
     own = timings.get(entry.key)
     if own is not None:
         values |= {

@@ -11,8 +11,9 @@ from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.source import open_weights, peek_config, read_config
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
-from kvfold.requests import Model, Place, Several, option
+from kvfold.requests import Flag, Model, Place, Several, option
 
+PERPLEXITY_WINDOW, PERPLEXITY_TOKENS = 512, 8192  # of the text that models are scored on
 GATE_STEPS = 4  # decode steps that are compared before anything is timed
 
 
@@ -23,7 +24,7 @@ class ModelRequest(TimedRequest):
     Attributes:
         paths: folders, hub names or GGUF files. dtypes: of kvfold's caches.
         tokens: decode steps per sample. text: file the prompt is taken from, or None for random
-            tokens.
+            tokens. mha: see ``checkpoint.repeated``.
 
     Raises:
         InputError: for what cannot be measured.
@@ -42,6 +43,15 @@ class ModelRequest(TimedRequest):
     )
     tokens: int = option("--tokens", STEPS, 16, "Decode steps per sample.")
     text: str | None = option("--text", Place(), None, "Prompt.  [default: random tokens]")
+    mha: bool = option(
+        "--mha",
+        Flag(),
+        False,
+        "Also the first PATH as MHA, the same function with a KV head for every query head.",
+    )
+    perplexity: str | None = option(
+        "--perplexity", Place(), None, "Every model's perplexity on this text, too."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,9 +63,14 @@ class ModelRequest(TimedRequest):
             from kvfold.quality.text import read_texts
 
             read_texts([self.text], max(self.contexts))
+        if self.perplexity is not None:
+            from kvfold.quality.text import read_texts
+
+            read_texts([self.perplexity], PERPLEXITY_WINDOW)
         for path in self.paths:
             self._check_model(path)
         needed = self.working_set + sum(self._memory(path) for path in self.paths)
+        needed += self._mha_memory()
         check_memory(needed, "fewer models, a shorter --context or a smaller --batch need less")
 
     @property
@@ -80,6 +95,14 @@ class ModelRequest(TimedRequest):
         tokens = max(context * batch for context, batch in self.cases())
         per_token = describe(read_config(folder)).kv_bytes_per_token()
         return weights + (1 + len(self.dtypes)) * tokens * per_token
+
+    def _mha_memory(self) -> int:
+        """The same of the first model as MHA, whose cache is as much larger as its KV heads."""
+        folder = Path(self.paths[0]).expanduser()
+        if not self.mha or is_gguf(self.paths[0]) or not folder.exists():
+            return 0
+        first = describe(read_config(folder)).layers[0]
+        return self._memory(self.paths[0]) * first.num_heads // max(1, first.num_kv_heads)
 
     def _check_model(self, path: str) -> None:
         if is_gguf(path):

@@ -48,6 +48,8 @@ class Row:
             at once. cache_tokens: how many tokens its cache holds.
         slope: seconds that each token of context of a sequence adds to a step.
         prefill_vs_peer: speed to the first token as a multiple of vLLM's own attention's.
+        sharing: ``MHA``, ``GQA``, ``MQA`` or ``MLA``, by the model's cache.
+        perplexity: of the model on the text asked for, and its standard error.
         starts: of an engine that was alone, each of which is a sample; None where engines took
             turns.
     """
@@ -78,6 +80,9 @@ class Row:
     slope: Spread | None = None
     prefill_vs_peer: Spread | None = None
     starts: int | None = None
+    sharing: str | None = None
+    perplexity: float | None = None
+    perplexity_error: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -200,6 +205,9 @@ class _Stored(TypedDict):
     running: NotRequired[Count | None]
     cache_tokens: NotRequired[Count | None]
     starts: NotRequired[Count | None]
+    sharing: NotRequired[str | None]
+    perplexity: NotRequired[Number | None]
+    perplexity_error: NotRequired[Number | None]
 
 
 _ROWS = Document(_Stored, _HOW, error=InputError)

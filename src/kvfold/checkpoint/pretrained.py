@@ -115,6 +115,22 @@ def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> "PreTr
     return model
 
 
+def built_model(
+    config: dict[str, Any], state: "dict[str, torch.Tensor]", dtype: "torch.dtype"
+) -> "PreTrainedModel":
+    """A model made of tensors that are in memory; it takes them as they are, and shares them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=dtype, trust_remote_code=False
+        )
+    built.load_state_dict(state, assign=True)
+    built.tie_weights()
+    return built.eval()
+
+
 def load_gguf(folder: Path, name: str) -> "tuple[PreTrainedModel, Any]":
     """The model, in float32, and the tokenizer of a GGUF file in a folder that holds no other.
 

@@ -192,6 +192,7 @@ def _attention_caption(results: "Results", rows: "list[Row]") -> str:
 
 
 def _model_tables(results: "Results", markdown: bool) -> None:
+    from kvfold.report.steps import sharing
     from kvfold.report.tables import size
 
     for first, rows in _grouped(results.rows, "model"):
@@ -217,6 +218,11 @@ def _model_tables(results: "Results", markdown: bool) -> None:
             before = name
         columns = ["model", "attention", "first", "tokens/s", "floor", "ratio", "KV", "of KV"]
         _print(title, [*columns, "top-1"], cells, _model_caption(results, rows), markdown)
+    compared = sharing(results.rows)
+    if compared is not None:
+        title = "One model, its keys and values shared by more and more query heads"
+        cells = [list(row) for row in compared.rows]
+        _print(title, list(compared.columns), cells, compared.caption, markdown)
 
 
 def _model_caption(results: "Results", rows: "list[Row]") -> str:

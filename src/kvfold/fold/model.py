@@ -10,6 +10,7 @@ from kvfold.arch.families import family_of
 from kvfold.arch.latent import LAYOUTS
 from kvfold.arch.target import Grouped, Latent, Target
 from kvfold.arguments import callback, choice, text
+from kvfold.checkpoint.pretrained import built_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.errors import InputError
 from kvfold.fold.layer import FoldPlan
@@ -85,7 +86,10 @@ def fold_model(
         for layer in fold_all(checkpoint, plan, calibration, progress=progress):
             state.update(layer.tensors)
             reports.append(layer.as_dict())
-    return FoldedModel(_build(folded, state, model), reports)
+    own = {name: tensor.clone() for name, tensor in state.items()}
+    built = built_model(folded, own, torch.float32).to(model.device)
+    built.generation_config = model.generation_config
+    return FoldedModel(built, reports)
 
 
 def _target(asked: object, latent: object, layout: object) -> Target:
@@ -95,20 +99,3 @@ def _target(asked: object, latent: object, layout: object) -> Target:
     if asked is not None:
         raise InputError("num_kv_heads and latent exclude each other", "give one of them")
     return replace(Latent.read(text(latent, "latent"), "latent"), layout=layout)
-
-
-def _build(
-    config: dict[str, Any], state: dict[str, torch.Tensor], like: "PreTrainedModel"
-) -> "PreTrainedModel":
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False
-        )
-    own = {name: tensor.clone() for name, tensor in state.items()}
-    built.load_state_dict(own, assign=True)
-    built.tie_weights()
-    built.generation_config = like.generation_config
-    return built.to(like.device).eval()

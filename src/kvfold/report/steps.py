@@ -34,6 +34,8 @@ def benchmark(path: Path) -> list[Section]:
         measured = [row for row in rows if row.benchmark == name and row.seconds]
         if measured:
             parts.append(Figure(decode_times(measured), caption))
+    compared = sharing([row for row in rows if row.benchmark == "model"])
+    parts += [compared] if compared else []
     for name in _CAPTIONS:
         measured = [row for row in rows if row.benchmark == name]
         if measured:
@@ -84,3 +86,38 @@ def _case(case: dict[str, Any]) -> str:
         return f"{value:,} {word.removesuffix('s') if value == 1 else word}"
 
     return ", ".join(phrase(name, value) for name, value in case.items())
+
+
+def sharing(rows: "Sequence[Row]") -> Table | None:
+    """MHA, GQA, MQA and MLA of a model, a line each; None unless their perplexity was measured.
+
+    Of each case the speed of the fastest of the model's implementations.
+    """
+    timed = [row for row in rows if row.perplexity and row.seconds and row.status == "ok"]
+    cases = list(dict.fromkeys((row.case["context"], row.case["batch"]) for row in timed))
+    if not timed:
+        return None
+    columns = ["", "KV heads", *(f"{n:,} × {batch}" for n, batch in cases), "GB", "perplexity"]
+    cells = []
+    for name in dict.fromkeys(row.case["model"] for row in timed):
+        own = [row for row in timed if row.case["model"] == name]
+        speeds = [_fastest(own, case) for case in cases]
+        cells.append([
+            f"{own[0].sharing}: {name}",
+            f"{own[0].case['num_kv_heads']}",
+            *speeds,
+            f"{max(row.bytes for row in own) / 1e9:.2f}",
+            f"{own[0].perplexity:.2f} ± {own[0].perplexity_error or 0:.2f}",
+        ])  # fmt: skip
+    return Table(
+        columns,
+        cells,
+        "Tokens per second at so many tokens of context × sequences, by the fastest cache and "
+        "attention of each. GB: weights and the cache of the largest case in 16 bits.",
+    )
+
+
+def _fastest(rows: "Sequence[Row]", case: tuple[int, int]) -> str:
+    own = [row for row in rows if (row.case["context"], row.case["batch"]) == case]
+    speeds = [case[1] / row.seconds.median for row in own if row.seconds]
+    return f"{max(speeds):.3g}" if speeds else ""
