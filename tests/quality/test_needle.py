@@ -11,6 +11,7 @@ import torch
 from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.demo.text import train_tokenizer
 from kvfold.errors import InputError
+from kvfold.quality.device import pick_device
 from kvfold.quality.needle import DEPTHS, KEYS, prompt, retrieve
 from tests.conftest import Kvfold
 
@@ -89,7 +90,7 @@ def test_needles_from_the_command_line(
 
 
 def test_tasks_are_the_harnesss_numbers(
-    kvfold: Kvfold, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+    kvfold: Kvfold, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -100,6 +101,8 @@ def test_tasks_are_the_harnesss_numbers(
         values = {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.01, "acc_norm,none": 0.5}
         return {"results": {"arc_easy": values}}
 
+    manager = SimpleNamespace(TaskManager=lambda include_path: f"tasks of {include_path}")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", manager)
     fake = SimpleNamespace(simple_evaluate=simple_evaluate)
     monkeypatch.setitem(sys.modules, "lm_eval", fake)
     run = kvfold("eval", llama_folder, llama_folder, "--tasks", "arc_easy", "--limit", 5, "--json")
@@ -109,7 +112,19 @@ def test_tasks_are_the_harnesss_numbers(
         ("acc", 0.25, 0.01), ("acc_norm", 0.5, None),
     ]  # fmt: skip
     assert asked[0]["model_args"]["pretrained"] == str(llama_folder)
+    assert asked[0]["model_args"]["device"] == str(pick_device(None))
     assert asked[0]["limit"] == 5
+    assert "task_manager" not in asked[0]
+    (tmp_path / "own.yaml").write_text("task: own")
+    kvfold("eval", llama_folder, "--tasks", "own", "--task-folder", tmp_path)
+    assert asked[-1]["task_manager"] == f"tasks of {tmp_path}"
+    assert (
+        "--task-folder is of --tasks"
+        in kvfold("eval", llama_folder, "--needle", 100, "--task-folder", tmp_path).err
+    )
+    gone = kvfold("eval", llama_folder, "--tasks", "own", "--task-folder", tmp_path / "gone")
+    assert gone.code == 2
+    assert "holds no task" in gone.err
     failed = kvfold("eval", llama_folder, "--tasks", "nonsense")
     assert failed.code == 1
     assert "lm-evaluation-harness failed" in failed.err

@@ -24,7 +24,7 @@ class EvalRequest(Request):
 
     Attributes:
         lengths: of texts to hide pass keys in, in tokens. tasks: of lm-evaluation-harness;
-            limit: examples of each.
+            limit: examples of each. task_folder: has tasks of the user's own.
         context: tokens per window. max_tokens: at most so many per text, spread over it.
         max_kl, max_ppl_ratio: what is not to be exceeded, on any text.
         dtype: for all models alike.
@@ -43,6 +43,13 @@ class EvalRequest(Request):
     )
     tasks: tuple[str, ...] | None = option(
         "--tasks", Listed(Text(_task)), None, "Tasks of lm-evaluation-harness.", metavar="TASK,..."
+    )
+    task_folder: str | None = option(
+        "--task-folder",
+        Place(),
+        None,
+        "A folder of tasks of your own (YAML files of the harness) for --tasks.",
+        metavar="FOLDER",
     )
     limit: int | None = option("--limit", LIMIT, None, "Examples of each task, to try it.")
     context: int = option("--context", EVAL_WINDOW, 512, "Tokens per window.")
@@ -64,8 +71,9 @@ class EvalRequest(Request):
             raise InputError(
                 "--max-kl and --max-ppl-ratio are measured on text", "name it with --text"
             )
-        if self.limit is not None and self.tasks is None:
-            raise InputError("--limit is of --tasks", "leave it out, or name some tasks")
+        for name, value in (("--limit", self.limit), ("--task-folder", self.task_folder)):
+            if value is not None and self.tasks is None:
+                raise InputError(f"{name} is of --tasks", "leave it out, or name some tasks")
         if not (self.texts or self.lengths or self.tasks):
             raise InputError("no text to evaluate on", "name one or more files with --text")
         if self.max_tokens is not None and self.max_tokens < self.context:

@@ -115,6 +115,7 @@ def score_tasks(request: EvalRequest) -> list[TaskScore]:
         return run_tasks(
             folders,
             request.tasks or (),
+            own=request.task_folder,
             limit=request.limit,
             dtype=request.dtype,
             device=request.device,
@@ -138,6 +139,9 @@ def check_eval(request: EvalRequest) -> None:
     check_sources(request.sources, request.context if request.texts else 0)
     if request.tasks:
         harness()
+        own = request.task_folder
+        if own is not None and not any(Path(own).rglob("*.yaml")):
+            raise InputError(f"--task-folder {own} holds no task", "the harness's are *.yaml files")
         pick_device(request.device)
 
 

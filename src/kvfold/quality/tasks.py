@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.errors import InputError, RunError
+from kvfold.quality.device import pick_device
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def run_tasks(
     folders: Sequence[tuple[str, Path]],
     tasks: Sequence[str],
     *,
+    own: str | None = None,
     limit: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
@@ -50,22 +52,23 @@ def run_tasks(
 
     Args:
         folders: name and Hugging Face folder of each model. limit: examples of each task.
+        own: a folder of further tasks, as YAML files of the harness.
 
     Raises:
         InputError: without the harness. RunError: if it fails, for instance on a task that is
         unknown or cannot be downloaded.
     """
     lm_eval = harness()
+    known = {} if own is None else {"task_manager": _with_tasks_of(own)}
     scores: list[TaskScore] = []
     for name, folder in folders:
         arguments: dict[str, Any] = {
-            "pretrained": str(folder), "dtype": dtype, "trust_remote_code": False
+            "pretrained": str(folder), "dtype": dtype, "trust_remote_code": False,
+            "device": str(pick_device(device)),  # the harness's own default is a GPU
         }  # fmt: skip
-        if device:
-            arguments["device"] = device
         try:
             found = lm_eval.simple_evaluate(
-                model="hf", model_args=arguments, tasks=list(tasks), limit=limit
+                model="hf", model_args=arguments, tasks=list(tasks), limit=limit, **known
             )
         except Exception as error:  # the harness fails in many ways: unknown tasks, no network
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -75,6 +78,12 @@ def run_tasks(
             ) from error
         scores += _scores(name, found["results"])
     return scores
+
+
+def _with_tasks_of(folder: str) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
 
 
 def _scores(name: str, results: dict[str, dict[str, Any]]) -> list[TaskScore]:
