@@ -111,7 +111,7 @@ class _SideBySide:
             vocabulary = making.source.config["vocab_size"]
             calibration = replace(calibration, first=first_tokens(calibration.windows, vocabulary))
         self._calibration, self._last = calibration, making.source.geometry.num_layers - 1
-        load, base_load = self._loaders()
+        load, base_load = self._loaders(None)
         self._source = SourcePass(making.source, calibration, load)
         self._folded: FoldedPass | None = None
         if making.fit != "none":
@@ -134,15 +134,15 @@ class _SideBySide:
             folded.drift = self._folded.run(folded, base)
         self._source.advance()
         if self._folded is not None and folded.index == self._last:
-            loaders = self._loaders()
+            loaders = self._loaders(torch.float32)  # what both models share is there once
             folded.held_out = compare_ends(self._calibration, self._source, self._folded, loaders)
         return folded
 
-    def _loaders(self) -> tuple[Load, Load]:
+    def _loaders(self, dtype: torch.dtype | None) -> tuple[Load, Load]:
         """Of the source and of the base, which are often one."""
         making = self._making
-        load = loader(making.source)
-        return load, load if making.base is making.source else loader(making.base)
+        load = loader(making.source, dtype)
+        return load, load if making.base is making.source else loader(making.base, dtype)
 
     def pass_over(self, folded: FoldedLayer) -> None:
         """Run a layer that an earlier run has made."""

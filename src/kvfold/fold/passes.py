@@ -65,13 +65,18 @@ class Calibration:
         return HiddenStates(shapes, hidden_size, self.device, file)
 
 
-def loader(checkpoint: Checkpoint) -> Load:
-    """Reads the tensors outside of the layers, each once however many passes start with it."""
+def loader(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Load:
+    """Reads the tensors outside of the layers, each once however many passes start with it.
+
+    Args:
+        dtype: what they are turned into, once for all passes; None leaves them as they are.
+    """
     read: Tensors = {}
 
     def load(name: str) -> torch.Tensor:
         if name not in read:
-            read[name] = checkpoint.tensor(checkpoint.stored_names.to_stored(name))
+            tensor = checkpoint.tensor(checkpoint.stored_names.to_stored(name))
+            read[name] = tensor if dtype is None else tensor.to(dtype)
         return read[name]
 
     return load

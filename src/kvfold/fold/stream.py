@@ -204,22 +204,22 @@ class LayerStream:
         """What the model makes of its last layer's output ``[B, T, C]``: logits ``[B, T, V]``."""
         given = _Giver(self._layers[0])
         setattr(self._base, self._list_name, nn.ModuleList([given]))
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = self.model.config.tie_word_embeddings
-        head = self.model.get_output_embeddings()
-        own = {id(parameter) for parameter in head.parameters()} if tied else set()
+        unused = head.weight if tied else table.weight  # what tokens become is not needed
         state = {
             name: load(name).to(self._device, torch.float32)
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) not in own or name.startswith(self._base_name)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter is not unused or (tied and name.startswith(self._base_name))
         }
         self.model.load_state_dict(state, strict=False, assign=True)
         if tied:
-            head.weight = self.model.get_input_embeddings().weight
+            head.weight = table.weight
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             given.output = hidden
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
-            found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            nothing = torch.zeros_like(hidden)
+            found: torch.Tensor = self.model(inputs_embeds=nothing, use_cache=False).logits
             return found
 
         try:

@@ -61,13 +61,12 @@ def windows_of(
     windows = token_windows(
         load_tokenizer(folder), text.text, context, vocabulary=config.get("vocab_size")
     )
-    found = cut(windows, request.calibration_tokens)
-    if found.calibration.numel() < LEAST_TOKENS:
+    if windows.numel() < LEAST_TOKENS:
         raise InputError(
             f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",
             "give more text: 50,000 tokens is good",
         )
-    return found
+    return cut(windows, request.calibration_tokens)
 
 
 def cut(windows: "torch.Tensor", tokens: int) -> Cut:
