@@ -323,4 +323,7 @@ EVALUATION = Document(Evaluated, "give what `kvfold eval --json` printed", error
 DEMO_RECORD = Document(DemoRecord, _RUN)
 METRICS_ROW = Document(MetricsRow, _RUN, largest=MEGABYTE)
 COMPARED = Document(list[ComparedRow], "--force instead of --resume starts over")
+OWN_TEXT = Document(
+    list[list[Count]], "--force instead of --resume starts over", largest=256 * MEGABYTE
+)
 KEPT = Document(KeptLayer, "--force instead of --resume starts over", largest=64 * MEGABYTE)

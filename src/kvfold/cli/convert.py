@@ -70,7 +70,7 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
     from kvfold.plan.evidence import FOLDED, MODEL
 
     source, folded = quote(request.source), quote(str(out))
-    texts = " ".join(f"--text {quote(name)}" for name in request.calibration or ("TEXT.txt",))
+    texts = " ".join(f"--text {quote(name)}" for name in request.files or ("TEXT.txt",))
     lines = [
         f"next: kvfold eval {source} {folded} --text YOUR.txt",
         f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 200k",
@@ -97,13 +97,13 @@ def convert_and_heal(
     from kvfold.fold.convert import run_request
     from kvfold.healing.request import HealRequest
 
-    if not request.calibration:
-        raise InputError("--heal needs text to train on", "give it with --calibration")
+    if not request.files:
+        raise InputError("--heal needs text to train on", "give a file with --calibration")
     folded = out.with_name(out.name + ".folded")
     healing = HealRequest.asked(
         folded=folded,
         teacher=request.source,
-        texts=request.calibration,
+        texts=request.files,
         tokens=tokens,
         stages=("kl",) if request.fit == "local" else None,
         context=request.context,

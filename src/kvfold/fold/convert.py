@@ -17,7 +17,7 @@ from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete
-from kvfold.checkpoint.records import ComparedRow, HeldOut
+from kvfold.checkpoint.records import OWN_TEXT, ComparedRow, HeldOut
 from kvfold.checkpoint.source import (
     Checkpoint,
     TensorFiles,
@@ -179,7 +179,7 @@ def _files(request: ConvertRequest) -> Files:
         folder = resolve(request.source)
         source = files_read(open_checkpoint(folder), folder)
     texts = {f"the text {name}": files_of(Path(name).expanduser())
-             for name in request.calibration or ()}  # fmt: skip
+             for name in request.files}  # fmt: skip
     return {_SOURCE: source, **texts}
 
 
@@ -221,7 +221,9 @@ def _run(
     if is_gguf(request.source):
         check_complete(checkpoint)
     if cut is None:
-        cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text)
+        write = partial(_own_windows, request, folder, work.folder, progress)
+        own = write if request.writes_own else None
+        cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text, own)
     asked, compared = request, None
     if request.is_open:
         request, compared = _settled(found, checkpoint, cut, work.folder, progress)
@@ -259,6 +261,26 @@ def _settled(
     measure = partial(compare, checkpoint, targets, cut.calibration, **options)
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
+
+
+def _own_windows(
+    request: ConvertRequest,
+    source: Path,
+    folder: Path,
+    progress: Progress,
+    count: int,
+    context: int,
+) -> "torch.Tensor":
+    """What the model writes, kept for a run that is taken up again."""
+    import torch
+
+    from kvfold.fold.own_text import own_windows
+
+    kept = folder / "own.json"
+    if not kept.exists():
+        windows = own_windows(source, count, context, request.seed, progress)
+        write_json(kept, windows.tolist())
+    return torch.tensor(OWN_TEXT.read(kept), dtype=torch.int64)
 
 
 def _local_source(request: ConvertRequest, partial: Path) -> Path:
@@ -353,10 +375,10 @@ def _record(
 ) -> dict[str, Any]:
     builtin = cut is not None and not request.calibration
     calibration = None
-    if cut is not None and text is not None:
+    if cut is not None:
         calibration = {
             "texts": list(request.calibration or ["built-in"]),
-            "sha256": _sha256(text.text),
+            "sha256": None if text is None else _sha256(text.text),
             "tokens": cut.calibration.numel(),
             "context": cut.calibration.shape[1],
             "builtin": builtin,

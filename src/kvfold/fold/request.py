@@ -38,6 +38,7 @@ from kvfold.version import __version__
 FIT_NAMES = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
 LEAST_TOKENS = 1024
+SELF = "self"  # in place of a text: what the model writes itself (a file of the name: ./self)
 _OPEN = ("latent", "kv_bytes", "layout", "pad")  # what an open request says of its target
 _GGUF_BYTES_PER_WEIGHT = 4
 
@@ -74,7 +75,8 @@ class ConvertRequest(Request):
     Attributes:
         fit: by default ``local`` where there is text to fit on, and ``none`` for the GQA paper's
             data-free methods.
-        calibration: text files, none at all for the built-in text; None to use no text.
+        calibration: text files, and ``self`` for text that the model writes itself; none at all
+            for the built-in text; None to use no text.
         calibration_tokens: use at most so many, in windows of ``context``.
 
     Raises:
@@ -137,8 +139,8 @@ class ConvertRequest(Request):
         "--calibration",
         Several(Place()),
         (),
-        "UTF-8 text file like what the model will read; may be repeated.  "
-        "[default: a small built-in text]",
+        "UTF-8 text file like what the model will read, or `self` for text that the model writes; "
+        "may be repeated.  [default: a small built-in text]",
         metavar="TEXT",
         off=NO_CALIBRATION,
     )
@@ -215,9 +217,19 @@ class ConvertRequest(Request):
         return self.calibration is not None
 
     @property
+    def writes_own(self) -> bool:
+        """Whether text that the model writes itself is calibrated on, alone or beside files."""
+        return SELF in (self.calibration or ())
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The calibration text that is in files."""
+        return tuple(name for name in self.calibration or () if name != SELF)
+
+    @property
     def paths(self) -> list[Path]:
         """What is read, as far as it is named by a path."""
-        return [Path(name).expanduser() for name in (self.source, *(self.calibration or ()))]
+        return [Path(name).expanduser() for name in (self.source, *self.files)]
 
     def as_dict(self) -> dict[str, Any]:
         """What another run must ask for to go on with this one."""
@@ -343,9 +355,9 @@ def _output_bytes(
 
 
 def calibration_text(request: ConvertRequest) -> GivenText | None:
-    """The text a request calibrates on; None if it uses none."""
-    if request.calibration is None:
+    """The text that is there for a request to calibrate on; None if it uses none of it."""
+    if request.files:
+        return read_given(request.files, LEAST_TOKENS)
+    if request.calibration is None or request.writes_own:
         return None
-    if not request.calibration:
-        return GivenText(builtin_calibration_text(), {})
-    return read_given(request.calibration, LEAST_TOKENS)
+    return GivenText(builtin_calibration_text(), {})

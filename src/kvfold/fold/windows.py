@@ -1,7 +1,7 @@
 """A request's calibration text as windows of tokens. No torch at import."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,17 +33,35 @@ class Cut:
     calibration: "torch.Tensor"
     held_out: "torch.Tensor"
 
+    @classmethod
+    def of(cls, parts: "Sequence[Cut]") -> "Cut":
+        """Several texts behind one another."""
+        import torch
+
+        return cls(
+            torch.cat([part.calibration for part in parts]),
+            torch.cat([part.held_out for part in parts]),
+        )
+
 
 def early_windows(found: Preview) -> Cut | None:
     """:func:`windows_of` from the source as it is; of a GGUF file its metadata says enough."""
     request = found.request
     if not is_gguf(request.source):
-        folder = resolve(request.source)
-        return windows_of(found.config, found.source, folder, request, found.text)
+        return _early(found, resolve(request.source))
     with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
-        if found.text is not None:
+        if found.text is not None or request.writes_own:
             describe(Path(request.source).expanduser(), Path(apart), tokenizer=True)
-        return windows_of(found.config, found.source, Path(apart), request, found.text)
+        return _early(found, Path(apart))
+
+
+def _early(found: Preview, folder: Path) -> Cut | None:
+    request = found.request
+    cut = windows_of(found.config, found.source, folder, request, found.text)
+    if not request.writes_own:
+        return cut
+    load_tokenizer(folder)
+    return None  # a part is yet to be written
 
 
 def windows_of(
@@ -52,12 +70,35 @@ def windows_of(
     folder: Path,
     request: ConvertRequest,
     text: GivenText | None,
+    write: "Callable[[int, int], torch.Tensor] | None" = None,
 ) -> Cut | None:
-    """The calibration text as tokens; None if none is needed."""
-    if text is None or request.keeps(geometry):
+    """The calibration text as tokens; None if none is needed.
+
+    Args:
+        write: makes so many windows of so many tokens, where the model writes some of the text:
+            all of it, or half if there is text besides.
+    """
+    if request.keeps(geometry):
         return None
     longest = config.get("max_position_embeddings") or request.context
     context = min(request.context, int(longest))
+    parts = []
+    tokens = request.calibration_tokens
+    if request.writes_own and text is not None:
+        tokens = tokens // 2
+    if text is not None:
+        parts.append(_of_text(config, folder, text, context, tokens))
+    if write is not None:
+        own = write(max(1, tokens // context) + _HELD_OUT, context)
+        parts.append(cut(own, tokens))
+    if not parts:
+        return None
+    return Cut.of(parts)
+
+
+def _of_text(
+    config: Mapping[str, Any], folder: Path, text: GivenText, context: int, tokens: int
+) -> Cut:
     windows = token_windows(
         load_tokenizer(folder), text.text, context, vocabulary=config.get("vocab_size")
     )
@@ -66,7 +107,7 @@ def windows_of(
             f"the calibration text has {windows.numel()} tokens; expected at least {LEAST_TOKENS}",
             "give more text: 50,000 tokens is good",
         )
-    return cut(windows, request.calibration_tokens)
+    return cut(windows, tokens)
 
 
 def cut(windows: "torch.Tensor", tokens: int) -> Cut:
