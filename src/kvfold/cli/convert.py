@@ -172,9 +172,7 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
     if held_out:
         lost = f"{held_out['nats_lost']:.3f} ± {held_out['nats_lost_error']:.3f}"
         ratio = f"perplexity × {exp(held_out['nats_lost']):.2f}"
-        rows.append(
-            ("nats lost, held-out text", f"{lost} ({held_out['tokens']:,} tokens; {ratio})")
-        )
+        rows.append((f"nats lost, {held_out['tokens']:,} held-out tokens", f"{lost} ({ratio})"))
     rows.append(("peak memory", size(record["run"]["peak_memory_bytes"])))
     rows.append(("time", f"{record['run']['seconds']:.0f} s"))
     print_table(f"Folded to {out}", ["", ""], rows)
