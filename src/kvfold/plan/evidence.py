@@ -26,8 +26,8 @@ FOLDED = (
 )
 
 # Of the same model with a latent of half its cache.
-LATENT = Folded("converted with the defaults of `kvfold convert`", 0.10, 0.31)
-LATENT_LONG = Folded("at 4,096 tokens of context", 0.16, 0.35)
+LATENT = Folded("converted with the defaults of `kvfold convert`", 0.09, 0.29)
+LATENT_LONG = Folded("at 4,096 tokens of context", 0.15, 0.33)
 
 # Of an 8- or 4-bit cache against bfloat16, at 4,096 tokens of context, on the worse of two texts.
 CACHES = {
