@@ -23,7 +23,6 @@ import subprocess
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
-from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ def main() -> None:
             what = f"pass keys, {length:,} tokens"
             value = sum(own) / len(own)
             rows.append({"what": what, "name": Path(name).name, "value": value, "error": None})
-    stamp = {"benchmark": "local_tasks", **machine(), "date": date.today().isoformat()}
+    stamp = {"benchmark": "local_tasks", **machine()}
     lines = [json.dumps({**stamp, "limit": arguments.limit, **row}) + "\n" for row in rows]
     append_text(RESULTS, "".join(lines))
     print(table(rows))

@@ -81,6 +81,20 @@ def test_a_chat_begins_with_the_users_turn() -> None:
     assert not chat_opening(Tokenizer(chat_template="x", apply_chat_template=broken))
 
 
+@pytest.mark.parametrize("chat", [[], [5] * 40, [5, 6]])
+def test_where_chats_have_no_beginning_windows_begin_as_texts_do(
+    llama_folder: Path, chat: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one that fills half of a window."""
+    monkeypatch.setattr(own_text, "_AT_ONCE", 2)
+    monkeypatch.setattr(own_text, "opening_tokens", lambda tokenizer: [3])
+    monkeypatch.setattr(own_text, "chat_opening", lambda tokenizer: chat)
+    windows = own_windows(llama_folder, 6, 64, seed=0)
+    usable = chat == [5, 6]
+    assert (windows[:, 0] == 3).sum() == (4 if usable else 6)
+    assert (windows[:, 0] == 5).sum() == (2 if usable else 0)
+
+
 def test_it_is_calibrated_on_alone_or_beside_text(
     llama_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

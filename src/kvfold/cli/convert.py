@@ -73,14 +73,15 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
     texts = " ".join(f"--text {quote(name)}" for name in request.files or ("TEXT.txt",))
     lines = [
         f"next: kvfold eval {source} {folded} --text YOUR.txt",
-        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 200k",
+        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 200k "
+        "--train all --lr 2e-4 --lr-rest 4e-5",
     ]
     if request.fit == "local":
         fitted, healed = FOLDED
         lines.append(
             f"{MODEL} with a third of its heads lost {fitted.similar:.2f} nats on text like the "
             f"calibration's and {fitted.other:.2f} on other text; {healed.similar:.2f} and "
-            f"{healed.other:.2f} once healed like that"
+            f"{healed.other:.2f} once healed like that, on text of three kinds"
         )
     return lines
 

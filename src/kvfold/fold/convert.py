@@ -17,7 +17,7 @@ from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete
-from kvfold.checkpoint.records import OWN_TEXT, ComparedRow, HeldOut
+from kvfold.checkpoint.records import ComparedRow, HeldOut
 from kvfold.checkpoint.source import (
     Checkpoint,
     TensorFiles,
@@ -221,8 +221,12 @@ def _run(
     if is_gguf(request.source):
         check_complete(checkpoint)
     if cut is None:
-        write = partial(_own_windows, request, folder, work.folder, progress)
-        own = write if request.writes_own else None
+        own = None
+        if request.writes_own:
+            from kvfold.fold.own_text import kept_windows
+
+            kept = work.folder / "own.json"
+            own = partial(kept_windows, kept, folder, request.seed, progress)
         cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text, own)
     asked, compared = request, None
     if request.is_open:
@@ -261,26 +265,6 @@ def _settled(
     measure = partial(compare, checkpoint, targets, cut.calibration, **options)
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
-
-
-def _own_windows(
-    request: ConvertRequest,
-    source: Path,
-    folder: Path,
-    progress: Progress,
-    count: int,
-    context: int,
-) -> "torch.Tensor":
-    """What the model writes, kept for a run that is taken up again."""
-    import torch
-
-    from kvfold.fold.own_text import own_windows
-
-    kept = folder / "own.json"
-    if not kept.exists():
-        windows = own_windows(source, count, context, request.seed, progress)
-        write_json(kept, windows.tolist())
-    return torch.tensor(OWN_TEXT.read(kept), dtype=torch.int64)
 
 
 def _local_source(request: ConvertRequest, partial: Path) -> Path:

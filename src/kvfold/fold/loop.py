@@ -107,7 +107,9 @@ class _SideBySide:
 
     def __init__(self, making: Making, calibration: Calibration) -> None:
         self._making = making
-        if making.latent and making.fit != "none":
+        if making.fit == "none":  # no folded model is run whose end could be compared
+            calibration = replace(calibration, held_out=None)
+        elif making.latent:
             vocabulary = making.source.config["vocab_size"]
             calibration = replace(calibration, first=first_tokens(calibration.windows, vocabulary))
         self._calibration, self._last = calibration, making.source.geometry.num_layers - 1

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvfold.checkpoint.pretrained import load_model, load_tokenizer
+from kvfold.checkpoint.records import OWN_TEXT
+from kvfold.files import write_json
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import opening_tokens
 
@@ -40,14 +42,13 @@ def own_windows(
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
     wanted = count + 2 * (count // _LEFT_OUT)
-    chat = chat_opening(tokenizer)
-    plain = opening_tokens(tokenizer)
+    plain, chat = opening_tokens(tokenizer), chat_opening(tokenizer)
+    starts = (plain, chat if 0 < len(chat) < context // 2 else plain)
     written: list[torch.Tensor] = []
     surprise: list[torch.Tensor] = []
     for done in range(0, wanted, _AT_ONCE):
         rows = min(_AT_ONCE, wanted - done)
-        in_turn = len(written) % 2 and len(chat) < context // 2
-        start = chat if in_turn else plain
+        start = starts[len(written) % 2]
         begun = torch.tensor(start, dtype=torch.int64).expand(rows, -1)
         if not start:
             begun = torch.randint(vocabulary, (rows, 1), generator=generator)
@@ -58,6 +59,15 @@ def own_windows(
     order = torch.cat(surprise).argsort()
     kept = order[(wanted - count) // 2 :][:count].sort().values
     return torch.cat(written)[kept]
+
+
+def kept_windows(
+    kept: Path, folder: Path, seed: int, progress: Progress, count: int, context: int
+) -> torch.Tensor:
+    """:func:`own_windows`, kept in a file for a run that is taken up again."""
+    if not kept.exists():
+        write_json(kept, own_windows(folder, count, context, seed, progress).tolist())
+    return torch.tensor(OWN_TEXT.read(kept), dtype=torch.int64)
 
 
 def chat_opening(tokenizer: Any) -> Sequence[int]:

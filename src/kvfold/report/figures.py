@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LETTERS_ABREAST = 24  # names of more are set aslant
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LETTERS_ABREAST = 24  # names of more are set aslant
 
 
 def captured_energy(layers: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.checkpoint.records import EVALUATION, QUALITIES
-from kvfold.documents import read_bytes
+from kvfold.documents import open_regular, read_bytes
 from kvfold.report.figures import quality_path
 from kvfold.report.page import Figure, Part, Section, Table
 from kvfold.report.verdict import Evidence
@@ -15,7 +15,8 @@ _COLUMNS = ("text", "model", "perplexity", "nats lost", "KL", "KL p95", "KL p99"
 
 def is_evaluation(path: Path) -> bool:
     """Whether a file holds what ``eval --json`` prints, rather than lines of benchmarks."""
-    start = read_bytes(path, _LARGEST, _HINT)[:4096].lstrip()
+    with open_regular(path, _HINT) as file:
+        start = file.read(4096).lstrip()
     return start.startswith(b"[") or (start.startswith(b"{") and b'"texts"' in start[:64])
 
 
