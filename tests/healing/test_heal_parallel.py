@@ -75,6 +75,18 @@ def test_two_processes_have_the_losses_of_one(
     assert record["heal"]["run"]["processes"] == 2
 
 
+def test_what_is_kept_of_sharded_weights_is_what_was_measured(folders: Path) -> None:
+    """All weights are trained, far too fast, those outside of layers as well."""
+    finish(start(folders, "sharded", 2, "--parallel", "fsdp", "--train", "all",
+                 "--lr", "1", "--lr-rest", "1"))  # fmt: skip
+    heal = json.loads((folders / "sharded" / "kvfold.json").read_text())["heal"]
+    assert heal["kept"]["share"] < 1
+    last = read_metrics(folders / "sharded" / "healing.jsonl")[-1]
+    assert last["share"] == heal["kept"]["share"]
+    written = {row["text"]: row["kl"] for row in heal["quality"] if row["name"] == "healed"}
+    assert last["kl held-out"] == pytest.approx(written["held-out"], rel=1e-3)
+
+
 def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folders: Path) -> None:
     """Rank 1 dies after a checkpoint; --resume goes on from it to the end."""
     process = start(folders, "killed", 2, "--tokens", "16Ki")

@@ -205,6 +205,14 @@ class HealRun(TypedDict):
 
 
 @open_ended
+class Kept(TypedDict):
+    """How much of what training changed was kept, and the KL by what was tried."""
+
+    share: Number
+    kl: dict[str, Number]
+
+
+@open_ended
 class HealRecord(TypedDict):
     """The entry ``heal`` of a ``kvfold.json``."""
 
@@ -212,6 +220,7 @@ class HealRecord(TypedDict):
     request: HealAsked
     steps: Count
     local: NotRequired[HealedLayers]
+    kept: NotRequired[Kept]
     quality: Annotated[list[QualityRow], MaxLen(10_000)]
     run: HealRun
 

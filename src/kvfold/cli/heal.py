@@ -123,6 +123,9 @@ def print_healed(record: dict[str, Any], out: Path) -> None:
              f"{stage['error_before']:.3f} -> {stage['error_after']:.3f}")
             for name, stage in heal.get("local", {"summary": {}})["summary"].items()]  # fmt: skip
     run = heal["run"]
+    share = heal.get("kept", {"share": 1.0})["share"]
+    if share != 1.0:
+        rows += [("kept", f"{share:.0%} of what training changed, the best on held-out text")]
     rows += [
         ("updates", f"{heal['steps']:,}"),
         ("peak memory", size(run.get("peak_memory_bytes", 0))),

@@ -12,10 +12,11 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.healing import saves
+from kvfold.healing.line import Line, best_share
 from kvfold.healing.models import ParameterGroup
 from kvfold.healing.objective import Objective, distillation, hidden_error
 from kvfold.healing.packing import Batch, TrainingStream
-from kvfold.healing.parallel import World, gradients_later
+from kvfold.healing.parallel import World, gather_again, gradients_later
 from kvfold.healing.request import HealRequest
 from kvfold.healing.watch import Guard, Row, StopSignal, Stopwatch, Watch
 from kvfold.progress import Progress
@@ -28,8 +29,11 @@ class Distillation:
     Attributes:
         student, teacher: as ``parallel.distribute`` returns them.
         held_out: name -> batch, evaluated every ``request.eval_tokens`` tokens.
+        deciding: held-out text that nothing else is measured on; decides how much of what training
+            changed is kept (``healing.line``). None keeps all.
         folder: where checkpoints are kept. step: updates made so far. last: what was measured
             at the step that was taken up.
+        kept: how much was kept, and the KL of every share that was tried; None until then.
     """
 
     request: HealRequest
@@ -38,6 +42,7 @@ class Distillation:
     groups: list[ParameterGroup]
     stream: TrainingStream
     held_out: dict[str, Batch]
+    deciding: Batch | None
     world: World
     dtype: torch.dtype
     folder: Path
@@ -45,6 +50,7 @@ class Distillation:
     step: int = 0
     last: Row = field(default_factory=dict)
     guard: Guard = field(default_factory=Guard)
+    kept: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         r = self.request
@@ -55,6 +61,9 @@ class Distillation:
             settings, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
         self.stopwatch = Stopwatch()
+        self.line: Line | None = None
+        if self.deciding is not None:
+            self.line = Line(p for group in self.groups for p in group.parameters)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -84,6 +93,7 @@ class Distillation:
                 self.report(row)
                 if row["stop"]:
                     raise KeyboardInterrupt
+        self.choose(progress)
 
     def _is_due(self) -> bool:
         """Whether this step is one after which to evaluate."""
@@ -183,6 +193,29 @@ class Distillation:
             row[f"nats lost {name}"] = (student - teacher) / count
         return row
 
+    def choose(self, progress: Progress) -> None:
+        """Keep so much of what training changed as does best on the deciding text."""
+        if self.line is None or self.deciding is None:
+            return
+        line, deciding, label = self.line, self.deciding, "choosing how much to keep"
+        line.end()
+        progress(label, 0, 1)
+
+        def measure(share: float) -> float:
+            line.go(share)
+            gather_again(self.student)
+            kl, _, _, count = self.world.sum(self._scores(deciding))
+            return kl / count
+
+        share, found = best_share(measure)
+        line.go(share)
+        gather_again(self.student)
+        self.kept = {"share": share, "kl": {f"{each:g}": found[each] for each in sorted(found)}}
+        progress(label, 1, 1)
+        if share != 1.0:
+            self.report(self.evaluate() | {"share": share})
+
+    @torch.no_grad()
     def _scores(self, batch: Batch) -> list[float]:
         totals = torch.zeros(4, dtype=torch.float64)
         world = self.world

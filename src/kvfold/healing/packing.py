@@ -39,6 +39,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def rows(self, index: torch.Tensor) -> "Batch":
+        """Some of the sequences."""
+        return Batch(self.ids[index], self.positions[index], self.valid[index])
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.ids.to(device), self.positions.to(device), self.valid.to(device))
 

@@ -121,3 +121,12 @@ def gradients_later(model: Any, later: bool) -> AbstractContextManager[Any]:
         result: AbstractContextManager[Any] = model.no_sync()
         return result
     return nullcontext()
+
+
+def gather_again(model: Any) -> None:
+    """Have a sharded model forget whole weights: their shards were changed between two passes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -17,13 +17,15 @@ def heal_record(
     folder: Path,
     folded: Checkpoint,
     layers: list[dict[str, Any]],
+    kept: dict[str, Any] | None,
     quality: Sequence[Quality],
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """The folded model's own record with the entry ``heal`` added.
 
     Args:
-        folder: the folded model's. layers: reports of the local stage.
+        folder: the folded model's. layers: reports of the local stage. kept: how much of what
+            training changed; None where nothing decided.
     """
     return _folded_record(folder, folded) | {
         "versions": versions(),
@@ -32,6 +34,7 @@ def heal_record(
             "request": request.as_dict(),
             "steps": request.steps if "kl" in request.stages else 0,
             "local": {"summary": summary_of_stages(layers), "layers": layers},
+            **({} if kept is None else {"kept": kept}),
             "quality": [each.as_dict() for each in quality],
             "run": run,
         },
@@ -77,6 +80,9 @@ def model_card(record: dict[str, Any], request: HealRequest) -> str:
         f"{request.tokens:,} tokens of distillation from `{request.teacher}`.",
         "",
     ]
+    share = record["heal"].get("kept", {"share": 1.0})["share"]
+    if share != 1.0:
+        lines += [f"Of what training changed, {share:.0%} is kept: the best on held-out text.", ""]
     if rows:
         lines.append("| text | model | perplexity | nats lost | KL |")
         lines.append("| --- | --- | ---: | ---: | ---: |")

@@ -48,6 +48,7 @@ from kvfold.quality.text import python_topics, read_texts, token_windows
 from kvfold.record import METRICS, RECORD
 
 _WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way
+_DECIDING_TOKENS = 2048  # of held-out text, that decide how much of what training changed is kept
 HELD_OUT = "held-out"
 
 
@@ -161,7 +162,7 @@ def _heal(
             "processes": peers.size,
             "device": str(peers.device),
         }
-        record = heal_record(request, run.folder, run.folded, layers, quality, facts)
+        record = heal_record(request, run.folder, run.folded, layers, run.kept, quality, facts)
         write_json(work.new / RECORD, record)
         write_text(work.new / "README.md", model_card(record, request))
         draw(work.new)
@@ -205,9 +206,10 @@ class _Models:
             (source.name, open_corpus(source, request.seed), source.weight)
             for source in request.texts
         ]
-        self.held_out, self.chosen = hold_out(
+        held_out, self.chosen = hold_out(
             self.corpora, self.tokens, request.context, request.held_out_tokens
         )
+        self.held_out, self.deciding = _split(held_out)
         self.others = self._other_texts(request)
 
     def _other_texts(self, request: HealRequest) -> dict[str, torch.Tensor]:
@@ -241,6 +243,7 @@ class _Run:
         self.folder, self.teacher_folder = models.folder, models.teacher_folder
         self.folded, self.tokens, self.corpora = models.folded, models.tokens, models.corpora
         self.held_out, self.chosen, self.others = models.held_out, models.chosen, models.others
+        self.kept: dict[str, Any] | None = None
 
     # -- stages -----------------------------------------------------------------------------
 
@@ -288,6 +291,7 @@ class _Run:
 
             training.watch = both
         training.run(self.progress if self.peers.first else no_progress)
+        self.kept = training.kept
         return saves.trained_tensors(training.student)
 
     def _training(self, changed: dict[str, torch.Tensor]) -> Distillation:
@@ -305,11 +309,17 @@ class _Run:
             groups=parameter_groups(student, family, r),
             stream=TrainingStream(self.corpora, self.tokens, r.context, self.chosen, r.seed),
             held_out=self._watched(),
+            deciding=self._deciding(),
             world=peers,
             dtype=dtype,
             folder=self.partial / "checkpoints",
             watch=unwatched,
         )
+
+    def _deciding(self) -> Batch | None:
+        most = max(1, _DECIDING_TOKENS // self.request.context)
+        deciding = self.models.deciding
+        return None if deciding is None else _spread(deciding, most)
 
     def _watched(self) -> dict[str, Batch]:
         sequences = max(1, _WATCHED_TOKENS // self.request.context)
@@ -367,4 +377,13 @@ def _alternating(corpora: list[Corpus]) -> Iterator[str]:
 def _spread(batch: Batch, count: int) -> Batch:
     """So many sequences, evenly spread."""
     index = torch.arange(min(count, len(batch))) * len(batch) // min(count, len(batch))
-    return Batch(batch.ids[index], batch.positions[index], batch.valid[index])
+    return batch.rows(index)
+
+
+def _split(held_out: Batch | None) -> tuple[Batch | None, Batch | None]:
+    """Held-out text to measure on, and a quarter of it to decide on; all for both if it is one."""
+    if held_out is None or len(held_out) < 2:
+        return held_out, held_out
+    rows = torch.arange(len(held_out))
+    decides = rows % min(4, len(rows)) == 1
+    return held_out.rows(rows[~decides]), held_out.rows(rows[decides])

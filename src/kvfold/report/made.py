@@ -123,6 +123,12 @@ def _lost(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [("nats lost, held-out calibration text", words)]
 
 
+def _share(heal: dict[str, Any]) -> list[tuple[str, str]]:
+    if "kept" not in heal:
+        return []
+    return [("kept of what training changed", f"{heal['kept']['share']:.0%}")]
+
+
 def _healing(run: Path, heal: dict[str, Any]) -> Section:
     request = heal["request"]
     facts = [
@@ -130,6 +136,7 @@ def _healing(run: Path, heal: dict[str, Any]) -> Section:
         ("tokens", f"{request['tokens']:,} in {heal['steps']:,} updates"),
         ("trained", request["train"] + (", LoRA" if request["lora_rank"] else "")),
         ("peak learning rate", f"{request['lr']:g} (attention), {request['lr_rest']:g} (rest)"),
+        *_share(heal),
         ("time", f"{heal['run']['seconds']:.0f} s on {heal['run']['device']}, "
                  f"{heal['run']['processes']} process(es)"),
     ]  # fmt: skip
