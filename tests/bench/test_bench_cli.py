@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvfold import fold_model
 from kvfold.bench.peers import PEERS, Peer
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
@@ -87,6 +88,22 @@ def test_one_model_as_mha_gqa_and_mqa(kvfold: Kvfold, text_file: Path, tmp_path:
     report = kvfold("report", save, "-o", tmp_path / "r.html")
     assert report.code == 0, report.err
     assert "MQA: one" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("latent", "caches a latent"), ("mixtral", "mixtral")],
+)
+def test_what_has_no_heads_to_repeat_is_refused_before_it_is_loaded(
+    case: str, words: str, kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "latent":
+        model = fold_model(tiny.make("llama"), latent="20+4", layout="youtu", fit="none").model
+    else:
+        model = tiny.build(case, tiny.UNFOLDABLE[case])
+    source = tiny.save_with_tokenizer(model, tmp_path / "source")
+    monkeypatch.setattr("kvfold.bench.model.load_model", None)  # calling it would fail
+    complaint(kvfold("bench", "model", source, *MODEL, "--mha"), words)
 
 
 def test_models_side_by_side(

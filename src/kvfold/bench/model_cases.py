@@ -8,7 +8,8 @@ from typing import Any
 from kvfold.arch.decoder import describe, learned_positions
 from kvfold.bench.cases import DTYPES, USUAL_DTYPES, TimedRequest, check_cases, check_memory
 from kvfold.checkpoint.gguf import is_gguf, summarize
-from kvfold.checkpoint.source import open_weights, peek_config, read_config
+from kvfold.checkpoint.repeated import check_heads
+from kvfold.checkpoint.source import open_checkpoint, open_weights, peek_config, read_config
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
 from kvfold.requests import Flag, Model, Place, Several, option
@@ -69,6 +70,8 @@ class ModelRequest(TimedRequest):
             read_texts([self.perplexity], PERPLEXITY_WINDOW)
         for path in self.paths:
             self._check_model(path)
+        if self.mha and Path(self.paths[0]).is_dir():
+            check_heads(open_checkpoint(self.paths[0]))
         needed = self.working_set + sum(self._memory(path) for path in self.paths)
         needed += self._mha_memory()
         check_memory(needed, "fewer models, a shorter --context or a smaller --batch need less")

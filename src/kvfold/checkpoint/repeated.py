@@ -22,11 +22,7 @@ def as_mha(checkpoint: Checkpoint) -> "tuple[dict[str, Any], dict[str, torch.Ten
     >>> config, tensors = as_mha(open_checkpoint("SRC"))  # doctest: +SKIP
     """
     geometry, family = checkpoint.geometry, checkpoint.family
-    if isinstance(geometry, LatentGeometry):
-        raise UnsupportedError(
-            f"{checkpoint.label} caches a latent; there are no KV heads to repeat",
-            "name a model with KV heads first",
-        )
+    check_heads(checkpoint)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
     if geometry.num_kv_heads == geometry.num_heads:
         return dict(checkpoint.config), tensors
@@ -34,6 +30,15 @@ def as_mha(checkpoint: Checkpoint) -> "tuple[dict[str, Any], dict[str, torch.Ten
         weights = _repeated(checkpoint.attention(layer), geometry.num_heads)
         tensors |= family.projections.write(checkpoint.attention_prefix(layer), weights)
     return family.folded_config(checkpoint.config, geometry.num_heads), tensors
+
+
+def check_heads(checkpoint: Checkpoint) -> None:
+    """Refuse a model without KV heads; see :func:`as_mha`."""
+    if isinstance(checkpoint.geometry, LatentGeometry):
+        raise UnsupportedError(
+            f"{checkpoint.label} caches a latent; there are no KV heads to repeat",
+            "name a model with KV heads first",
+        )
 
 
 def _repeated(weights: AttentionWeights, heads: int) -> AttentionWeights:
