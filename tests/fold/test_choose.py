@@ -8,12 +8,17 @@ import torch
 
 import kvfold as package
 from kvfold.arch.families import BY_TYPE
+from kvfold.arch.target import Grouped, Latent, Target
+from kvfold.checkpoint.source import open_checkpoint
 from kvfold.errors import InputError, RunError
 from kvfold.fold import choose
 from kvfold.fold.candidates import latents_of
 from kvfold.fold.choose import KEPT
+from kvfold.fold.fit import FitTask, fit_attention
+from kvfold.fold.hidden import TEXT
 from kvfold.fold.layer import FoldedLayer, fold_layer
 from kvfold.fold.stored_layer import StoredLayer
+from kvfold.progress import Progress
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
 from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
@@ -56,7 +61,7 @@ def test_the_text_chooses_between_latents_of_one_size(
     dry = kvfold(*arguments, "--dry-run")
     assert dry.code == 0, dry.err
     preview: Any = dry.json()
-    sizes = ("23+2", "21+4", "19+6", "17+8")
+    sizes = ("23+2", "21+4", "19+6", "17+8", "21+4/2")
     assert preview["targets"] == [f"a latent of {words} numbers" for words in sizes]
     run = kvfold(*arguments)
     assert run.code == 0, run.err
@@ -95,8 +100,14 @@ def test_a_run_that_goes_on_compares_no_more(
     assert digests(out) == digests(whole)
 
 
+@pytest.mark.parametrize(("fit", "layers_of"), [("none", "LAYERS"), ("local", "FITTED_LAYERS")])
 def test_of_deep_models_layers_spread_over_the_depth_are_compared(
-    llama_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: str,
+    layers_of: str,
+    llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One part has its middle; the source runs to there and no further."""
     layers = tiny.make("llama").config.num_hidden_layers
@@ -107,14 +118,47 @@ def test_of_deep_models_layers_spread_over_the_depth_are_compared(
         return fold_layer(layer, *others)
 
     monkeypatch.setattr(choose, "fold_layer", spy)
-    monkeypatch.setattr(choose, "LAYERS", 1)
+    monkeypatch.setattr(choose, layers_of, 1)
+    monkeypatch.setattr(choose, "STEPS", 1)
     package.convert(
-        llama_folder, tmp_path / "out", latent="48", calibration=[text_file], **CALIBRATION,
+        llama_folder, tmp_path / "out", latent="48", calibration=[text_file],
+        **CALIBRATION | {"fit": fit},
         progress=lambda label, done, total: compared.append((label, done, total)),
     )  # fmt: skip
     assert set(folded) == {layers // 2}
     last = [row for row in compared if row[0] == "comparing what to fold to"][-1]
     assert last[1:] == (layers // 2 + 1, layers // 2 + 1)
+
+
+def test_where_layers_are_fitted_they_are_compared_fitted_on_other_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny.save_with_tokenizer(tiny.make("llama"), tmp_path / "source"))
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(1, tiny.VOCABULARY, (33, 64), generator=generator)
+    fitted, read = [], []
+
+    def fit(task: FitTask, progress: Progress) -> None:
+        before = task.linear(task.output_name).weight.clone()
+        fit_attention(task, progress)
+        moved = not torch.equal(before, task.linear(task.output_name).weight)
+        fitted.append((task.folded_inputs.shapes[TEXT], task.steps, moved))
+
+    def text(checkpoint: Any, windows: torch.Tensor, load: Any) -> Any:
+        read.append(windows)
+        return made(checkpoint, windows, load)
+
+    made = choose._Text
+    monkeypatch.setattr(choose, "fit_attention", fit)
+    monkeypatch.setattr(choose, "_Text", text)
+    targets: list[Target] = [Latent(20, 4, layout="youtu"), Grouped(1)]
+    found = choose.compare(checkpoint, targets, windows, method="auto", fit="local", seed=0)
+    assert fitted == [((16, 64), choose.STEPS, True)] * 2 * checkpoint.geometry.num_layers
+    seen, short, long = read
+    assert torch.equal(seen, windows[:16])
+    assert torch.equal(short, windows[17:])
+    assert torch.equal(long.flatten(), short.flatten())
+    assert [set(each.errors) for each in found] == [{64, long.shape[1]}] * 2
 
 
 def test_which_latents_are_compared() -> None:
@@ -123,7 +167,7 @@ def test_which_latents_are_compared() -> None:
     config = {"model_type": "llama", "rms_norm_eps": 1e-5, **tiny.COMMON, **sizes}
     found = latents_of(BY_TYPE["llama"], config, 192, "youtu")
     labels = [latent.label for latent in found]
-    words = ("176+16", "160+32", "152+40", "144+48", "136+56", "128+64")
+    words = ("176+16", "160+32", "152+40", "144+48", "136+56", "128+64", "160+32/2")
     assert labels == [f"a latent of {each} numbers" for each in words]
     with pytest.raises(InputError, match="--latent 24: expected 32 to 384 numbers"):
         latents_of(BY_TYPE["llama"], config, 24, "youtu")

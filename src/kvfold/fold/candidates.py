@@ -1,6 +1,7 @@
 """What a model may be folded to within so much of its cache. No torch."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from kvfold.arch.family import Family
@@ -10,8 +11,10 @@ from kvfold.errors import InputError
 from kvfold.geometry import divisors
 
 # Of the source's rotary frequencies, the highest, that latents keep. Those left out may hardly turn
-# over a context: which do depends on the model's base, so several are compared.
+# over a context: which do depends on the model's base, so several are compared; and every second
+# one of all, which leaves out none that turns alone.
 EIGHTHS = (2, 4, 5, 6, 7, 8)
+SECOND = 2
 
 
 def heads_and_latents(
@@ -42,7 +45,7 @@ def heads_and_latents(
 def latents_of(
     family: Family, config: Mapping[str, Any], numbers: int, layout: str
 ) -> tuple[Latent, ...]:
-    """Latents of so many numbers, rotary key included, that keep more or fewer frequencies.
+    """Latents of so many numbers, rotary key included, that keep other frequencies.
 
     Raises:
         InputError: if there is none.
@@ -63,4 +66,11 @@ def latents_of(
     for latent in found:
         latent.geometry(geometry, family, config)
         latent.config(family, config)
+    half = rotary_dim // SECOND
+    if half >= 2 and half % 2 == 0 and 2 * half <= numbers:
+        every_second = Latent(numbers - half, half, SECOND, layout=layout)
+        with suppress(InputError):  # a config with scaled frequencies cannot say it
+            every_second.geometry(geometry, family, config)
+            every_second.config(family, config)
+            found.append(every_second)
     return tuple(found)

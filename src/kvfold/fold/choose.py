@@ -1,8 +1,10 @@
 """Heads or a latent, and which? What keeps more of the source's attention in so much cache.
 
-Where a request leaves its target open, layers spread over the depth are folded to each candidate in
-closed form, run on the source's own inputs, and compared by what their attention puts out: in the
-windows that calibration has, and in long ones, for what no longer turns with distance fails late.
+Where a request leaves its target open, layers spread over the depth are folded to each candidate,
+run on the source's own inputs, and compared by what their attention puts out: in the windows that
+calibration has, and in long ones, for what no longer turns with distance fails late. Where layers
+will be fitted, those are fitted too, for a short time, and compared on other text: what a closed
+form is worth says little about what it is worth after a fit.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +20,18 @@ from kvfold.checkpoint.records import COMPARED, ComparedRow
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.files import write_json
+from kvfold.fold.fit import FitTask, fit_attention
 from kvfold.fold.layer import FoldPlan, fold_layer
 from kvfold.fold.passes import Calibration, Load, SourcePass, loader
-from kvfold.fold.stored_layer import StoredLayer
-from kvfold.fold.stream import LayerStream
+from kvfold.fold.stored_layer import StoredLayer, Tensors
+from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress, no_progress
 
 TOKENS = 8192  # of the calibration text; the order of candidates needs no more
 LONG = 4096  # tokens of a long window
 LAYERS = 8  # that are folded; the source is run through all before the last of them
+FITTED_LAYERS = 4  # where they are fitted, which takes longer,
+STEPS = 30  # with so many steps
 KEPT = "compared.json"
 
 
@@ -74,29 +79,34 @@ def compare(
     windows: torch.Tensor,
     *,
     method: str,
+    fit: str,
     seed: int,
     progress: Progress = no_progress,
 ) -> list[Compared]:
-    """Fold some layers to each target, without fitting, and measure; see :class:`Compared`.
+    """Fold some layers to each target and measure; see :class:`Compared`.
 
     Args:
-        windows: token ids ``[N, T]``; about the first ``TOKENS`` of them are used.
+        windows: token ids ``[N, T]``; about the first ``TOKENS`` of them are used, and as many
+            more to fit on where ``fit`` is ``local``.
     """
+    fitted = fit == "local"
     load = loader(checkpoint)
-    cut = _short_and_long(checkpoint, windows)
-    lengths = [_Length(checkpoint, targets, each, load) for each in cut]
-    scales = [_residual_scale(checkpoint, target) for target in targets]
-    plans = [FoldPlan(target, method, "none", seed) for target in targets]
-    chosen = _spread(checkpoint.geometry.num_layers)
+    seen, measured = _cut(checkpoint, windows, fitted)
+    texts = [_Text(checkpoint, each, load) for each in (seen, *measured)]
+    if not fitted:
+        texts = texts[1:]  # the first two are one
+    plans = [FoldPlan(target, method, fit, seed) for target in targets]
+    candidates = [_Candidate(checkpoint, plan, texts) for plan in plans]
+    chosen = _spread(checkpoint.geometry.num_layers, FITTED_LAYERS if fitted else LAYERS)
     found: list[list[dict[int, float]]] = []
     for index in range(chosen[-1] + 1):
         layer = StoredLayer(checkpoint, index)
         if index in chosen:
-            found.append(_errors(layer, plans, lengths, scales))
+            found.append(_errors(layer, candidates, texts, fitted))
         else:
-            for each in lengths:
+            for each in texts:
                 each.source.run(layer)
-        for each in lengths:
+        for each in texts:
             each.source.advance()
         progress("comparing what to fold to", index + 1, chosen[-1] + 1)
     return [
@@ -105,41 +115,26 @@ def compare(
     ]
 
 
-def _spread(layers: int) -> list[int]:
-    """The middles of ``LAYERS`` parts of the depth; all of fewer layers."""
-    parts = min(LAYERS, layers)
+def _spread(layers: int, parts: int) -> list[int]:
+    """The middles of ``parts`` parts of the depth; all of fewer layers."""
+    parts = min(parts, layers)
     return [(2 * part + 1) * layers // (2 * parts) for part in range(parts)]
 
 
-def _errors(
-    layer: StoredLayer, plans: Sequence[FoldPlan], lengths: Sequence["_Length"], scales: list[float]
-) -> list[dict[int, float]]:
-    """Of the layer folded by each plan, by tokens of a window."""
-    short, *others = lengths
-    attended = any(isinstance(plan.target, Latent) for plan in plans)
-    statistics = short.source.statistics(layer, short.attention, attended=attended)
-    for other in others:
-        other.source.run(layer, other.attention)
-    rows = []
-    for number, plan in enumerate(plans):
-        tensors = fold_layer(layer, plan, statistics).completed(layer, plan.target)
-        rows.append({
-            each.tokens: _error(
-                each,
-                each.streams[number],
-                layer.index,
-                tensors,
-                each.source.residual_scale / scales[number],
-            )
-            for each in lengths
-        })  # fmt: skip
-    return rows
+def _cut(
+    checkpoint: Checkpoint, windows: torch.Tensor, fitted: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What layers are folded and fitted on, and what they are measured on: other text if fitted."""
+    count = max(1, TOKENS // windows.shape[1])
+    if not fitted:
+        return windows[:count], _short_and_long(checkpoint, windows[:count])
+    count = max(1, min(count, len(windows) // 2))
+    return windows[:count], _short_and_long(checkpoint, windows[-count:])
 
 
-def _short_and_long(checkpoint: Checkpoint, windows: torch.Tensor) -> list[torch.Tensor]:
-    """About as many tokens in windows as they are, and laid end to end in long ones."""
-    tokens = windows.shape[1]
-    some = windows[: max(1, TOKENS // tokens)]
+def _short_and_long(checkpoint: Checkpoint, some: torch.Tensor) -> list[torch.Tensor]:
+    """The windows as they are, and laid end to end in long ones."""
+    tokens = some.shape[1]
     most = checkpoint.config.get("max_position_embeddings") or LONG
     joined = min(LONG, int(most), some.numel()) // tokens
     if joined < 2:
@@ -147,58 +142,91 @@ def _short_and_long(checkpoint: Checkpoint, windows: torch.Tensor) -> list[torch
     return [some, some[: len(some) // joined * joined].reshape(-1, joined * tokens)]
 
 
-class _Length:
+class _Text:
     """The source, run on windows of one length.
 
     Attributes:
         attention: what its attention puts out in the layer that was run last.
-        streams: each target's layers, ready to run on such windows.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, targets: Sequence[Target], windows: torch.Tensor, load: Load
-    ) -> None:
-        calibration = Calibration(windows)
+    def __init__(self, checkpoint: Checkpoint, windows: torch.Tensor, load: Load) -> None:
+        self.calibration = Calibration(windows)
         self.tokens = windows.shape[1]
-        self.source = SourcePass(checkpoint, calibration, load)
-        self.attention = calibration.states("attention", checkpoint.geometry.hidden_size)
-        self.streams = [_stream(checkpoint, target, calibration) for target in targets]
+        self.source = SourcePass(checkpoint, self.calibration, load)
+        self.attention = self.calibration.states("attention", checkpoint.geometry.hidden_size)
 
 
-def _stream(checkpoint: Checkpoint, target: Target, calibration: Calibration) -> LayerStream:
-    """The folded model, ready to run single layers."""
-    family = checkpoint.family
-    config = target.config(family, checkpoint.config)
-    stream = LayerStream(config, family.layer, family.attention, calibration.device)
-    first = Calibration(calibration.windows[:1], device=calibration.device)
-    states = first.states("first", checkpoint.geometry.hidden_size)
-    stream.start(first.texts, loader(checkpoint), states)  # for what layers are called with
-    return stream
+class _Candidate:
+    """A target, and the folded model whose single layers can be run on windows of the texts."""
 
+    def __init__(self, checkpoint: Checkpoint, plan: FoldPlan, texts: Sequence[_Text]) -> None:
+        config = plan.target.config(checkpoint.family, checkpoint.config)
+        self.plan, self._family = plan, BY_TYPE[config["model_type"]]
+        family = self._family
+        self._scale = family.residual_factor(config)
+        device = texts[0].calibration.device
+        self._stream = LayerStream(config, family.layer, family.attention, device)
+        load = loader(checkpoint)
+        for text in texts:  # for what layers are called with
+            first = Calibration(text.calibration.windows[:1], device=device)
+            states = first.states("first", checkpoint.geometry.hidden_size)
+            self._stream.start(first.texts, load, states)
 
-def _residual_scale(checkpoint: Checkpoint, target: Target) -> float:
-    config = target.config(checkpoint.family, checkpoint.config)
-    return BY_TYPE[config["model_type"]].residual_factor(config)
+    def errors(
+        self, layer: StoredLayer, tensors: Tensors, fitted_on: _Text | None, texts: Sequence[_Text]
+    ) -> dict[int, float]:
+        """Of one layer's attention, by tokens of a window, on the source's inputs.
 
+        Args:
+            fitted_on: what it is fitted on before; None for a closed form.
+        """
+        with self._stream.layer(layer.index, tensors, copied=fitted_on is not None) as live:
+            if fitted_on is not None:
+                fit_attention(self._task(live, layer.index, fitted_on), no_progress)
+            return {text.tokens: self._error(live, text) for text in texts}
 
-@torch.no_grad()
-def _error(
-    length: _Length,
-    stream: LayerStream,
-    index: int,
-    tensors: dict[str, torch.Tensor],
-    scale: float,
-) -> float:
-    """Of one layer's attention, on the source's inputs.
+    def _task(self, live: LiveLayer, index: int, text: _Text) -> FitTask:
+        source, family = text.source, self._family
+        return FitTask(
+            live=live,
+            output_name=f"{family.attention}.{family.projections.o}",
+            mlp_output_name=None,
+            source_inputs=source.inputs,
+            source_attention=text.attention,
+            source_outputs=source.outputs,
+            folded_inputs=source.inputs,
+            residual_scale=self._scale,
+            source_scale=source.residual_scale,
+            drift=False,
+            seed=self.plan.seed + index,
+            fixed=family.projections.fixed,
+            steps=STEPS,
+        )
 
-    Args:
-        scale: of the source's attention in the folded model, whose blocks may be scaled otherwise.
-    """
-    inputs = length.source.inputs
-    apart, size = 0.0, 0.0
-    with stream.layer(index, tensors) as live:
+    @torch.no_grad()
+    def _error(self, live: LiveLayer, text: _Text) -> float:
+        # blocks of the folded model may be scaled otherwise
+        inputs, scale = text.source.inputs, text.source.residual_scale / self._scale
+        apart, size = 0.0, 0.0
         for batch in inputs.batches():
-            wanted = length.attention[batch] * scale
+            wanted = text.attention[batch] * scale
             apart += float((live.attention_of(inputs[batch]) - wanted).square().sum())
             size += float(wanted.square().sum())
-    return apart / max(size, 1e-300)
+        return apart / max(size, 1e-300)
+
+
+def _errors(
+    layer: StoredLayer, candidates: Sequence[_Candidate], texts: Sequence[_Text], fitted: bool
+) -> list[dict[int, float]]:
+    """Of the layer, folded to each candidate on the first of the texts, by tokens of a window."""
+    first, *others = texts
+    attended = any(isinstance(each.plan.target, Latent) for each in candidates)
+    statistics = first.source.statistics(layer, first.attention, attended=attended)
+    for other in others:
+        other.source.run(layer, other.attention)
+    rows = []
+    for each in candidates:
+        tensors = fold_layer(layer, each.plan, statistics).completed(layer, each.plan.target)
+        fitted_on, measured = (first, others) if fitted else (None, texts)
+        rows.append(each.errors(layer, tensors, fitted_on, measured))
+    return rows

@@ -261,8 +261,8 @@ def _settled(
 
     assert cut is not None  # an open request has text
     request, targets = found.request, found.targets
-    options: Any = {"method": request.method, "seed": request.seed, "progress": progress}
-    measure = partial(compare, checkpoint, targets, cut.calibration, **options)
+    options: Any = {"method": request.method, "fit": request.fit, "seed": request.seed}
+    measure = partial(compare, checkpoint, targets, cut.calibration, progress=progress, **options)
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
 

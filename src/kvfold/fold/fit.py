@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import cos, pi
 
 import torch
@@ -15,6 +15,12 @@ from kvfold.progress import Progress
 
 RIDGE = 0.1  # towards the closed form; less fits the calibration text better and others worse
 _ERROR_WINDOWS = 16
+STEPS = 60
+STEP_TOKENS = 1024
+STEP_FIRST = 64  # first tokens that a step sees beside them, and
+_SHARES = {TEXT: 1.0, FIRST: STEP_FIRST / STEP_TOKENS}  # what they count
+RATE = 1e-3  # for a tensor whose RMS is 0.05; others in proportion
+_WARM_UP = 0.05
 
 
 @dataclass
@@ -30,7 +36,7 @@ class FitTask:
         drift: whether the attention's output adds to the residual stream linearly, so that it
             can make good what the stream has lost.
         fixed: modules of the attention that are left as they are.
-        changed: names of the parameters that were fitted.
+        steps: of gradient descent. changed: names of the parameters that were fitted.
     """
 
     live: LiveLayer
@@ -45,6 +51,7 @@ class FitTask:
     drift: bool
     seed: int
     fixed: tuple[str, ...] = ()
+    steps: int = STEPS
     changed: set[str] = field(default_factory=set)
 
     @cached_property
@@ -195,14 +202,6 @@ def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torc
     return solution.T
 
 
-STEPS = 60
-STEP_TOKENS = 1024
-STEP_FIRST = 64  # first tokens that a step sees beside them, and
-_SHARES = {TEXT: 1.0, FIRST: STEP_FIRST / STEP_TOKENS}  # what they count
-RATE = 1e-3  # for a tensor whose RMS is 0.05; others in proportion
-_WARM_UP = 0.05
-
-
 def fit_attention(task: FitTask, progress: Progress) -> None:
     """Train the layer's attention with Adam towards the source's layer output, MLP included.
 
@@ -219,9 +218,9 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, task.steps))
     damping = task.damping
-    for step in _draws(task.folded_inputs, task.seed):
+    for step in _draws(task.folded_inputs, task.steps, task.seed):
         optimizer.zero_grad()
         for windows in step:
             error = task.live(task.folded_inputs[windows]) - task.source_outputs[windows]
@@ -244,28 +243,29 @@ def _typical(tensor: torch.Tensor) -> float:
     return float(rows.square().mean(-1).median().sqrt().clamp_min(1e-4))
 
 
-def _cosine(step: int) -> float:
+def _cosine(steps: int, step: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
-    done = (step + 1) / STEPS
+    done = (step + 1) / steps
     return min(1.0, done / _WARM_UP) * 0.5 * (1 + cos(pi * min(1.0, done)))
 
 
-def _draws(states: HiddenStates, seed: int) -> Iterator[list[Windows]]:
+def _draws(states: HiddenStates, steps: int, seed: int) -> Iterator[list[Windows]]:
     """Windows of every text that is fitted for each step."""
     sizes = {TEXT: STEP_TOKENS // states.shapes[TEXT][1], FIRST: STEP_FIRST}
     counts = {text: count for text in FITTED if (count := states.shapes[text][0])}
     texts = [
-        _epochs(count, min(count, max(1, sizes[text])), seed) for text, count in counts.items()
+        _epochs(count, min(count, max(1, sizes[text])), steps, seed)
+        for text, count in counts.items()
     ]
     for step in zip(*texts, strict=True):
         yield [Windows(text, which) for text, which in zip(counts, step, strict=True)]
 
 
-def _epochs(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+def _epochs(count: int, size: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
     """Which windows for each step: epochs of a seeded shuffle, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     left: list[int] = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         if len(left) < size:
             left += torch.randperm(count, generator=generator, device="cpu").tolist()
         yield torch.tensor(left[:size], dtype=torch.int64, device="cpu")
