@@ -92,7 +92,7 @@ def test_one_model_as_mha_gqa_and_mqa(kvfold: Kvfold, text_file: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("latent", "caches a latent"), ("mixtral", "mixtral")],
+    [("latent", "caches a latent"), ("gpt_neox", "cannot be folded")],
 )
 def test_what_has_no_heads_to_repeat_is_refused_before_it_is_loaded(
     case: str, words: str, kvfold: Kvfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,7 +52,7 @@ def test_texts_of_two_lengths_are_run_as_the_model_runs_them(case: str) -> None:
     family = checkpoint.family
     texts = [tiny.tokens(3, 32, seed=5), torch.arange(96)[:, None]]
     states = HiddenStates([(3, 32), (96, 1)], checkpoint.geometry.hidden_size, CPU)
-    stream = LayerStream(checkpoint.config, family.layer, family.attention, CPU)
+    stream = LayerStream(checkpoint.config, family, CPU)
     stream.start(texts, loader(checkpoint), states)
     found = [[states[Windows(text, slice(None))].clone()] for text in (TEXT, FIRST)]
     with torch.no_grad():

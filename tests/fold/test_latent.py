@@ -252,6 +252,9 @@ REFUSED = {
     "stablelm": "layer norms",
     "cohere": "layer norms",
     "olmo": "layer norms",
+    "mixtral": "mixtures of experts",
+    "qwen2_moe": "mixtures of experts",
+    "qwen3_moe": "behind a norm cannot be absorbed",
 }
 
 

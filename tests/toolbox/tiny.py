@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 WIDE = {"head_dim": 16}  # head_dim != hidden_size / num_heads
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_positions": 128,
@@ -84,6 +85,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", COMMON | {"logit_scale": 1.0}),
     "olmo": ("olmo", COMMON),
     "seed_oss": ("seed_oss", COMMON | WIDE),
+    "mixtral": ("mixtral", COMMON | {"num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", COMMON | EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", COMMON | WIDE | EXPERTS),
 }
 
 
@@ -93,10 +97,6 @@ UNFOLDABLE: dict[str, dict[str, Any]] = {
     "opt": COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 48, "dropout": 0.0},
     "gptj": GPT2 | {"rotary_dim": 4},
     "falcon": COMMON | {"num_kv_heads": 1, "multi_query": True, "alibi": False},
-    "qwen3_moe": COMMON | WIDE | {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    },
-    "mixtral": COMMON | {"num_local_experts": 4},
     "deepseek_v3": COMMON | {
         "num_key_value_heads": 6, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_group": 2,

@@ -44,8 +44,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", tiny.UNFOLDABLE["falcon"] | SIZES | {"alibi": True}),
     "bloom": ("bloom", tiny.COMMON | SIZES | MHA | {"n_layer": 2, "n_head": 6}),
     "cohere2": ("cohere2", tiny.COMMON | WIDE | {"sliding_window": 16}),
-    "qwen3_moe": ("qwen3_moe", tiny.UNFOLDABLE["qwen3_moe"] | WIDE | _MOE),
-    "mixtral": ("mixtral", tiny.UNFOLDABLE["mixtral"] | SIZES),
+    "qwen2_moe": ("qwen2_moe", tiny.CASES["qwen2_moe"][1] | SIZES | _MOE),
+    "qwen3_moe": ("qwen3_moe", tiny.CASES["qwen3_moe"][1] | WIDE | _MOE),
     "gemma3n_text": ("gemma3n_text", tiny.COMMON | WIDE | _GEMMA3N),
     "gpt_oss": ("gpt_oss", tiny.COMMON | WIDE | _GPT_OSS | {"hidden_size": 64}),
 }

@@ -53,6 +53,8 @@ def why_no_latent(family: Family) -> str:
             "it normalises keys after their projection (QK-norm), and what is behind a norm "
             "cannot be absorbed into a latent"
         )
+    if any(each.of_experts for each in family.renamed):
+        return "its MLPs are mixtures of experts, and every layer of the target has one MLP"
     return family.no_latent
 
 

@@ -5,7 +5,7 @@ stored one by one, and the module holds all of them as one tensor.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -28,7 +28,7 @@ class Renamed:
 
     def stored(self, shape: Shape) -> dict[str, Shape]:
         """Names and shapes of the parts of a tensor of this shape (of experts: ``[E, …]``)."""
-        if _EXPERT not in self.parts[0]:
+        if not self.of_experts:
             return {self.parts[0]: shape}
         experts, rows, *rest = shape
         return {
@@ -36,6 +36,20 @@ class Renamed:
             for expert in range(experts)
             for part in self.parts
         }
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the module stacks what the checkpoint has for every expert."""
+        return _EXPERT in self.parts[0]
+
+    def by_expert(self, names: Collection[str]) -> Iterator[list[str]]:
+        """The parts of each expert that are among ``names``, in order; of others, the part."""
+        expert = 0
+        while (own := [part.replace(_EXPERT, str(expert)) for part in self.parts])[0] in names:
+            yield own
+            expert += 1
+            if not self.of_experts:
+                return
 
     def pattern(self) -> re.Pattern[str]:
         """Matches the end of a name of one of the parts."""

@@ -165,7 +165,7 @@ class _Candidate:
         family = self._family
         self._scale = family.residual_factor(config)
         device = texts[0].calibration.device
-        self._stream = LayerStream(config, family.layer, family.attention, device)
+        self._stream = LayerStream(config, family, device)
         load = loader(checkpoint)
         for text in texts:  # for what layers are called with
             first = Calibration(text.calibration.windows[:1], device=device)

@@ -105,7 +105,7 @@ class SourcePass:
         self._size, self._device = source.geometry.hidden_size, calibration.device
         family = source.family
         self.residual_scale = family.residual_factor(source.config)
-        self._stream = LayerStream(source.config, family.layer, family.attention, self._device)
+        self._stream = LayerStream(source.config, family, self._device)
         self.inputs = calibration.states("source-in", self._size)
         self.outputs = calibration.states("source-out", self._size)
         self._stream.start(calibration.texts, load, self.inputs)
@@ -187,7 +187,7 @@ class FoldedPass:
         self._source, self._carrier, self._fit, self._seed = source, carrier, fit, seed
         self._base = base
         family = self._family
-        self._stream = LayerStream(config, family.layer, family.attention, calibration.device)
+        self._stream = LayerStream(config, family, calibration.device)
         self.inputs = calibration.states("folded-in", base.geometry.hidden_size)
         self.attention = calibration.states("attention", base.geometry.hidden_size)
         self._stream.start(calibration.texts, carrying(load, base, carrier), self.inputs)

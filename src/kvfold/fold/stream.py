@@ -25,6 +25,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvfold.arch.family import Family
+from kvfold.checkpoint.stacked import stacked
 from kvfold.errors import CheckpointError
 from kvfold.fold.hidden import HiddenStates
 
@@ -143,15 +145,11 @@ class LayerStream:
     """Runs a checkpoint's decoder layers one at a time, in float32.
 
     Args:
-        config: the model's ``config.json``.
-        layer_path: the family's path of a layer, with ``{layer}``.
-        attention: path of the attention module below a layer.
+        config: the model's ``config.json``. family: its own.
         device: what layers run on.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], layer_path: str, attention: str, device: torch.device
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], family: Family, device: torch.device) -> None:
         arguments = {key: value for key, value in config.items() if key != "dtype"}
         hf_config = AutoConfig.for_model(**arguments)
         with init_empty_weights(include_buffers=False), device:  # tables of the model lie there
@@ -162,11 +160,11 @@ class LayerStream:
                 trust_remote_code=False,
             )
         self.model.eval().requires_grad_(False)
-        self._base_name, _, rest = layer_path.partition(".")
+        self._base_name, _, rest = family.layer.partition(".")
         self._list_name = rest.partition(".")[0]
         self._base = getattr(self.model, self._base_name)
         self._layers: nn.ModuleList = getattr(self._base, self._list_name)
-        self._attention, self._device = attention, device
+        self._attention, self._renamed, self._device = family.attention, family.renamed, device
         self._arguments: dict[int, list[Arguments]] = {}  # by tokens of a window
 
     def start(
@@ -232,15 +230,16 @@ class LayerStream:
     def layer(
         self, index: int, tensors: Mapping[str, torch.Tensor], *, copied: bool = False
     ) -> Iterator["LiveLayer"]:
-        """Give one layer its weights (names below the layer) for as long as the block runs.
+        """Give one layer its weights for as long as the block runs.
 
         Args:
+            tensors: by their names below the layer, as checkpoints have them.
             copied: the weights may be changed in place.
         """
         module = self._layers[index]
         weights = {
             name: tensor.to(self._device, torch.float32, copy=copied)
-            for name, tensor in tensors.items()
+            for name, tensor in stacked(tensors, self._renamed).items()
         }
         module.load_state_dict(weights, strict=False, assign=True)
         missing = [name for name, p in module.named_parameters() if p.is_meta]

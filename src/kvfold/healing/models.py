@@ -12,7 +12,7 @@ from kvfold.checkpoint.pretrained import load_config, load_model
 from kvfold.checkpoint.source import Checkpoint, TensorDict, open_checkpoint, resolve
 from kvfold.errors import CheckpointError, InputError
 from kvfold.healing.balance import balanced_tensors
-from kvfold.healing.placing import own_names
+from kvfold.healing.placing import own_parts
 from kvfold.healing.request import HealRequest
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ def load_student(
     """
     model = _load(request.folded, torch.float32)
     if replaced:
-        own = own_names(open_checkpoint(resolve(request.folded)), model)
+        own = own_parts(open_checkpoint(resolve(request.folded)), model)
         unknown = sorted(replaced.keys() - own.keys())
         if unknown:
             raise CheckpointError(
                 f"{request.folded} has no tensor {unknown[0]}, which the local stage has kept",
                 "what an interrupted run left is damaged; --force starts over",
             )
-        state = {own[name]: tensor.float() for name, tensor in replaced.items()}
+        state = {own[name].name: tensor.float() for name, tensor in replaced.items()}
         model.load_state_dict(state, strict=False)
     checkpoint = Checkpoint("the folded model", model.config.to_dict(), TensorDict(_own(model)))
     model.load_state_dict(balanced_tensors(checkpoint), strict=False)

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvfold.checkpoint.pretrained import skeleton
 from kvfold.checkpoint.source import Checkpoint
+from kvfold.checkpoint.stacked import part_of
 from kvfold.checkpoint.tensors import torch_dtype
 from kvfold.errors import RunError
 
@@ -22,7 +24,7 @@ def check_places(folded: Checkpoint) -> None:
     Raises:
         RunError: naming one that has none.
     """
-    own_names(folded, skeleton(folded))
+    own_parts(folded, skeleton(folded))
 
 
 def take_trained(model: Any, trained: Mapping[str, torch.Tensor]) -> None:
@@ -53,9 +55,9 @@ def healed_tensors(
         RunError: if a tensor of the checkpoint is not in the model, though it should be, or if no
             tensor of the checkpoint takes up one that was trained.
     """
-    own = own_names(folded, model)
+    own = own_parts(folded, model)
     state = model.state_dict(keep_vars=True)
-    written = {id(state[name]) for name in own.values()}  # tied tensors are one
+    written = {id(state[part.name]) for part in own.values()}  # tied tensors are one
     for name in sorted(map(_plain, trained)):
         if name not in state or id(state[name]) not in written:
             raise RunError(f"no tensor of {folded.label} takes up the trained {name}", _BUG)
@@ -63,7 +65,8 @@ def healed_tensors(
     def read(name: str) -> torch.Tensor:
         if name not in own:  # a table that the model computes by itself
             return folded.tensor(name)
-        found = state[own[name]].detach()
+        part = own[name]
+        found = part_of(state[part.name].detach(), part.number, part.count)
         tensor: torch.Tensor = found.to(torch_dtype(folded.store.dtype(name))).contiguous()
         if not torch.isfinite(tensor).all():
             raise RunError(f"healing left {name} with values that are not finite", "lower --lr")
@@ -72,10 +75,26 @@ def healed_tensors(
     return read
 
 
-def own_names(folded: Checkpoint, model: Any) -> dict[str, str]:
-    """What the model calls each tensor of its checkpoint, but for tables that it computes."""
-    find = folded.stored_names.find
-    own = {stored: name for name in model.state_dict() if (stored := find(name))}
+@dataclass(frozen=True)
+class Part:
+    """Where a model has a tensor of its checkpoint: as its tensor ``name``, or as a part of it.
+
+    Attributes:
+        number, count: which part it is, of how many: experts are stacked.
+    """
+
+    name: str
+    number: int = 0
+    count: int = 1
+
+
+def own_parts(folded: Checkpoint, model: Any) -> dict[str, Part]:
+    """Where the model has each tensor of its checkpoint, but for tables that it computes."""
+    own: dict[str, Part] = {}
+    for name, tensor in model.state_dict().items():
+        parts = folded.stored_names.parts(name, tuple(tensor.shape))
+        if parts.keys() <= folded.names:
+            own |= {part: Part(name, number, len(parts)) for number, part in enumerate(parts)}
     for name in sorted(folded.names - own.keys()):
         if not (name.endswith(_ROTARY_TABLE) or folded.family.dropped(name)):
             raise RunError(

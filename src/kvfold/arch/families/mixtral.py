@@ -7,11 +7,12 @@ _EXPERT = "block_sparse_moe.experts.{expert}"
 FAMILIES = (
     Family(
         ("mixtral",),
+        "mixtures of experts pass through untouched",
         renamed=(
             Renamed("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
             Renamed("mlp.experts.gate_up_proj", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight")),
             Renamed("mlp.experts.down_proj", (f"{_EXPERT}.w2.weight",)),
         ),
-        unfoldable="mixture-of-experts layers are not supported",
+        mlp_output=None,
     ),
 )
