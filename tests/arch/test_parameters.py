@@ -26,7 +26,9 @@ def test_names_go_there_and_back(case: str, with_base: bool) -> None:
     assert names.find("nothing.weight") is None
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "case", ["mixtral", "qwen2_moe", "granitemoe", "phimoe", "dots1", "deepseek_v3"]
+)
 def test_experts_are_stored_one_by_one(case: str, tmp_path: Path) -> None:
     """What transformers writes is what the module's tensors are made of, shapes too."""
     unfoldable = tiny.UNFOLDABLE.get(case)
@@ -39,10 +41,10 @@ def test_experts_are_stored_one_by_one(case: str, tmp_path: Path) -> None:
     together = {part: shape for parts in made_of.values() for part, shape in parts.items()}
     assert together == {name: tuple(tensor.shape) for name, tensor in stored.items()}
     assert all(names.to_module(part) == name for name, parts in made_of.items() for part in parts)
-    assert max(len(parts) for parts in made_of.values()) > 4
+    assert max(len(parts) for parts in made_of.values()) > 4 or case == "granitemoe"
 
 
-@pytest.mark.parametrize("case", [*tiny.CASES, "gpt2"])
+@pytest.mark.parametrize("case", [*tiny.EVERY, "gpt2"])
 def test_layers_and_attention_are_found_in_the_module(case: str) -> None:
     model = tiny.build("gpt2", tiny.GPT2) if case == "gpt2" else tiny.make(case)
     checkpoint = tiny.checkpoint_of(model)

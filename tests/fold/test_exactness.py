@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 PHASES_ONLY = ("qwen3", "gemma3_text")
 
 
-@pytest.fixture(params=list(tiny.CASES))
+@pytest.fixture(params=list(tiny.EVERY))
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -24,11 +24,11 @@ def with_averaged_heads(model: Any) -> Any:
 
 
 def test_every_family_has_a_case() -> None:
-    tried = {model_type for model_type, _ in tiny.CASES.values()} | {"gpt2", "gpt_bigcode"}
+    tried = {model_type for model_type, _ in tiny.EVERY.values()} | {"gpt2", "gpt_bigcode"}
     assert tried == tiny.every_model_type()
 
 
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", tiny.EVERY)
 def test_writing_what_was_read_changes_nothing(case: str) -> None:
     checkpoint = tiny.checkpoint_of(tiny.make(case))
     for layer in range(checkpoint.geometry.num_layers):
@@ -39,7 +39,7 @@ def test_writing_what_was_read_changes_nothing(case: str) -> None:
             assert torch.equal(tensor, checkpoint.tensor(name)), name
 
 
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", tiny.EVERY)
 def test_mean_fold_is_the_source_with_averaged_heads(case: str) -> None:
     """transformers computes the same from fewer heads as from all heads set to their mean."""
     model = tiny.make(case)

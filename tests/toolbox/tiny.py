@@ -28,6 +28,10 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 WIDE = {"head_dim": 16}  # head_dim != hidden_size / num_heads
+DENSE_FIRST = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -89,6 +93,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", COMMON | EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("qwen3_moe", COMMON | WIDE | EXPERTS),
 }
+# Families that differ from those in nothing but what folding, its exactness and its files show.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("apertus", COMMON | WIDE),
+    "arcee": ("arcee", COMMON),
+    "dots1": ("dots1", COMMON | WIDE | DENSE_FIRST),
+    "ernie4_5": ("ernie4_5", COMMON | WIDE),
+    "glm": ("glm", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
+    "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
+    "granitemoe": (
+        "granitemoe",
+        COMMON | {"num_local_experts": 4, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    ),
+    "helium": ("helium", COMMON | {"head_dim": 8}),
+    "ministral3": ("ministral3", COMMON | WIDE),
+    "nemotron": ("nemotron", COMMON),
+    "phimoe": ("phimoe", COMMON | {"num_local_experts": 4}),
+}
+EVERY = CASES | MORE
 
 
 # Causal models that can be run and measured but not folded.
@@ -109,7 +131,7 @@ UNFOLDABLE: dict[str, dict[str, Any]] = {
 
 def make(case: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of a case, in float32."""
-    model_type, config = CASES[case]
+    model_type, config = EVERY[case]
     return build(model_type, config | changes, seed)
 
 
@@ -285,7 +307,7 @@ def hidden_mla(case: str, rank: int, seed: int = 11, **changes: Any) -> Any:
     slower half stands still, so that latent attention can be written out with plain heads. Every
     head's coordinates are scrambled.
     """
-    heads = CASES[case][1]["num_attention_heads"]
+    heads = EVERY[case][1]["num_attention_heads"]
     model = make(case, seed, num_key_value_heads=heads, **STILL_HALF, **changes)
     generator = torch.Generator().manual_seed(seed)
     return with_kv_heads(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 LAYER_NORMS = "its layer norms subtract a mean, for which the target has no place"
+MIXTURES = "its MLPs are mixtures of experts, and every layer of the target has one MLP"
 NORM_PER_HEAD = "its QK-norm has its own weights for each head, which a shared head cannot keep"
 
 

@@ -4,7 +4,7 @@ from math import pi
 from typing import Any
 
 from kvfold.arch.config import CONFIG
-from kvfold.arch.family import Family
+from kvfold.arch.family import MIXTURES, Family
 from kvfold.arch.latent import Layout
 from kvfold.arch.sizes import Config
 from kvfold.errors import CheckpointError, UnsupportedError
@@ -54,7 +54,7 @@ def why_no_latent(family: Family) -> str:
             "cannot be absorbed into a latent"
         )
     if any(each.of_experts for each in family.renamed):
-        return "its MLPs are mixtures of experts, and every layer of the target has one MLP"
+        return MIXTURES
     return family.no_latent
 
 

@@ -124,7 +124,9 @@ def print_healed(record: dict[str, Any], out: Path) -> None:
             for name, stage in heal.get("local", {"summary": {}})["summary"].items()]  # fmt: skip
     run = heal["run"]
     share = heal.get("kept", {"share": 1.0})["share"]
-    if share != 1.0:
+    if share == 0.0:
+        rows += [("kept", "nothing of it: FOLDED does better; try more --tokens, a lower --lr")]
+    elif share != 1.0:
         rows += [("kept", f"{share:.0%} of what training changed, the best on held-out text")]
     rows += [
         ("updates", f"{heal['steps']:,}"),
