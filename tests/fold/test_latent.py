@@ -254,6 +254,8 @@ REFUSED = {
     "olmo": "layer norms",
     "apertus": "behind a norm cannot be absorbed",
     "arcee": "no gates",
+    "cohere2": "layer norms",
+    "exaone4": "behind a norm cannot be absorbed",
     "dots1": "behind a norm cannot be absorbed",
     "glm4": "outputs are normalised",
     "granitemoe": "mixtures of experts",

@@ -33,6 +33,7 @@ DENSE_FIRST = {
     "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOWED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 GPT2: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_positions": 128,
@@ -97,8 +98,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", COMMON | WIDE),
     "arcee": ("arcee", COMMON),
+    "cohere2": ("cohere2", COMMON | WIDE | WINDOWED),
     "dots1": ("dots1", COMMON | WIDE | DENSE_FIRST),
     "ernie4_5": ("ernie4_5", COMMON | WIDE),
+    "exaone4": ("exaone4", COMMON | WIDE | WINDOWED | {"sliding_window_pattern": 2}),
     "glm": ("glm", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "granitemoe": (
@@ -225,6 +228,8 @@ def scrambled(heads: LayerHeads, seed: int) -> LayerHeads:
     k_pairs, q_pairs = turn * k_pairs, q_pairs / turn.conj()[:, None]
     if k_rest.shape[1]:
         gauges = torch.stack([random_gauge(k_rest.shape[1], generator) for _ in k])
+        if heads.norm:  # only signs
+            gauges = torch.diag_embed(gauges.diagonal(dim1=1, dim2=2).sign())
         k_rest = gauges @ k_rest
         q_rest = torch.linalg.inv(gauges).mT[:, None] @ q_rest
     q, k = heads.pairs.join(q_pairs, q_rest), heads.pairs.join(k_pairs, k_rest)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from kvfold.arch.config import CONFIG
 from kvfold.arch.experts import ReadExperts, usual_experts
 from kvfold.arch.latent import latent_geometry
-from kvfold.arch.layers import Unlisted, all_alike
+from kvfold.arch.layers import FULL_TYPE, Unlisted, all_alike, layer_types
 from kvfold.arch.parameters import Renamed
 from kvfold.arch.projections import Projections, SeparateProjections
-from kvfold.arch.sizes import Config, ConfigKeys, Sizes
+from kvfold.arch.sizes import Config, ConfigKeys, Sizes, optional
 from kvfold.errors import CheckpointError
 from kvfold.geometry import AttentionGeometry
 
@@ -48,6 +48,18 @@ class Rotary:
             return float(parameters["partial_rotary_factor"])
         value = config.get("partial_rotary_factor")
         return self.default_factor if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class WindowedRotary(Rotary):
+    """Rotary where layers see a window; of a model that has such, the others are without."""
+
+    def dim(self, config: Config, head_dim: int, layer: int) -> int:
+        """See :meth:`Rotary.dim`."""
+        windows = optional(config, "sliding_window") is not None
+        if windows and layer_types(config, layer + 1, all_alike)[layer] == FULL_TYPE:
+            return 0
+        return super().dim(config, head_dim, layer)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Keys that are normalised after projection (QK-norm: Qwen3, Gemma 3).
 
 The norm removes each head's scale, so only phases are left to choose, and only on pairs where
-the norm's weights are equal; on other pairs, a sign. Keys are scaled to unit RMS, turned to
-agree, and averaged; what cannot be aligned this way is left to the fit and to healing.
+the norm's weights are equal; on other pairs, and in dimensions without rotary, a sign. Keys are
+scaled to unit RMS, turned to agree, and averaged; what cannot be aligned this way is left to the
+fit and to healing.
 """
 
 import torch
@@ -20,14 +21,21 @@ def normalised_keys(group: HeadGroup, norm: NormWeights) -> tuple[torch.Tensor, 
     pairs, rest = group.pairs.split(keys)
     free = norm.free_phases(group.pairs)
     turns = _turns(pairs, group.moment, free)
+    signs = _turns(
+        rest, group.moment, torch.zeros(rest.shape[1], dtype=torch.bool, device=free.device)
+    )
     shared = (turns.conj()[..., None] * pairs).mean(0)
     q_pairs, q_rest = group.pairs.split(group.q)
-    q = group.pairs.join(turns.conj()[:, None, :, None] * q_pairs, q_rest)
-    return q, group.pairs.join(shared, rest.mean(0)) * size.mean()
+    q = group.pairs.join(turns.conj()[:, None, :, None] * q_pairs, signs[:, None, :, None] * q_rest)
+    still = (signs[..., None] * rest).mean(0)
+    return q, group.pairs.join(shared, still) * size.mean()
 
 
 def _turns(pairs: torch.Tensor, moment: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    """Unit phases ``[g, F]`` that bring keys ``[g, F, X]`` together; signs where not free."""
+    """Unit phases ``[g, F]`` that bring keys ``[g, F, X]`` together; signs where not free.
+
+    Real keys have signs only.
+    """
     reference = pairs[0]
     turns = torch.ones(pairs.shape[:2], dtype=pairs.dtype, device=pairs.device)
     for _ in range(_ROUNDS):

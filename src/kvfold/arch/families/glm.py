@@ -12,7 +12,7 @@ FAMILIES = (
     ),
     Family(
         ("glm4",),
-        "the same; blocks' outputs are normalised",
+        "as glm; blocks' outputs are normalised",
         rotary=Rotary(default_factor=0.5, interleaved=True),
         post_norm=True,
         split=_GATE,

@@ -7,7 +7,7 @@ _EXPERT = "block_sparse_moe.experts.{expert}"
 FAMILIES = (
     Family(
         ("mixtral",),
-        "mixtures of experts pass through untouched",
+        "experts",
         renamed=(
             Renamed("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
             Renamed("mlp.experts.gate_up_proj", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight")),
