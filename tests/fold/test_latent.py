@@ -256,7 +256,9 @@ REFUSED = {
     "arcee": "no gates",
     "cohere2": "layer norms",
     "exaone4": "behind a norm cannot be absorbed",
-    "dots1": "behind a norm cannot be absorbed",
+    "dots1": "mixtures of experts",
+    "glm4_moe": "mixtures of experts",
+    "glm4_moe-norm": "mixtures of experts",
     "glm4": "outputs are normalised",
     "granitemoe": "mixtures of experts",
     "ministral3": "scaled by their position",
@@ -264,7 +266,7 @@ REFUSED = {
     "nemotron": "layer norms",
     "phimoe": "mixtures of experts",
     "qwen2_moe": "mixtures of experts",
-    "qwen3_moe": "behind a norm cannot be absorbed",
+    "qwen3_moe": "mixtures of experts",
 }
 
 

@@ -104,6 +104,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("exaone4", COMMON | WIDE | WINDOWED | {"sliding_window_pattern": 2}),
     "glm": ("glm", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
+    "glm4_moe": ("glm4_moe", COMMON | WIDE | DENSE_FIRST),
+    "glm4_moe-norm": ("glm4_moe", COMMON | WIDE | DENSE_FIRST | {"use_qk_norm": True}),
     "granitemoe": (
         "granitemoe",
         COMMON | {"num_local_experts": 4, "residual_multiplier": 0.5, "attention_multiplier": 0.3},

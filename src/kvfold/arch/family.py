@@ -78,11 +78,20 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class QKNorm:
-    """RMS norms over ``head_dim`` after the q and k projections; weight + ``offset`` multiplies."""
+    """RMS norms over ``head_dim`` after the q and k projections; weight + ``offset`` multiplies.
+
+    Attributes:
+        switch: config key that says whether there are any; always, without one.
+    """
 
     q: str = "q_norm.weight"
     k: str = "k_norm.weight"
     offset: float = 0.0
+    switch: str = ""
+
+    def of(self, config: Config) -> "QKNorm | None":
+        """Itself, unless a config switches it off."""
+        return self if not self.switch or config.get(self.switch) else None
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,10 @@ class Family:
             CheckpointError: if a size is missing.
         """
         return Sizes.read(config, self.keys, self.default_head_dim)
+
+    def normalises(self, config: Config) -> QKNorm | None:
+        """The norms of queries and keys in a model of this config."""
+        return self.qk_norm and self.qk_norm.of(config)
 
     def rotary_dim(self, config: Config, geometry: AttentionGeometry) -> int:
         """Rotating dimensions of a head, in the layer that has the most."""

@@ -48,13 +48,13 @@ def check_latent(family: Family, config: Config) -> None:
 
 def why_no_latent(family: Family) -> str:
     """Why no model of the family can be stored so; nothing where some can."""
+    if any(each.of_experts for each in family.renamed):
+        return MIXTURES
     if family.qk_norm:
         return (
             "it normalises keys after their projection (QK-norm), and what is behind a norm "
             "cannot be absorbed into a latent"
         )
-    if any(each.of_experts for each in family.renamed):
-        return MIXTURES
     return family.no_latent
 
 

@@ -125,7 +125,7 @@ def model_card(checkpoint: Checkpoint, target: Target, record: dict[str, Any]) -
         '`AutoModelForCausalLM.from_pretrained("path/to/this/folder")`.',
         f"Everything about its making is in `{RECORD}`.",
     ]
-    if checkpoint.family.qk_norm:
+    if checkpoint.family.normalises(checkpoint.config):
         lines += ["", "This architecture normalises its keys (QK-norm), which limits what folding "
                   "can align: healing by distillation is required."]  # fmt: skip
     for warning in record["warnings"]:

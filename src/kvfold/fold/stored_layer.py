@@ -57,5 +57,6 @@ class StoredLayer:
 
         weights = self.checkpoint.attention(self.index, load)
         prefix = self.checkpoint.attention_prefix(self.index)
-        norm = norm_weights(self.checkpoint.family.qk_norm, prefix, load)
+        spec = self.checkpoint.family.normalises(self.checkpoint.config)
+        norm = norm_weights(spec, prefix, load)
         return LayerHeads.of(weights, self.pairs, norm)

@@ -65,6 +65,8 @@ def balanced_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         return {}
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(checkpoint.geometry.num_layers):
-        weights = balanced(checkpoint.attention(layer), family.qk_norm is not None)
+        weights = balanced(
+            checkpoint.attention(layer), family.normalises(checkpoint.config) is not None
+        )
         tensors |= family.projections.write(checkpoint.attention_prefix(layer), weights)
     return tensors
