@@ -171,3 +171,21 @@ def test_which_latents_are_compared() -> None:
     assert labels == [f"a latent of {each} numbers" for each in words]
     with pytest.raises(InputError, match="--latent 24: expected 32 to 384 numbers"):
         latents_of(BY_TYPE["llama"], config, 24, "youtu")
+
+
+def test_latents_that_a_layout_cannot_say_are_left_out() -> None:
+    """Of Llama 3's frequencies only the highest are unscaled; where none is left, it is told."""
+    scaling = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0,
+               "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 256}  # fmt: skip
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, **tiny.COMMON, **tiny.WIDE}
+    config["rope_parameters"] = scaling
+    family = BY_TYPE["llama"]
+    every = latents_of(family, config, 48, "youtu")
+    some = latents_of(family, config, 48, "deepseek_v3")
+    assert 0 < len(some) < len(every)
+    assert {each.words for each in some} < {each.words for each in every}
+    with pytest.raises(InputError, match="scaled"):
+        latents_of(
+            family, config | {"rope_parameters": scaling | {"rope_type": "yarn"}}, 48, "youtu"
+        )

@@ -35,12 +35,13 @@ RANK, ROTARY = 20, 4
 METHODS = [
     name for name, method in all_methods().items() if Latent in method.targets and method.candidate
 ]
-DISGUISED = ["llama", "llama-wide-tied", "llama-odd", "smollm3", "phi3", "granite", "helium"]
+DISGUISED = ["llama", "llama-wide-tied", "llama-odd", "smollm3", "phi3", "granite"]
+DISGUISED += ["ernie4_5", "glm", "helium"]  # interleaved pairs; of glm half of a head rotates
 
 
 def exact(case: str, **changes: Any) -> Latent:
     """The target that a model in disguise folds to without loss."""
-    rotary = 8 if "wide" in case else ROTARY
+    rotary = 8 if case in ("llama-wide-tied", "ernie4_5") else ROTARY
     return replace(Latent(RANK + 1, rotary, layout="youtu"), **changes)
 
 

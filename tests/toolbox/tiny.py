@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family, and ways to hide their structure."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("dots1", COMMON | WIDE | DENSE_FIRST),
     "ernie4_5": ("ernie4_5", COMMON | WIDE),
     "exaone4": ("exaone4", COMMON | WIDE | WINDOWED | {"sliding_window_pattern": 2}),
-    "glm": ("glm", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
+    "glm": ("glm", COMMON | WIDE | {"attention_bias": False, "pad_token_id": 0}),
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "glm4_moe": ("glm4_moe", COMMON | WIDE | DENSE_FIRST),
     "glm4_moe-norm": ("glm4_moe", COMMON | WIDE | DENSE_FIRST | {"use_qk_norm": True}),
@@ -315,7 +316,7 @@ def hidden_mla(case: str, rank: int, seed: int = 11, **changes: Any) -> Any:
     head's coordinates are scrambled.
     """
     heads = EVERY[case][1]["num_attention_heads"]
-    model = make(case, seed, num_key_value_heads=heads, **STILL_HALF, **changes)
+    model = make(case, seed, num_key_value_heads=heads, **deepcopy(STILL_HALF), **changes)
     generator = torch.Generator().manual_seed(seed)
     return with_kv_heads(
         model,
@@ -332,7 +333,7 @@ def _from_latent(heads: LayerHeads, rank: int, generator: torch.Generator) -> La
     pairs, rest = heads.pairs.split(heads.k)
     kept = pairs.shape[1] // 2
     slow = random(len(pairs), 2 * (pairs.shape[1] - kept), rank) @ down
-    if not kept:  # a layer without rotary
+    if rest.shape[1]:  # dimensions without rotary
         rest = random(*rest.shape[:2], rank) @ down
     real, imaginary = slow.tensor_split(2, dim=1)
     shared = pairs[:1, :kept].expand(len(pairs), -1, -1)

@@ -70,7 +70,7 @@ class ModelRequest(TimedRequest):
             read_texts([self.perplexity], PERPLEXITY_WINDOW)
         for path in self.paths:
             self._check_model(path)
-        if self.mha and Path(self.paths[0]).is_dir():
+        if self.mha and Path(self.paths[0]).expanduser().is_dir():
             check_heads(open_checkpoint(self.paths[0]))
         needed = self.working_set + sum(self._memory(path) for path in self.paths)
         needed += self._mha_memory()

@@ -1,7 +1,6 @@
 """What a model may be folded to within so much of its cache. No torch."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from kvfold.arch.family import Family
@@ -62,15 +61,21 @@ def latents_of(
             f"has {most}",
             f"for instance {max(least, most // 2)}",
         )
-    found = [Latent(numbers - r, r, layout=layout) for r in sizes if 2 * r <= numbers]
-    for latent in found:
-        latent.geometry(geometry, family, config)
-        latent.config(family, config)
-    half = rotary_dim // SECOND
-    if half >= 2 and half % 2 == 0 and 2 * half <= numbers:
-        every_second = Latent(numbers - half, half, SECOND, layout=layout)
-        with suppress(InputError):  # a config with scaled frequencies cannot say it
-            every_second.geometry(geometry, family, config)
-            every_second.config(family, config)
-            found.append(every_second)
+    kinds = [(r, 1) for r in sizes]
+    if rotary_dim % (2 * SECOND) == 0 and rotary_dim:
+        kinds.append((rotary_dim // SECOND, SECOND))
+    found, refused = [], None
+    for r, stride in kinds:
+        if 2 * r > numbers:
+            continue
+        latent = Latent(numbers - r, r, stride, layout=layout)
+        try:
+            latent.geometry(geometry, family, config)
+            latent.config(family, config)
+        except InputError as error:  # scaled frequencies, for one, cannot be said in any layout
+            refused = error
+        else:
+            found.append(latent)
+    if refused is not None and not found:
+        raise refused
     return tuple(found)

@@ -20,9 +20,9 @@ from kvfold.checkpoint.records import COMPARED, ComparedRow
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.files import write_json
-from kvfold.fold.fit import FitTask, fit_attention
+from kvfold.fold.fit import fit_attention
 from kvfold.fold.layer import FoldPlan, fold_layer
-from kvfold.fold.passes import Calibration, Load, SourcePass, loader
+from kvfold.fold.passes import Calibration, Load, SourcePass, fit_task, loader
 from kvfold.fold.stored_layer import StoredLayer, Tensors
 from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress, no_progress
@@ -96,7 +96,7 @@ def compare(
     if not fitted:
         texts = texts[1:]  # the first two are one
     plans = [FoldPlan(target, method, fit, seed) for target in targets]
-    candidates = [_Candidate(checkpoint, plan, texts) for plan in plans]
+    candidates = [_Candidate(checkpoint, plan, texts, load) for plan in plans]
     chosen = _spread(checkpoint.geometry.num_layers, FITTED_LAYERS if fitted else LAYERS)
     found: list[list[dict[int, float]]] = []
     for index in range(chosen[-1] + 1):
@@ -159,14 +159,15 @@ class _Text:
 class _Candidate:
     """A target, and the folded model whose single layers can be run on windows of the texts."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: FoldPlan, texts: Sequence[_Text]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, plan: FoldPlan, texts: Sequence[_Text], load: Load
+    ) -> None:
         config = plan.target.config(checkpoint.family, checkpoint.config)
-        self.plan, self._family = plan, BY_TYPE[config["model_type"]]
-        family = self._family
+        family = BY_TYPE[config["model_type"]]
+        self.plan, self._config = plan, config
         self._scale = family.residual_factor(config)
         device = texts[0].calibration.device
         self._stream = LayerStream(config, family, device)
-        load = loader(checkpoint)
         for text in texts:  # for what layers are called with
             first = Calibration(text.calibration.windows[:1], device=device)
             states = first.states("first", checkpoint.geometry.hidden_size)
@@ -182,26 +183,12 @@ class _Candidate:
         """
         with self._stream.layer(layer.index, tensors, copied=fitted_on is not None) as live:
             if fitted_on is not None:
-                fit_attention(self._task(live, layer.index, fitted_on), no_progress)
+                source, seed = fitted_on.source, self.plan.seed + layer.index
+                task = fit_task(
+                    live, self._config, source, fitted_on.attention, source.inputs, seed, STEPS
+                )
+                fit_attention(task, no_progress)
             return {text.tokens: self._error(live, text) for text in texts}
-
-    def _task(self, live: LiveLayer, index: int, text: _Text) -> FitTask:
-        source, family = text.source, self._family
-        return FitTask(
-            live=live,
-            output_name=f"{family.attention}.{family.projections.o}",
-            mlp_output_name=None,
-            source_inputs=source.inputs,
-            source_attention=text.attention,
-            source_outputs=source.outputs,
-            folded_inputs=source.inputs,
-            residual_scale=self._scale,
-            source_scale=source.residual_scale,
-            drift=False,
-            seed=self.plan.seed + index,
-            fixed=family.projections.fixed,
-            steps=STEPS,
-        )
 
     @torch.no_grad()
     def _error(self, live: LiveLayer, text: _Text) -> float:

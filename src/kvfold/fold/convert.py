@@ -261,8 +261,10 @@ def _settled(
 
     assert cut is not None  # an open request has text
     request, targets = found.request, found.targets
-    options: Any = {"method": request.method, "fit": request.fit, "seed": request.seed}
-    measure = partial(compare, checkpoint, targets, cut.calibration, progress=progress, **options)
+    measure = partial(
+        compare, checkpoint, targets, cut.calibration,
+        method=request.method, fit=request.fit, seed=request.seed, progress=progress,
+    )  # fmt: skip
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
 

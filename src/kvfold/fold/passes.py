@@ -18,7 +18,7 @@ from kvfold.arch.carried import Carrier
 from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.writer import carried_from
-from kvfold.fold.fit import FITS, FitTask
+from kvfold.fold.fit import FITS, STEPS, FitTask
 from kvfold.fold.hidden import TEXT, HiddenStates
 from kvfold.fold.layer import FoldedLayer, as_stored
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
@@ -158,6 +158,39 @@ class SourcePass:
         self.inputs, self.outputs = self.outputs, self.inputs
 
 
+def fit_task(
+    live: LiveLayer,
+    config: Mapping[str, Any],
+    source: SourcePass,
+    attention: HiddenStates,
+    inputs: HiddenStates,
+    seed: int,
+    steps: int = STEPS,
+) -> FitTask:
+    """Fitting a folded layer to the source's, run just now.
+
+    Args:
+        config: the folded model's. attention: what the source's attention has put out.
+        inputs: what the folded layer gets.
+    """
+    family = BY_TYPE[config["model_type"]]
+    return FitTask(
+        live=live,
+        output_name=f"{family.attention}.{family.projections.o}",
+        mlp_output_name=None if family.post_norm else family.mlp_output,
+        source_inputs=source.inputs,
+        source_attention=attention,
+        source_outputs=source.outputs,
+        folded_inputs=inputs,
+        residual_scale=family.residual_factor(config),
+        source_scale=source.residual_scale,
+        drift=not family.post_norm,
+        seed=seed,
+        fixed=family.projections.fixed,
+        steps=steps,
+    )
+
+
 class FoldedPass:
     """The folded model, run and fitted layer by layer beside its source.
 
@@ -196,7 +229,8 @@ class FoldedPass:
         """Fit a folded layer to what the source's layer, run just now, puts out."""
         tensors = folded.completed(base, self._carrier)
         with self._stream.layer(folded.index, tensors, copied=True) as live:
-            task = self._task(live, folded.index)
+            seed = self._seed + folded.index
+            task = fit_task(live, self._config, self._source, self.attention, self.inputs, seed)
             error = task.error()
             for stage in FITS[self._fit]:
                 stage(task, progress)
@@ -211,23 +245,6 @@ class FoldedPass:
     def ending(self, load: Load) -> Ending:
         """See :meth:`LayerStream.ending`."""
         return self._stream.ending(carrying(load, self._base, self._carrier))
-
-    def _task(self, live: LiveLayer, index: int) -> FitTask:
-        family, source = self._family, self._source
-        return FitTask(
-            live=live,
-            output_name=f"{family.attention}.{family.projections.o}",
-            mlp_output_name=None if family.post_norm else family.mlp_output,
-            source_inputs=source.inputs,
-            source_attention=self.attention,
-            source_outputs=source.outputs,
-            folded_inputs=self.inputs,
-            residual_scale=family.residual_factor(self._config),
-            source_scale=source.residual_scale,
-            drift=not family.post_norm,
-            seed=self._seed + index,
-            fixed=family.projections.fixed,
-        )
 
     @torch.no_grad()
     def run(self, folded: FoldedLayer, base: StoredLayer) -> float:
