@@ -58,7 +58,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, targets = logits(10, 30, 0)
     results = []
     for elements in (30 * 10, 30 * 3, 1):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", elements)
         own = student.clone().requires_grad_()
         loss, _ = distillation(own, teacher, targets, Objective(2.0, 0.5))
         loss.backward()
@@ -68,6 +68,23 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(gradient, results[0][1])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("temperature", "mix"), [(1.0, 0.0), (2.0, 0.3)])
+def test_what_does_not_count_is_as_if_it_was_not_there(temperature: float, mix: float) -> None:
+    student, teacher, targets = logits(10, 30, 0)
+    counted = torch.tensor([True, False, True, True, False, False, True, True, True, False])
+    wanted = Objective(temperature, mix)
+    whole, part = student.clone().requires_grad_(), student[counted].requires_grad_()
+    found = distillation(whole, teacher, targets, wanted, counted)
+    alone = distillation(part, teacher[counted], targets[counted], wanted)
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other)
+    found[0].backward()
+    alone[0].backward()
+    assert whole.grad is not None
+    assert torch.equal(whole.grad[counted], part.grad)  # type: ignore[arg-type]
+    assert not whole.grad[~counted].any()
+
+
 def test_equal_predictions_have_nothing_to_learn() -> None:
     student, _, targets = logits(5, 20, 1)
     own = student.clone().requires_grad_()
@@ -75,7 +92,7 @@ def test_equal_predictions_have_nothing_to_learn() -> None:
     loss, _ = distillation(own, student + 3.0, targets, Objective())
     loss.backward()
     assert own.grad is not None
-    assert float(loss) == pytest.approx(0, abs=1e-5)
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert float(own.grad.abs().max()) < 1e-6
 
 

@@ -149,12 +149,12 @@ class Distillation:
             with torch.no_grad():
                 wanted = _forward(self.teacher, batch, wants_hidden)
             got = _forward(self.student, batch, wants_hidden)
-        targets = batch.ids[:, 1:][batch.valid]
         loss, kl = distillation(
-            got.logits[:, :-1][batch.valid],
-            wanted.logits[:, :-1][batch.valid],
-            targets,
+            got.logits.flatten(0, 1),
+            wanted.logits.flatten(0, 1),
+            batch.ids.roll(-1, 1).flatten(),
             self.objective,
+            counted=torch.nn.functional.pad(batch.valid, (0, 1)).flatten(),
         )
         if wants_hidden:
             error = hidden_error(got.hidden_states, wanted.hidden_states)
