@@ -90,17 +90,13 @@ def test_what_no_text_begins_with_is_fitted_as_well(
     assert with_them < 0.9 * without
 
 
-def test_heads_are_folded_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*given: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr("kvfold.fold.loop.first_tokens", fail)
-    fold_model(tiny.make("llama"), 1, "pca", "refit", tiny.tokens(8, 32, seed=5))
-
-
-def test_a_latent_is_healed_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "method"), [(1, "pca"), (Latent(12, 4, layout="youtu"), "latent")]
+)
+def test_what_is_fitted_is_fitted_and_healed_with_them(
+    target: int | Latent, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, windows = tiny.make("llama"), tiny.tokens(8, 32, seed=5)
-    folded = fold_model(source, Latent(12, 4, layout="youtu"), "latent", "none", windows).model
     seen = []
 
     def spy(*given: Any) -> torch.Tensor | None:
@@ -108,9 +104,12 @@ def test_a_latent_is_healed_with_them(tmp_path: Path, monkeypatch: pytest.Monkey
         return seen[-1]
 
     monkeypatch.setattr("kvfold.fold.loop.first_tokens", spy)
+    folded = fold_model(source, target, method, "none", windows).model
+    assert not seen
+    fold_model(source, target, method, "refit", windows)
     models = (tiny.checkpoint_of(source), tiny.checkpoint_of(folded))
     heal_layers(*models, windows, tmp_path, 0, no_progress)
-    assert [None if ids is None else len(ids) for ids in seen] == [tiny.VOCABULARY]
+    assert [None if ids is None else len(ids) for ids in seen] == [tiny.VOCABULARY] * 2
 
 
 def test_first_tokens_of_giant_norm_count_by_the_root_of_their_energy_less() -> None:

@@ -34,8 +34,7 @@ class Making:
         config: the folded model's. carrier: what becomes of the base's other tensors.
         make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
             ``gathers`` says that it looks at them, and there is text to gather them from.
-        latent: whether it makes a latent, which also looks at ``LayerStatistics.attended``, and is
-            fitted on first tokens, too (``fold.windows``).
+        latent: whether it makes a latent, which also looks at ``LayerStatistics.attended``.
         fit: a name in ``fold.fit.FITS``.
     """
 
@@ -109,7 +108,7 @@ class _SideBySide:
         self._making = making
         if making.fit == "none":  # no folded model is run whose end could be compared
             calibration = replace(calibration, held_out=None)
-        elif making.latent:
+        else:
             vocabulary = making.source.config["vocab_size"]
             calibration = replace(calibration, first=first_tokens(calibration.windows, vocabulary))
         self._calibration, self._last = calibration, making.source.geometry.num_layers - 1
