@@ -41,6 +41,14 @@ def _default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _computed_in_float32() -> Iterator[None]:
+    """By default, on processors that multiply bfloat16 as on others: many results are exact."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvfold.quality.device.has_bf16", lambda device: False)
+        yield
+
+
 @dataclass
 class Run:
     """What a command answered."""

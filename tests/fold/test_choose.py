@@ -17,6 +17,7 @@ from kvfold.fold.choose import KEPT
 from kvfold.fold.fit import FitTask, fit_attention
 from kvfold.fold.hidden import TEXT
 from kvfold.fold.layer import FoldedLayer, fold_layer
+from kvfold.fold.passes import Calibration
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.progress import Progress
 from tests.conftest import Kvfold
@@ -144,9 +145,9 @@ def test_where_layers_are_fitted_they_are_compared_fitted_on_other_text(
         moved = not torch.equal(before, task.linear(task.output_name).weight)
         fitted.append((task.folded_inputs.shapes[TEXT], task.steps, moved))
 
-    def text(checkpoint: Any, windows: torch.Tensor, load: Any) -> Any:
-        read.append(windows)
-        return made(checkpoint, windows, load)
+    def text(checkpoint: Any, calibration: Calibration, load: Any) -> Any:
+        read.append(calibration.windows)
+        return made(checkpoint, calibration, load)
 
     made = choose._Text
     monkeypatch.setattr(choose, "fit_attention", fit)

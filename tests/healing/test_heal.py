@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from kvfold import heal
 from kvfold.checkpoint.places import working_folder
 from kvfold.healing.loop import rate_factor
+from kvfold.healing.request import HealRequest
 from kvfold.healing.watch import read_metrics
 from tests.toolbox.healing_cases import OPTIONS, same, weights
 
@@ -62,6 +63,20 @@ def test_micro_batches_add_up(source: Path, folded: Path, text: Path, tmp_path: 
     # The same sums in another order; Adam's first steps magnify rounding to parts in 1e4.
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+
+
+def test_as_many_sequences_at_once_as_make_so_many_logits(tmp_path: Path) -> None:
+    def default(config: dict[str, object], context: int) -> int:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        request = HealRequest.asked(
+            folded=tmp_path, teacher="source", texts=["text"], context=context, tokens=10_000
+        )
+        return request.micro_batch
+
+    assert default({"vocab_size": 49_152}, 512) == 2
+    assert default({"vocab_size": 49_152}, 256) == 5
+    assert default({"vocab_size": 128_256}, 2048) == 1
+    assert default({"vocab_size": 0}, 512) == default({}, 512) == 1
 
 
 def test_the_local_stage_fits_layers_and_is_taken_up(

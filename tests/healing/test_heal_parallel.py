@@ -37,7 +37,7 @@ def start(folders: Path, out: str, processes: int, *options: str) -> "subprocess
     arguments = ["heal", "folded", out, "--teacher", "source", "--text", "text.txt"]
     arguments += ["--stages", "kl", "--tokens", "1024", "--batch-tokens", "256", "--context", "64"]
     arguments += ["--held-out-tokens", "128", "--lr", "1e-2", "--save-tokens", "256"]
-    arguments += ["--eval-text", "text.txt", "--device", "cpu", *options]
+    arguments += ["--eval-text", "text.txt", "--device", "cpu", "--dtype", "float32", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*launcher, "-m", "kvfold", *arguments],

@@ -108,6 +108,8 @@ def convert_and_heal(
         tokens=tokens,
         stages=("kl",) if request.fit == "local" else None,
         context=request.context,
+        device=request.device,
+        dtype=request.dtype,
         seed=request.seed,
     )
     check_out(out, request.paths, force or resume)

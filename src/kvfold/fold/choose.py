@@ -22,7 +22,7 @@ from kvfold.errors import RunError
 from kvfold.files import write_json
 from kvfold.fold.fit import fit_attention
 from kvfold.fold.layer import FoldPlan, fold_layer
-from kvfold.fold.passes import Calibration, Load, SourcePass, fit_task, loader
+from kvfold.fold.passes import CPU, Calibration, Load, SourcePass, fit_task, loader
 from kvfold.fold.stored_layer import StoredLayer, Tensors
 from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress, no_progress
@@ -81,18 +81,24 @@ def compare(
     method: str,
     fit: str,
     seed: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     progress: Progress = no_progress,
 ) -> list[Compared]:
     """Fold some layers to each target and measure; see :class:`Compared`.
 
     Args:
+        device, dtype: as in ``Calibration``.
         windows: token ids ``[N, T]``; about the first ``TOKENS`` of them are used, and as many
             more to fit on where ``fit`` is ``local``.
     """
     fitted = fit == "local"
     load = loader(checkpoint)
     seen, measured = _cut(checkpoint, windows, fitted)
-    texts = [_Text(checkpoint, each, load) for each in (seen, *measured)]
+    texts = [
+        _Text(checkpoint, Calibration(each, device=device, dtype=dtype), load)
+        for each in (seen, *measured)
+    ]
     if not fitted:
         texts = texts[1:]  # the first two are one
     plans = [FoldPlan(target, method, fit, seed) for target in targets]
@@ -149,9 +155,9 @@ class _Text:
         attention: what its attention puts out in the layer that was run last.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: torch.Tensor, load: Load) -> None:
-        self.calibration = Calibration(windows)
-        self.tokens = windows.shape[1]
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, load: Load) -> None:
+        self.calibration = calibration
+        self.tokens = calibration.windows.shape[1]
         self.source = SourcePass(checkpoint, self.calibration, load)
         self.attention = self.calibration.states("attention", checkpoint.geometry.hidden_size)
 
@@ -166,10 +172,10 @@ class _Candidate:
         family = BY_TYPE[config["model_type"]]
         self.plan, self._config = plan, config
         self._scale = family.residual_factor(config)
-        device = texts[0].calibration.device
-        self._stream = LayerStream(config, family, device)
+        like = texts[0].calibration
+        self._stream = LayerStream(config, family, like.device, like.dtype)
         for text in texts:  # for what layers are called with
-            first = Calibration(text.calibration.windows[:1], device=device)
+            first = Calibration(text.calibration.windows[:1], device=like.device)
             states = first.states("first", checkpoint.geometry.hidden_size)
             self._stream.start(first.texts, load, states)
 

@@ -58,6 +58,7 @@ from kvfold.fold.request import (
 )
 from kvfold.fold.windows import Cut, early_windows, windows_of
 from kvfold.progress import Progress, no_progress
+from kvfold.quality.device import pick_device, pick_dtype
 from kvfold.quality.text import GivenText
 from kvfold.record import RECORD, command_line, versions
 
@@ -82,6 +83,8 @@ def convert(
     calibrate: bool = True,
     calibration_tokens: int = ConvertRequest.calibration_tokens,
     context: int = ConvertRequest.context,
+    device: str | None = None,
+    dtype: str | None = None,
     seed: int = ConvertRequest.seed,
     max_shard_bytes: int = ConvertRequest.max_shard_bytes,
     resume: bool = False,
@@ -104,6 +107,9 @@ def convert(
         calibration: UTF-8 text files; the small built-in text by default. ``calibrate=False``
             uses none at all.
         calibration_tokens: use at most so many, in windows of ``context``.
+        device: what layers run and are fitted on; by default a GPU if there is one.
+        dtype: ``float32`` or ``bfloat16``, what they multiply in; by default bfloat16 where the
+            device has it in hardware. All else is float32.
         resume: take up an interrupted run of the same request; its output is byte-identical to
             that of an uninterrupted one (but for the ``run`` entry of the record).
         force: replace ``out`` if it exists.
@@ -129,6 +135,8 @@ def convert(
         calibration=NO_CALIBRATION.choose(texts, not flag(calibrate, "calibrate")),
         calibration_tokens=calibration_tokens,
         context=context,
+        device=device,
+        dtype=dtype,
         seed=seed,
         max_shard_bytes=max_shard_bytes,
     )
@@ -226,7 +234,8 @@ def _run(
             from kvfold.fold.own_text import kept_windows
 
             kept = work.folder / "own.json"
-            own = partial(kept_windows, kept, folder, request.seed, progress)
+            where = _computing(request)
+            own = partial(kept_windows, kept, folder, request.seed, where, progress)
         cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text, own)
     asked, compared = request, None
     if request.is_open:
@@ -261,12 +270,20 @@ def _settled(
 
     assert cut is not None  # an open request has text
     request, targets = found.request, found.targets
+    device, dtype = _computing(request)
     measure = partial(
         compare, checkpoint, targets, cut.calibration,
-        method=request.method, fit=request.fit, seed=request.seed, progress=progress,
+        method=request.method, fit=request.fit, seed=request.seed,
+        device=device, dtype=dtype, progress=progress,
     )  # fmt: skip
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
+
+
+def _computing(request: ConvertRequest) -> "tuple[torch.device, torch.dtype]":
+    """What is computed on, and what it multiplies in."""
+    device = pick_device(request.device)
+    return device, pick_dtype(request.dtype, device)
 
 
 def _local_source(request: ConvertRequest, partial: Path) -> Path:
@@ -316,7 +333,8 @@ def _fold_layers(
     hidden = partial / "hidden"
     calibration = None
     if cut is not None:
-        calibration = Calibration(cut.calibration, hidden, held_out=cut.held_out)
+        device, dtype = _computing(request)
+        calibration = Calibration(cut.calibration, hidden, device, dtype, held_out=cut.held_out)
     layers = fold_all(checkpoint, plan, calibration, LayerStore(partial / "layers"), progress)
     reports, held_out = [], None
     for layer in layers:
@@ -360,8 +378,10 @@ def _record(
     layers: list[dict[str, Any]],
 ) -> dict[str, Any]:
     builtin = cut is not None and not request.calibration
-    calibration = None
+    calibration = computed = None
     if cut is not None:
+        device, dtype = _computing(request)
+        computed = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
         calibration = {
             "texts": list(request.calibration or ["built-in"]),
             "sha256": None if text is None else _sha256(text.text),
@@ -377,6 +397,7 @@ def _record(
         "geometry": geometry_record(checkpoint.geometry, request.target),
         "method": request.method,
         "fit": request.fit,
+        "computed": computed,
         "seed": request.seed,
         "calibration": calibration,
         "warnings": [

@@ -161,7 +161,7 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
             finally:
                 handle.remove()
             inputs, output = seen.pop()
-            yield batch, inputs, output + lack / task.residual_scale
+            yield batch, inputs.float(), output + lack / task.residual_scale
 
     _solve(task, task.mlp_output_name, pairs())
 

@@ -20,6 +20,7 @@ from kvfold.fold.passes import Calibration
 from kvfold.fold.request import check_fit
 from kvfold.numbers import SEED
 from kvfold.progress import Progress, no_progress
+from kvfold.quality.device import COMPUTED_IN, pick_device, pick_dtype
 from kvfold.quality.given import check_model, check_windows
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def fold_model(
     *,
     latent: str | None = None,
     layout: str = "deepseek_v3",
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> FoldedModel:
     """Fold an in-memory causal language model to fewer KV heads or to a latent, in a copy.
 
@@ -54,6 +57,7 @@ def fold_model(
         latent, layout: in place of it, as of :func:`kvfold.convert`: ``latent="160+32"``.
         windows: token ids ``[N, T]`` (int64) for calibration. Without them the fold is
             data-free and ``fit`` must be ``none``.
+        device, dtype: as of :func:`kvfold.convert`; the folded model lies where ``model`` does.
 
     Raises:
         InputError: for anything that cannot be folded as asked.
@@ -66,6 +70,8 @@ def fold_model(
         raise InputError(f"fit={fit!r} needs calibration windows", "pass windows, or fit='none'")
     check_model(model)
     windows = None if windows is None else check_windows(windows, model)
+    where = pick_device(device)
+    dtype = None if dtype is None else choice(dtype, "dtype", COMPUTED_IN)
     target = _target(num_kv_heads, latent, layout)
     seed = SEED.check(seed, "seed")
     callback(progress, "progress")
@@ -82,7 +88,9 @@ def fold_model(
         others = {n: t for n, t in state.items() if n not in checkpoint.attention_names}
         state = carry(target, family, config, others)
         plan = FoldPlan(target, method, fit, seed)
-        calibration = None if windows is None else Calibration(windows)
+        calibration = None
+        if windows is not None:
+            calibration = Calibration(windows, device=where, dtype=pick_dtype(dtype, where))
         for layer in fold_all(checkpoint, plan, calibration, progress=progress):
             state.update(layer.tensors)
             reports.append(layer.as_dict())

@@ -22,15 +22,25 @@ from kvfold.quality.text import opening_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CPU = torch.device("cpu")
 _AT_ONCE = 32  # windows
 _LEFT_OUT = 8  # one in so many at each end
 _MARK = "kvfold-user-turn"
 
 
 def own_windows(
-    folder: Path, count: int, context: int, seed: int, progress: Progress = no_progress
+    folder: Path,
+    count: int,
+    context: int,
+    seed: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = no_progress,
 ) -> torch.Tensor:
     """Windows ``[count, context]`` of token ids (int64), the same for the same seed and machine.
+
+    Args:
+        device, dtype: what the model computes on and in.
 
     Raises:
         InputError: for a model without a tokenizer.
@@ -38,7 +48,7 @@ def own_windows(
     >>> own_windows(Path("source"), 97, 512, seed=0)  # doctest: +SKIP
     """
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, torch.float32).eval()
+    model = load_model(folder, dtype).to(device).eval()
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
     wanted = count + 2 * (count // _LEFT_OUT)
@@ -62,11 +72,17 @@ def own_windows(
 
 
 def kept_windows(
-    kept: Path, folder: Path, seed: int, progress: Progress, count: int, context: int
+    kept: Path,
+    folder: Path,
+    seed: int,
+    where: tuple[torch.device, torch.dtype],
+    progress: Progress,
+    count: int,
+    context: int,
 ) -> torch.Tensor:
     """:func:`own_windows`, kept in a file for a run that is taken up again."""
     if not kept.exists():
-        write_json(kept, own_windows(folder, count, context, seed, progress).tolist())
+        write_json(kept, own_windows(folder, count, context, seed, *where, progress).tolist())
     return torch.tensor(OWN_TEXT.read(kept), dtype=torch.int64)
 
 
@@ -95,8 +111,9 @@ def sample(
     cache = DynamicCache(config=model.config)
     written, nats = [begun], torch.zeros(len(begun))
     for _ in range(context - begun.shape[1]):
-        found = call(written[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logs = found.logits[:, -1].float().log_softmax(-1)
+        last = written[-1].to(model.device)
+        found = call(last, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logs = found.logits[:, -1].float().cpu().log_softmax(-1)  # drawn alike on every device
         token = torch.multinomial(logs.exp(), 1, generator=generator)
         nats -= logs.gather(1, token)[:, 0]
         written.append(token)

@@ -40,7 +40,8 @@ class Calibration:
     Attributes:
         windows: token ids ``[N, T]``.
         spill: folder for hidden states too large for memory; None keeps them there.
-        device: what layers run and are fitted on, in float32.
+        device: what layers run and are fitted on. dtype: what they multiply in; weights, hidden
+            states and sums are float32, what is solved float64.
         first: see :func:`kvfold.fold.windows.first_tokens`. They are run and fitted, but not heard
             by statistics.
         held_out: token ids ``[M, T]`` that are run through both models and nothing else.
@@ -49,6 +50,7 @@ class Calibration:
     windows: torch.Tensor
     spill: Path | None = None
     device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
     first: torch.Tensor | None = None
     held_out: torch.Tensor | None = None
 
@@ -105,7 +107,7 @@ class SourcePass:
         self._size, self._device = source.geometry.hidden_size, calibration.device
         family = source.family
         self.residual_scale = family.residual_factor(source.config)
-        self._stream = LayerStream(source.config, family, self._device)
+        self._stream = LayerStream(source.config, family, self._device, calibration.dtype)
         self.inputs = calibration.states("source-in", self._size)
         self.outputs = calibration.states("source-out", self._size)
         self._stream.start(calibration.texts, load, self.inputs)
@@ -220,7 +222,7 @@ class FoldedPass:
         self._source, self._carrier, self._fit, self._seed = source, carrier, fit, seed
         self._base = base
         family = self._family
-        self._stream = LayerStream(config, family, calibration.device)
+        self._stream = LayerStream(config, family, calibration.device, calibration.dtype)
         self.inputs = calibration.states("folded-in", base.geometry.hidden_size)
         self.attention = calibration.states("attention", base.geometry.hidden_size)
         self._stream.start(calibration.texts, carrying(load, base, carrier), self.inputs)

@@ -31,8 +31,20 @@ from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry
 from kvfold.names import shown
 from kvfold.numbers import CALIBRATION, KV_HEADS, LATENT_SIZE, SEED, SHARD_BYTES, WINDOW, Real
+from kvfold.quality.device import COMPUTED_IN, pick_device
 from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
-from kvfold.requests import Choice, Made, Model, Place, Request, Several, Switch, Text, option
+from kvfold.requests import (
+    DEVICE,
+    Choice,
+    Made,
+    Model,
+    Place,
+    Request,
+    Several,
+    Switch,
+    Text,
+    option,
+)
 from kvfold.version import __version__
 
 FIT_NAMES = ("none", "refit", "local")
@@ -146,6 +158,15 @@ class ConvertRequest(Request):
     )
     calibration_tokens: int = option("--calibration-tokens", CALIBRATION, 50_000, "Use at most.")
     context: int = option("--context", WINDOW, 512, "Tokens per window.")
+    device: str | None = option(
+        "--device", DEVICE, None, "torch device.  [default: a GPU if there is one]"
+    )
+    dtype: str | None = option(
+        "--dtype",
+        Choice(COMPUTED_IN),
+        None,
+        "To multiply in; all else is float32.  [default: bfloat16 where hardware has it]",
+    )
     seed: int = option("--seed", SEED, 0)
     max_shard_bytes: int = option(
         "--max-shard-bytes", SHARD_BYTES, MAX_SHARD_BYTES, "Size of each file of weights, at most."
@@ -316,6 +337,7 @@ def preview(
     free = check_disk(out, needed)
     for target in targets:
         methods_for(request.method, target)  # last: from here on torch is imported
+    pick_device(request.device)
     if not is_gguf(request.source):
         check_complete(checkpoint)
     return Preview(request, targets, geometry, config, text, output, needed, free)

@@ -9,7 +9,7 @@ calls its layers in order can be streamed, with no code of its own here.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,7 +81,9 @@ def _attention(
     call = AttentionCall(query, key, value, attention_mask, scale, softcap)
     listener = getattr(module, "kvfold_listener", None)
     if listener is not None:
-        listener(call)
+        heard = replace(call, query=query.float(), key=key.float(), value=value.float())
+        with torch.autocast(query.device.type, enabled=False):
+            listener(heard)
     if softcap is None:
         out, _ = sdpa_attention_forward(
             module, query, key, _widened(value, key), attention_mask, scaling=scale, **kwargs
@@ -142,14 +144,20 @@ class _Giver(_Recorder):
 
 
 class LayerStream:
-    """Runs a checkpoint's decoder layers one at a time, in float32.
+    """Runs a checkpoint's decoder layers one at a time, with weights and hidden states in float32.
 
     Args:
         config: the model's ``config.json``. family: its own.
-        device: what layers run on.
+        device: what layers run on. dtype: what they multiply in.
     """
 
-    def __init__(self, config: Mapping[str, Any], family: Family, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         arguments = {key: value for key, value in config.items() if key != "dtype"}
         hf_config = AutoConfig.for_model(**arguments)
         with init_empty_weights(include_buffers=False), device:  # tables of the model lie there
@@ -164,7 +172,8 @@ class LayerStream:
         self._list_name = rest.partition(".")[0]
         self._base = getattr(self.model, self._base_name)
         self._layers: nn.ModuleList = getattr(self._base, self._list_name)
-        self._attention, self._renamed, self._device = family.attention, family.renamed, device
+        self._attention, self._renamed = family.attention, family.renamed
+        self._device, self._dtype = device, dtype
         self._arguments: dict[int, list[Arguments]] = {}  # by tokens of a window
 
     def start(
@@ -249,7 +258,7 @@ class LayerStream:
             )
         arguments = {tokens: layers[index] for tokens, layers in self._arguments.items()}
         try:
-            yield LiveLayer(module, module.get_submodule(self._attention), arguments)
+            yield LiveLayer(module, module.get_submodule(self._attention), arguments, self._dtype)
         finally:
             module.to("meta")
 
@@ -285,25 +294,30 @@ class LiveLayer:
         module: the layer. attention: its attention module.
         arguments: what the model calls it with besides the hidden states (batch size 1, which
             broadcasts), by tokens of a window.
+        dtype: what it multiplies in.
     """
 
     module: nn.Module
     attention: nn.Module
     arguments: Mapping[int, Arguments]
+    dtype: torch.dtype
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[B, T, C]`` -> ``[B, T, C]``."""
+        """``[B, T, C]`` -> ``[B, T, C]``, float32."""
         args, kwargs = self.arguments[hidden.shape[1]]
-        out = self.module(hidden, *args, **kwargs)
+        lower = self.dtype != torch.float32
+        with torch.autocast(hidden.device.type, self.dtype if lower else None, enabled=lower):
+            out = self.module(hidden, *args, **kwargs)
         return out if isinstance(out, torch.Tensor) else out[0]
 
     def input_of(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the layer up to a module below it and no further; return the module's input."""
-        return self._reach(module.register_forward_pre_hook, lambda args: args[0], hidden)
+        """Run the layer up to a module below it and no further; the module's input, float32."""
+        return self._reach(module.register_forward_pre_hook, lambda args: args[0], hidden).float()
 
     def attention_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the attention puts out; nothing behind it is run."""
-        return self._reach(self.attention.register_forward_hook, lambda args, out: out[0], hidden)
+        """What the attention puts out, float32; nothing behind it is run."""
+        found = self._reach(self.attention.register_forward_hook, lambda args, out: out[0], hidden)
+        return found.float()
 
     def _reach(
         self,

@@ -14,7 +14,7 @@ from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.layer import FoldedLayer
 from kvfold.fold.layer_store import LayerStore
 from kvfold.fold.loop import Making, go_down
-from kvfold.fold.passes import Calibration
+from kvfold.fold.passes import CPU, Calibration
 from kvfold.geometry import LatentGeometry
 from kvfold.progress import Progress
 
@@ -26,11 +26,14 @@ def heal_layers(
     folder: Path,
     seed: int,
     progress: Progress,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Fit all layers of ``folded`` in order, on token windows ``[N, T]``.
 
     Args:
         folder: for layers that are done; an interrupted run goes on from them.
+        device, dtype: as in ``Calibration``.
 
     Returns:
         the changed tensors, and what each stage gained in each layer.
@@ -50,7 +53,8 @@ def heal_layers(
     store = LayerStore(folder, reported=False)  # they were folded elsewhere
     tensors: dict[str, torch.Tensor] = {}
     reports = []
-    for layer in go_down(making, Calibration(windows, folder / "hidden"), store, progress):
+    calibration = Calibration(windows, folder / "hidden", device, dtype)
+    for layer in go_down(making, calibration, store, progress):
         tensors |= layer.tensors
         reports.append(layer.as_dict())
     return tensors, reports

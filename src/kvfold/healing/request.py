@@ -34,6 +34,7 @@ from kvfold.numbers import (
     WEIGHT,
     WINDOW,
 )
+from kvfold.quality.device import COMPUTED_IN
 from kvfold.record import RECORD
 from kvfold.requests import (
     DEVICE,
@@ -54,10 +55,10 @@ from kvfold.version import __version__
 DEFAULT_CONTEXT = 512
 STAGES = ("local", "kl")
 TRAINED = ("attention", "all")
-DTYPES = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
 # What a resumed run may change: everything that does not change which batch comes next.
 CHANGEABLE = ("lr", "lr_rest", "clip", "keep", "save_tokens", "eval_tokens", "device", "parallel")
+_LOGITS = 2**26  # that are computed at once by default
 _STATE_BYTES_PER_WEIGHT = 12  # a float32 weight and Adam's two moments
 
 
@@ -108,7 +109,10 @@ class HealRequest(Request):
     context: int = option("--context", WINDOW, None, "Tokens per sequence.  [default: 512]")
     batch_tokens: int = option("--batch-tokens", TOKENS, 4096, "Per update.")
     micro_batch: int = option(
-        "--micro-batch", MICRO_BATCH, None, "Sequences at once and process.  [default: 1]"
+        "--micro-batch",
+        MICRO_BATCH,
+        None,
+        "Sequences at once and process.  [default: what makes 64Mi logits, or 1]",
     )
     train: str = option("--train", Choice(TRAINED), "attention")
     lr: float = option("--lr", RATE, 5e-5, "Peak rate of attention.")
@@ -126,9 +130,9 @@ class HealRequest(Request):
     )
     dtype: str | None = option(
         "--dtype",
-        Choice(DTYPES),
+        Choice(COMPUTED_IN),
         None,
-        "To compute in; weights are float32.  [default: bfloat16 on a GPU]",
+        "To multiply in; weights are float32.  [default: bfloat16 where hardware has it]",
     )
     parallel: str | None = option(
         "--parallel",
@@ -168,7 +172,7 @@ class HealRequest(Request):
         tenth = max(1, self.tokens // 10)
         self.fill_in("stages", lambda: _default_stages(self.folded))
         self.fill_in("context", lambda: _default_context(self.folded))
-        self.fill_in("micro_batch", lambda: 1)
+        self.fill_in("micro_batch", lambda: _default_micro_batch(self.folded, self.context))
         self.fill_in("save_tokens", lambda: tenth)
         self.fill_in("eval_tokens", lambda: tenth)
         _check_together(self)
@@ -217,6 +221,17 @@ def _default_context(folded: str | Path) -> int:
         return DEFAULT_CONTEXT
     longest = read_config(folder).get("max_position_embeddings")
     return min(DEFAULT_CONTEXT, longest) if longest else DEFAULT_CONTEXT
+
+
+def _default_micro_batch(folded: str | Path, context: int) -> int:
+    """The models' logits are the largest of what is in memory; weights are read once for all."""
+    folder = Path(folded).expanduser()
+    if not (folder / "config.json").exists():
+        return 1
+    vocabulary = read_config(folder).get("vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        return 1
+    return max(1, _LOGITS // (vocabulary * context))
 
 
 def _check_together(request: HealRequest) -> None:

@@ -42,6 +42,7 @@ from kvfold.healing.request import (
 from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
 from kvfold.progress import Progress, no_progress
+from kvfold.quality.device import pick_dtype
 from kvfold.quality.run import load_model
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import python_topics, read_texts, token_windows
@@ -256,7 +257,10 @@ class _Run:
         def run() -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
             windows, layers = self._local_windows(), self.partial / "layers"
             progress = self.progress if self.peers.first else no_progress
-            return heal_layers(teacher, self.folded, windows, layers, self.request.seed, progress)
+            seed, device = self.request.seed, self.peers.device
+            return heal_layers(
+                teacher, self.folded, windows, layers, seed, progress, device, self.dtype
+            )
 
         result = run() if self.peers.first else None
         self.peers.barrier()
@@ -295,9 +299,7 @@ class _Run:
         return saves.trained_tensors(training.student)
 
     def _training(self, changed: dict[str, torch.Tensor]) -> Distillation:
-        r, peers = self.request, self.peers
-        on_gpu = peers.device.type == "cuda"
-        dtype = getattr(torch, r.dtype or ("bfloat16" if on_gpu else "float32"))
+        r, peers, dtype = self.request, self.peers, self.dtype
         student = load_student(r, changed)
         family = family_of_model(student)
         student = distribute(student, peers, dtype, trained=True)
@@ -315,6 +317,11 @@ class _Run:
             folder=self.partial / "checkpoints",
             watch=unwatched,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What both models multiply in."""
+        return pick_dtype(self.request.dtype, self.peers.device)
 
     def _deciding(self) -> Batch | None:
         most = max(1, _DECIDING_TOKENS // self.request.context)

@@ -8,6 +8,9 @@ from kvfold.names import shown
 if TYPE_CHECKING:
     import torch
 
+# What whole layers are multiplied in; weights, sums and what is solved are float32 and more.
+COMPUTED_IN = ("float32", "bfloat16")
+
 
 def pick_device(name: "str | torch.device | None") -> "torch.device":
     """The device of a name; without one a GPU if there is one, else the CPU.
@@ -37,3 +40,28 @@ def pick_device(name: "str | torch.device | None") -> "torch.device":
             "--device cpu always works",
         ) from error
     return device
+
+
+def pick_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
+    """The dtype of a name; without one what the device multiplies fastest: see :func:`has_bf16`.
+
+    >>> import torch
+    >>> pick_dtype("float32", torch.device("cpu"))
+    torch.float32
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name or ("bfloat16" if has_bf16(device) else "float32"))
+    return dtype
+
+
+def has_bf16(device: "torch.device") -> bool:
+    """Whether it multiplies bfloat16 in hardware: GPUs since 2020, AVX-512 BF16, AMX."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
