@@ -80,13 +80,21 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "kv_bytes": st.integers(1, 99).map("{}%".format),
     "pad": LATENTS,
 }
+_TARGETS = ("grouped", "latent", "kv_bytes", "pad", "max_ppl_ratio", "max_kl")
 # What excludes each other, and what needs the other.
 TOGETHER: dict[type[Request], st.SearchStrategy[dict[str, Any]]] = {
     ConvertRequest: st.one_of(
         st.fixed_dictionaries({"grouped": RIGHT["grouped"]}),
         st.fixed_dictionaries({"latent": LATENTS, "pad": st.none() | LATENTS}),
         st.fixed_dictionaries({"kv_bytes": RIGHT["kv_bytes"], "calibration": st.just(())}),
-    ).map(lambda given: {"grouped": None, "latent": None, "kv_bytes": None, "pad": None} | given),
+        st.fixed_dictionaries(
+            {
+                "max_ppl_ratio": st.none() | st.floats(0, 1e9),
+                "max_kl": st.floats(0, 1e9),
+                "calibration": st.just(()),
+            }
+        ),
+    ).map(lambda given: dict.fromkeys(_TARGETS) | given),
 }
 
 

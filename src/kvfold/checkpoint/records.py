@@ -124,6 +124,15 @@ class HeldOut(TypedDict):
 
 
 @open_ended
+class TriedRow(TypedDict):
+    """What one number of KV heads lost, folded by one fit; see ``fold.search``."""
+
+    target: str
+    fit: str
+    held_out: HeldOut
+
+
+@open_ended
 class FoldRecord(TypedDict):
     """A ``kvfold.json`` that ``convert`` wrote."""
 
@@ -331,6 +340,7 @@ QUALITIES = Document(list[WholeQuality], _RUN)
 EVALUATION = Document(Evaluated, "give what `kvfold eval --json` printed", error=InputError)
 DEMO_RECORD = Document(DemoRecord, _RUN)
 METRICS_ROW = Document(MetricsRow, _RUN, largest=MEGABYTE)
+TRIED = Document(list[TriedRow], "--force instead of --resume starts over")
 COMPARED = Document(list[ComparedRow], "--force instead of --resume starts over")
 OWN_TEXT = Document(
     list[list[Count]], "--force instead of --resume starts over", largest=256 * MEGABYTE

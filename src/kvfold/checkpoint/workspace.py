@@ -40,9 +40,12 @@ from kvfold.errors import InputError, RunError
 from kvfold.files import is_temporary, of_full_disk, write_json
 
 REQUEST, NEW, OLD = "request.json", "out", "old"
-# What is worth going on from: what was compared, a layer, a checkpoint, a shard, a dequantized
-# source, an older OUT.
-_WORTH = ("compared.json", "layers/*.json", "checkpoints/step-????????", f"{NEW}/*", "source", OLD)
+# What is worth going on from: what was compared or tried, a layer, a checkpoint, a shard, a
+# dequantized source, an older OUT.
+_WORTH = (
+    "compared.json", "tried.json", "layers/*.json", "tries/*/*.json", "checkpoints/step-????????",
+    f"{NEW}/*", "source", OLD,
+)  # fmt: skip
 _INPUTS, _FOLDER = "inputs", "folder"
 
 

@@ -164,6 +164,9 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
     for each in record.get("compared", []):
         errors = ", ".join(f"{e:.3f} at {int(n):,}" for n, e in each["attention_error"].items())
         rows.append((f"attention error, {each['target']}", errors))
+    for each in record.get("tried", []):
+        name = f"tried {each['target']}" + ("" if each["fit"] == "none" else f", {each['fit']}")
+        rows.append((name, _lost(each["held_out"])))
     summary = record.get("summary", {})
     for what, key in (("V", "captured_value"), ("K", "captured_key")):
         if key in summary:
@@ -173,12 +176,15 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
         rows.append((f"layer error, {name.replace('_', ' ')}", change))
     held_out = record.get("held_out")
     if held_out:
-        lost = f"{held_out['nats_lost']:.3f} ± {held_out['nats_lost_error']:.3f}"
-        ratio = f"perplexity × {exp(held_out['nats_lost']):.2f}"
-        rows.append((f"nats lost, {held_out['tokens']:,} held-out tokens", f"{lost} ({ratio})"))
+        rows.append((f"nats lost, {held_out['tokens']:,} held-out tokens", _lost(held_out)))
     rows.append(("peak memory", size(record["run"]["peak_memory_bytes"])))
     rows.append(("time", f"{record['run']['seconds']:.0f} s"))
     print_table(f"Folded to {out}", ["", ""], rows)
+
+
+def _lost(held_out: dict[str, Any]) -> str:
+    nats = f"{held_out['nats_lost']:.3f} ± {held_out['nats_lost_error']:.3f}"
+    return f"{nats} (perplexity × {exp(held_out['nats_lost']):.2f})"
 
 
 def _geometry_rows(geometry: dict[str, Any]) -> list[tuple[str, str]]:

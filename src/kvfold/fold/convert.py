@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.pretrained import check_complete
-from kvfold.checkpoint.records import ComparedRow, HeldOut
+from kvfold.checkpoint.records import ComparedRow, HeldOut, TriedRow
 from kvfold.checkpoint.source import (
     Checkpoint,
     TensorFiles,
@@ -56,6 +57,7 @@ from kvfold.fold.request import (
     calibration_text,
     preview,
 )
+from kvfold.fold.search import CLOSED, Limit, Search, measured
 from kvfold.fold.windows import Cut, early_windows, windows_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_device, pick_dtype
@@ -75,6 +77,8 @@ def convert(
     *,
     latent: str | None = None,
     kv_bytes: str | None = None,
+    max_ppl_ratio: float | None = None,
+    max_kl: float | None = None,
     layout: str = ConvertRequest.layout,
     pad: str | None = None,
     method: str = ConvertRequest.method,
@@ -100,6 +104,8 @@ def convert(
             ``"192"`` chooses between such of 192 numbers, by measuring.
         kv_bytes: in place of both: ``"50%"`` of the source's cache, by heads or a latent,
             whichever keeps more of what attention puts out on the calibration text.
+        max_ppl_ratio, max_kl: in place of all of these: the fewest KV heads with no higher ratio of
+            perplexities (folded to source), and no higher KL, on calibration text that is held out.
         layout: what a latent is stored as: ``deepseek_v3``, ``portable`` or ``youtu``.
         pad: sizes that a latent is padded to with zeros, for engines that take no others.
         method: see ``kvfold methods``. fit: ``none``, ``refit`` or ``local``; by default
@@ -119,6 +125,7 @@ def convert(
 
     Raises:
         InputError: before anything heavy starts. RunError: if the disk fills up midway.
+        ThresholdError: if no number of KV heads keeps ``max_ppl_ratio`` and ``max_kl``.
 
     >>> record = convert("source", "folded", 4)  # doctest: +SKIP
     """
@@ -128,6 +135,8 @@ def convert(
         grouped=num_kv_heads,
         latent=latent,
         kv_bytes=kv_bytes,
+        max_ppl_ratio=max_ppl_ratio,
+        max_kl=max_kl,
         layout=layout,
         pad=pad,
         method=method,
@@ -237,12 +246,15 @@ def _run(
             where = _computing(request)
             own = partial(kept_windows, kept, folder, request.seed, where, progress)
         cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text, own)
-    asked, compared = request, None
-    if request.is_open:
-        request, compared = _settled(found, checkpoint, cut, work.folder, progress)
+    asked, tried = request, dict[str, Any]()
+    if request.searches:
+        request, tried["tried"] = _searched(found, checkpoint, cut, work.folder, progress)
+    elif request.is_open:
+        request, tried["compared"] = _settled(found, checkpoint, cut, work.folder, progress)
     layers, held_out = list[dict[str, Any]](), None
     if not same:
-        layers, held_out = _fold_layers(checkpoint, request, cut, work.folder, progress)
+        kept = work.folder / "layers"
+        layers, held_out = _fold_layers(checkpoint, request, cut, kept, progress)
     shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
     write_json(work.new / "config.json", folded_config(checkpoint, request.target))
@@ -250,8 +262,8 @@ def _run(
     record = _record(checkpoint, request, text, cut, layers)
     if held_out is not None:
         record["held_out"] = held_out
-    if compared is not None:
-        record |= {"command": command_line(asked), "compared": compared}
+    if tried:
+        record |= {"command": command_line(asked), **tried}
     record["source"] |= {"sha256": _weight_hashes(work, checkpoint), "carried": carried}
     write_text(work.new / "README.md", model_card(checkpoint, request.target, record))
     open_checkpoint(work.new)  # the headers of what was written are as planned
@@ -278,6 +290,28 @@ def _settled(
     )  # fmt: skip
     target, rows = choose(folder / KEPT, targets, measure)
     return request.settled(target), rows
+
+
+def _searched(
+    found: Preview,
+    checkpoint: Checkpoint,
+    cut: Cut | None,
+    folder: Path,
+    progress: Progress,
+) -> tuple[ConvertRequest, list[TriedRow]]:
+    """The request with the fewest heads that hold what was asked, and what was tried for that."""
+    request = found.request
+    search = Search(
+        folder, found.targets, request.fit or CLOSED,
+        Limit(request.max_ppl_ratio, request.max_kl),
+        lambda target, fit, layers: measured(
+            _fold_layers(
+                checkpoint, replace(request.settled(target), fit=fit), cut, layers, progress,
+                label=f"trying {target.label}" + (", fitted" if fit != CLOSED else ""),
+            )[1]
+        ),
+    )  # fmt: skip
+    return request.settled(search.run()), search.rows
 
 
 def _computing(request: ConvertRequest) -> "tuple[torch.device, torch.dtype]":
@@ -320,22 +354,29 @@ def _fold_layers(
     checkpoint: Checkpoint,
     request: ConvertRequest,
     cut: Cut | None,
-    partial: Path,
+    kept: Path,
     progress: Progress,
+    label: str | None = None,
 ) -> tuple[list[dict[str, Any]], HeldOut | None]:
-    """Fold all layers, keeping each on disk; their reports, and what was measured at the end."""
+    """Fold all layers, keeping each on disk; their reports, and what was measured at the end.
+
+    Args:
+        kept: the folder for them. label: of a try, which is measured whatever fits it.
+    """
     from kvfold.fold.layer import FoldPlan
     from kvfold.fold.layer_store import LayerStore
     from kvfold.fold.loop import fold_all
     from kvfold.fold.passes import Calibration
 
     plan = FoldPlan(request.target, request.method, request.fit, request.seed)
-    hidden = partial / "hidden"
+    if label is not None:
+        plan = replace(plan, measured=True, label=label)
+    hidden = kept.with_name("hidden")
     calibration = None
     if cut is not None:
         device, dtype = _computing(request)
         calibration = Calibration(cut.calibration, hidden, device, dtype, held_out=cut.held_out)
-    layers = fold_all(checkpoint, plan, calibration, LayerStore(partial / "layers"), progress)
+    layers = fold_all(checkpoint, plan, calibration, LayerStore(kept), progress)
     reports, held_out = [], None
     for layer in layers:
         reports.append(layer.as_dict())

@@ -25,12 +25,16 @@ class FoldPlan:
 
     Attributes:
         fit: ``none``, ``refit`` or ``local``; more than ``none`` needs calibration windows.
+        measured: whether closed forms, too, are run on what is held out.
+        label: what progress calls it.
     """
 
     target: Target
     method: str
     fit: str
     seed: int
+    measured: bool = False
+    label: str = "folding layers"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Making:
         make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
             ``gathers`` says that it looks at them, and there is text to gather them from.
         latent: whether it makes a latent, which also looks at ``LayerStatistics.attended``.
-        fit: a name in ``fold.fit.FITS``.
+        fit: a name in ``fold.fit.FITS``. measured: whether the folded model is run, and compared
+            at its end, even if nothing is fitted.
     """
 
     label: str
@@ -48,6 +49,12 @@ class Making:
     latent: bool
     fit: str
     seed: int
+    measured: bool = False
+
+    @property
+    def runs(self) -> bool:
+        """Whether the folded model is run beside its source."""
+        return self.measured or self.fit != "none"
 
 
 def fold_all(
@@ -59,7 +66,7 @@ def fold_all(
 ) -> Iterator[FoldedLayer]:
     """Fold every layer in order; those that the store has are taken from there."""
     making = Making(
-        label="folding layers",
+        label=plan.label,
         source=source,
         base=source,
         config=plan.target.config(source.family, source.config),
@@ -69,6 +76,7 @@ def fold_all(
         latent=isinstance(plan.target, Latent),
         fit=plan.fit,
         seed=plan.seed,
+        measured=plan.measured,
     )
     return go_down(making, calibration, store, progress)
 
@@ -102,20 +110,20 @@ def go_down(
 
 
 class _SideBySide:
-    """The source and the folded model on their way down; the latter only if it is fitted."""
+    """The source and the folded model on their way down; the latter only if it is needed."""
 
     def __init__(self, making: Making, calibration: Calibration) -> None:
         self._making = making
-        if making.fit == "none":  # no folded model is run whose end could be compared
+        if not making.runs:  # there is no end to compare
             calibration = replace(calibration, held_out=None)
-        else:
+        elif making.fit != "none":
             vocabulary = making.source.config["vocab_size"]
             calibration = replace(calibration, first=first_tokens(calibration.windows, vocabulary))
         self._calibration, self._last = calibration, making.source.geometry.num_layers - 1
         load, base_load = self._loaders(None)
         self._source = SourcePass(making.source, calibration, load)
         self._folded: FoldedPass | None = None
-        if making.fit != "none":
+        if making.runs:
             self._folded = FoldedPass(
                 making.base, making.config, making.carrier, self._source, calibration, base_load,
                 fit=making.fit, seed=making.seed,

@@ -229,6 +229,8 @@ class FoldedPass:
 
     def fit(self, folded: FoldedLayer, base: StoredLayer, progress: Progress) -> None:
         """Fit a folded layer to what the source's layer, run just now, puts out."""
+        if not FITS[self._fit]:
+            return
         tensors = folded.completed(base, self._carrier)
         with self._stream.layer(folded.index, tensors, copied=True) as live:
             seed = self._seed + folded.index

@@ -28,9 +28,19 @@ from kvfold.errors import InputError
 from kvfold.fold.candidates import heads_and_latents, latents_of
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
-from kvfold.geometry import AttentionGeometry
+from kvfold.geometry import AttentionGeometry, divisors
 from kvfold.names import shown
-from kvfold.numbers import CALIBRATION, KV_HEADS, LATENT_SIZE, SEED, SHARD_BYTES, WINDOW, Real
+from kvfold.numbers import (
+    CALIBRATION,
+    KL,
+    KV_HEADS,
+    LATENT_SIZE,
+    RATIO,
+    SEED,
+    SHARD_BYTES,
+    WINDOW,
+    Real,
+)
 from kvfold.quality.device import COMPUTED_IN, pick_device
 from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
 from kvfold.requests import (
@@ -51,7 +61,8 @@ FIT_NAMES = ("none", "refit", "local")
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
 LEAST_TOKENS = 1024
 SELF = "self"  # in place of a text: what the model writes itself (a file of the name: ./self)
-_OPEN = ("latent", "kv_bytes", "layout", "pad")  # what an open request says of its target
+# What an open request says of its target.
+_OPEN = ("latent", "kv_bytes", "layout", "pad", "max_ppl_ratio", "max_kl")
 _GGUF_BYTES_PER_WEIGHT = 4
 
 
@@ -123,6 +134,16 @@ class ConvertRequest(Request):
         "attention puts out on the calibration text.",
         metavar="PERCENT%",
     )
+    max_ppl_ratio: float | None = option(
+        "--max-ppl-ratio",
+        RATIO,
+        None,
+        "Or: the fewest KV heads with no higher ratio of perplexities, folded to the source, on "
+        "calibration text that is held out.",
+    )
+    max_kl: float | None = option(
+        "--max-kl", KL, None, "The same with a KL; of both, both must hold."
+    )
     layout: str = option(
         "--layout",
         Choice(tuple(LAYOUTS)),
@@ -186,13 +207,16 @@ class ConvertRequest(Request):
     def _check_target(self) -> None:
         names = {"--kv-heads": self.grouped, "--latent": self.latent, "--kv-bytes": self.kv_bytes}
         asked = [name for name, value in names.items() if value is not None]
+        if self.searches:
+            asked.append("--max-kl" if self.max_ppl_ratio is None else "--max-ppl-ratio")
         if len(asked) > 1:
             raise InputError(f"{' and '.join(asked)} exclude each other", "keep one")
         if not asked:
             raise InputError("nothing to fold to", "give --kv-heads N, or --latent RANK+ROTARY")
         if self.is_open and self.calibration is None:
             hint = "drop --no-calibration"
-            raise InputError(f"{asked[0]} {self._room} is measured on calibration text", hint)
+            words = f"{asked[0]} {self._room}".strip()
+            raise InputError(f"{words} is measured on calibration text", hint)
         if self.pad is not None and self.latent is None:
             raise InputError("--pad is for latents", "give --latent too, or drop it")
         if self.pad is not None and "/" in self.pad:
@@ -204,8 +228,13 @@ class ConvertRequest(Request):
 
     @property
     def is_open(self) -> bool:
-        """Whether only a size is asked for, and what is folded to is yet to be measured."""
-        return self.kv_bytes is not None or (self.latent or "").isdecimal()
+        """Whether what is folded to is yet to be measured."""
+        return self.searches or self.kv_bytes is not None or (self.latent or "").isdecimal()
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is only said what may be lost."""
+        return self.max_ppl_ratio is not None or self.max_kl is not None
 
     @property
     def target(self) -> Target:
@@ -224,10 +253,11 @@ class ConvertRequest(Request):
 
     def settled(self, target: Target) -> "ConvertRequest":
         """The same request for one target."""
+        closed: dict[str, Any] = {"kv_bytes": None, "max_ppl_ratio": None, "max_kl": None}
         if isinstance(target, Latent):
-            return replace(self, kv_bytes=None, latent=target.words)
+            return replace(self, **closed, latent=target.words)
         assert isinstance(target, Grouped)
-        return replace(self, kv_bytes=None, latent=None, grouped=target)
+        return replace(self, **closed, latent=None, grouped=target)
 
     def keeps(self, source: AttentionGeometry) -> bool:
         """Whether the source is like this already, so that nothing need be folded."""
@@ -333,7 +363,8 @@ def preview(
     geometry = family_of(config).geometry(config)
     text = calibration_text(request)
     hidden = 4 * 4 * request.calibration_tokens * geometry.hidden_size if request.calibrates else 0
-    needed = output + changed + transcoded + hidden
+    tries = changed if request.searches else 0  # beside the best so far
+    needed = output + changed + tries + transcoded + hidden
     free = check_disk(out, needed)
     for target in targets:
         methods_for(request.method, target)  # last: from here on torch is imported
@@ -347,6 +378,17 @@ def _targets(request: ConvertRequest, config: Mapping[str, Any]) -> tuple[Target
     """What a model of that config may be folded to; all that is asked for, if it can be."""
     family = family_of(config)
     geometry = family.geometry(config)
+    if request.searches:
+        targets = tuple(Grouped(heads) for heads in divisors(geometry.num_kv_heads)[:-1])
+        if not targets:
+            raise InputError(
+                f"the source has {geometry.num_kv_heads} KV head: there is none to save",
+                "give --latent RANK+ROTARY",
+            )
+        for each in targets:
+            each.geometry(geometry, family, config)
+            each.config(family, config)
+        return targets
     if request.is_open:
         share, latent = request.kv_bytes, request.latent
         if share is not None:

@@ -93,7 +93,14 @@ def windows_of(
         parts.append(cut(own, tokens))
     if not parts:
         return None
-    return Cut.of(parts)
+    found = Cut.of(parts)
+    if request.searches and not len(found.held_out):
+        raise InputError(
+            f"the calibration text has {found.calibration.numel()} tokens, none to hold out; "
+            f"expected at least {_HELD_OUT_OF * context}",
+            "give more text, or a smaller --context",
+        )
+    return found
 
 
 def _of_text(
