@@ -44,7 +44,7 @@ def test_none_are_needed_where_every_text_begins_alike() -> None:
     assert first_tokens(torch.tensor([[1, 6], [1, 8]]), 96) is None
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "smollm3"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "smollm3", "gpt_oss"])
 def test_texts_of_two_lengths_are_run_as_the_model_runs_them(case: str) -> None:
     """Masks and rotary tables are those of each length."""
     model = tiny.make(case)

@@ -261,6 +261,7 @@ REFUSED = {
     "glm4_moe": "mixtures of experts",
     "glm4_moe-norm": "mixtures of experts",
     "glm4": "outputs are normalised",
+    "gpt_oss": "sinks",
     "granitemoe": "mixtures of experts",
     "ministral3": "scaled by their position",
     "mixtral": "mixtures of experts",

@@ -84,6 +84,34 @@ def test_healing_runs_the_folded_model_on_its_own_embeddings(tmp_path: Path) -> 
     assert found[1] > 0.01
 
 
+@pytest.mark.parametrize("masked", [None, "window", "added"])
+@pytest.mark.parametrize("value_dim", [8, 16])
+def test_sinks_take_attention_away(masked: str | None, value_dim: int) -> None:
+    """As a further logit of each head, whose value is zero; from weights and from outputs alike."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 12, dim, generator=generator, dtype=torch.float64)
+        for heads, dim in ((6, 16), (2, 16), (2, value_dim))
+    )
+    sinks = torch.randn(6, generator=generator, dtype=torch.float64)
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
+    mask = None
+    if masked:
+        seen = seen.triu(-4)
+        mask = seen[None, None]
+    if masked == "added":
+        mask = torch.zeros(1, 1, 12, 12, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    scores = (query @ key.repeat_interleave(3, 1).mT * 0.25).masked_fill(~seen, -torch.inf).exp()
+    weights = scores / (scores.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    call = AttentionCall(query, key, value, mask, 0.25, None, sinks)
+    assert (call.probabilities() - weights).abs().max() < 1e-14
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    found, _ = _attention(module, query, key, value, mask, 0.25, s_aux=sinks)
+    wanted = (weights @ value.repeat_interleave(3, 1)).transpose(1, 2)
+    assert (found - wanted).abs().max() < 1e-14 * 12 * value.abs().max()
+
+
 @pytest.mark.parametrize("value_dim", [8, 16, 24])
 def test_narrow_values_are_attended_alike(value_dim: int) -> None:
     """Without gradients values narrower than keys, as a latent's are, are padded."""

@@ -107,6 +107,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "glm4_moe": ("glm4_moe", COMMON | WIDE | DENSE_FIRST),
     "glm4_moe-norm": ("glm4_moe", COMMON | WIDE | DENSE_FIRST | {"use_qk_norm": True}),
+    "gpt_oss": (
+        "gpt_oss",
+        COMMON | WIDE | WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "granitemoe": (
         "granitemoe",
         COMMON | {"num_local_experts": 4, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
@@ -148,6 +152,8 @@ def build(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts biases at zero, which proves nothing
             torch.nn.init.normal_(parameter, std=0.2)
+        if name.endswith("sinks"):  # and these near it
+            torch.nn.init.normal_(parameter)
     return model.eval()
 
 
@@ -212,7 +218,7 @@ def repeated(heads: LayerHeads) -> LayerHeads:
 def scrambled(heads: LayerHeads, seed: int) -> LayerHeads:
     """Permute the KV heads and give each random gauges: the same function, hidden structure."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(heads.num_kv_heads, generator=generator)
+    order = permuted(heads.num_kv_heads, generator)
     q, k, v, o = heads.q[order], heads.k[order], heads.v[order], heads.o[order]
     value_gauges = torch.stack([random_gauge(v.shape[1], generator) for _ in v])
     v = value_gauges @ v
@@ -239,6 +245,11 @@ def scrambled(heads: LayerHeads, seed: int) -> LayerHeads:
     return LayerHeads(q, k, v, o, heads.o_bias, heads.has_bias, heads.pairs, heads.norm)
 
 
+def permuted(count: int, generator: torch.Generator) -> torch.Tensor:
+    """The order of KV heads that have been scrambled with a generator of the same seed."""
+    return torch.randperm(count, generator=generator)
+
+
 def random_gauge(size: int, generator: torch.Generator) -> torch.Tensor:
     """A random matrix of condition number at most 3, so that float32 keeps its digits."""
     noise = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
@@ -251,7 +262,12 @@ def random_gauge(size: int, generator: torch.Generator) -> torch.Tensor:
 def hidden_mha(model: Any, seed: int = 7) -> Any:
     """A GQA model as an MHA model that computes the same, its structure hidden."""
     heads = [scrambled(repeated(h), seed + i) for i, h in enumerate(all_heads(model))]
-    return with_kv_heads(model, heads)
+    hidden = with_kv_heads(model, heads)
+    sinks = checkpoint_of(model).family.sinks
+    for index, layer in enumerate(hidden.model.layers if sinks else ()):
+        own = layer.self_attn.get_parameter(sinks).data
+        own.copy_(own[permuted(len(own), torch.Generator().manual_seed(seed + index))])
+    return hidden
 
 
 def gpt2_of(bigcode: Any, seed: int = 7) -> Any:

@@ -103,6 +103,7 @@ class Family:
         layer, attention: module paths; ``{layer}`` is the layer number.
         renamed: tensors below a layer that checkpoints store otherwise than transformers' module
             has them, such as experts one by one.
+        sinks: a logit per query head that takes attention away, below ``attention``, if any.
         mlp_output: the MLP's last linear layer below ``layer``, if there is just one.
         post_norm: the attention's output is normalised before it joins the residual stream.
         residual_scale: config key of the factor on each block's output, if any.
@@ -130,6 +131,7 @@ class Family:
     layer: str = "model.layers.{layer}"
     attention: str = "self_attn"
     renamed: tuple[Renamed, ...] = ()
+    sinks: str = ""
     mlp_output: str | None = "mlp.down_proj"
     projections: Projections = SeparateProjections()
     rotary: Rotary = Rotary()

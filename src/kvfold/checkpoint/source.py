@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
+_QUANTIZED_HINT = (
+    "fold the original checkpoint, or load it in transformers, call model.dequantize() and "
+    "save_pretrained() first"
+)
+_MXFP4_HINT = (
+    "AutoModelForCausalLM.from_pretrained(SRC, quantization_config=Mxfp4Config(dequantize=True))"
+    ".save_pretrained(PLAIN) in transformers first"
+)
 _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 _LARGEST_TEXT = 1 << 28  # tokenizers of 250,000 words have 35 MB
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -207,8 +215,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedError(
             f"{folder.name} is quantized ({method}); folding needs floating-point weights",
-            "fold the original checkpoint, or load it in transformers, call model.dequantize() "
-            "and save_pretrained() first",
+            _MXFP4_HINT if method == "mxfp4" else _QUANTIZED_HINT,
         )
     return Checkpoint(str(folder), config, _open_files(folder, config))
 

@@ -136,7 +136,18 @@ def fold_layer(
         source.index, best.name, fold.groups(best), energy.captured_value, energy.captured_key,
         fold.constant_error,
     )  # fmt: skip
-    return FoldedLayer(source.index, _stored(source, plan.target, weights), report)
+    tensors = _stored(source, plan.target, weights) | _sinks(source, report.groups)
+    return FoldedLayer(source.index, tensors, report)
+
+
+def _sinks(source: StoredLayer, groups: list[list[int]]) -> Tensors:
+    """Those of query heads, which move with their KV heads; none of most families."""
+    checkpoint = source.checkpoint
+    if not checkpoint.family.sinks:
+        return {}
+    name = f"{checkpoint.attention_prefix(source.index)}.{checkpoint.family.sinks}"
+    by_head = source.tensor(name).unflatten(0, (checkpoint.geometry.num_kv_heads, -1))
+    return {name: by_head[[head for group in groups for head in group]].flatten()}
 
 
 def _stored(source: StoredLayer, target: Target, weights: Any) -> Tensors:

@@ -38,6 +38,7 @@ class AttentionCall:
     Attributes:
         query: ``[B, Hq, T, D]``; key: ``[B, Hkv, T, D]``; value: ``[B, Hkv, T, Dv]``.
         mask: boolean or additive ``[B or 1, 1, T, T]``, or None for plain causal.
+        sinks: ``[Hq]``, a logit per head that takes attention away, or None.
     """
 
     query: torch.Tensor
@@ -46,6 +47,7 @@ class AttentionCall:
     mask: torch.Tensor | None
     scale: float
     softcap: float | None
+    sinks: torch.Tensor | None = None
 
     def probabilities(self) -> torch.Tensor:
         """The attention weights ``[B, Hq, T, T]``."""
@@ -55,15 +57,42 @@ class AttentionCall:
         scores = scores.reshape(batch, heads, tokens, -1)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        mask = self.mask
-        if mask is None:
-            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).tril()
+        mask = _or_causal(self.mask, scores)
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
+        if self.sinks is not None:
+            sinks = self.sinks[None, :, None, None].expand(batch, heads, tokens, 1)
+            return torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
         result: torch.Tensor = scores.softmax(-1)
         return result
+
+    def with_sinks(self) -> "AttentionCall":
+        """The same with a key of its own for what sinks take away, whose value is zero.
+
+        It is the first; queries and keys have one dimension more, in which only it is not zero:
+        no scores need be stored for the sake of one number per head.
+        """
+        assert self.sinks is not None
+        batch, heads, tokens, _ = self.query.shape
+        logit = (self.sinks / self.scale).to(self.query.dtype)[None, :, None, None]
+        query = torch.cat([self.query, logit.expand(batch, heads, tokens, 1)], -1)
+        key = torch.nn.functional.pad(self.key, (0, 1, 1, 0))
+        key[:, :, 0, -1] = 1
+        value = torch.nn.functional.pad(self.value, (0, 0, 1, 0))
+        mask = _or_causal(self.mask, self.query)
+        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        mask = torch.cat([seen((*mask.shape[:-1], 1)), mask], -1)
+        return replace(self, query=query, key=key, value=value, mask=mask, sinks=None)
+
+
+def _or_causal(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The mask, or that of plain causal attention, ``[1, 1, T, T]``."""
+    if mask is not None:
+        return mask
+    tokens = like.shape[2]
+    return torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=like.device).tril()
 
 
 def _attention(
@@ -74,20 +103,24 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention implementation for transformers that can be listened to."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(query, key, value, attention_mask, scale, softcap)
+    call = AttentionCall(query, key, value, attention_mask, scale, softcap, s_aux)
     listener = getattr(module, "kvfold_listener", None)
     if listener is not None:
         heard = replace(call, query=query.float(), key=key.float(), value=value.float())
         with torch.autocast(query.device.type, enabled=False):
             listener(heard)
     if softcap is None:
+        if s_aux is not None:
+            call = call.with_sinks()
         out, _ = sdpa_attention_forward(
-            module, query, key, _widened(value, key), attention_mask, scaling=scale, **kwargs
-        )
+            module, call.query, call.key, _widened(call.value, call.key), call.mask,
+            scaling=scale, **kwargs,
+        )  # fmt: skip
         return out[..., : value.shape[-1]], None
     weights = call.probabilities().unflatten(1, (key.shape[1], -1))
     out = (weights @ value[:, :, None]).flatten(1, 2)
