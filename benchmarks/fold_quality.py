@@ -95,6 +95,7 @@ def main() -> None:
         line = {
             "benchmark": "fold_quality", "method": row[0], "fit": row[1], **machine(),
             "command": record["command"], "run": record["run"],
+            "computed": record.get("computed"),
             "calibration_tokens": (record["calibration"] or {}).get("tokens", 0),
             "captured": [[x["captured_value"], x["captured_key"]] for x in record["layers"]],
             "scores": [score.as_dict() for score in pair],

@@ -72,7 +72,7 @@ CASES = (
     Case(128, "latent", "local", "96+32"),
     Case(128, "latent", "local", "96+32/2"),
     Case(128, "auto", "local", healed=100_000),
-    Case(128, "latent", "local", "72+56", healed=100_000),
+    Case(128, "latent", "local", "96+32/2", healed=100_000),
 )
 
 
@@ -140,6 +140,7 @@ def main() -> None:
             "benchmark": "latent_quality", **asdict(case), **machine(),
             **{key: done[key] for key in ("command", "run")},
             "calibration_tokens": record["calibration"]["tokens"],
+            "computed": record.get("computed"),
             "captured": [[x["captured_value"], x["captured_key"]] for x in record["layers"]],
             "scores": {context: [s.as_dict() for s in each] for context, each in own.items()},
         }  # fmt: skip

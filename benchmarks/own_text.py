@@ -55,7 +55,7 @@ def main() -> None:
         line = {
             "benchmark": "own_text", "text": name, **machine(), "command": record["command"],
             "run": record["run"], "calibration_tokens": record["calibration"]["tokens"],
-            "held_out": record["held_out"], "scores": own,
+            "computed": record.get("computed"), "held_out": record["held_out"], "scores": own,
         }  # fmt: skip
         append_text(RESULTS, json.dumps(line) + "\n")
         lost = " / ".join(

@@ -162,6 +162,7 @@ def _heal(
             "resumed": resume,
             "processes": peers.size,
             "device": str(peers.device),
+            "dtype": str(run.dtype).removeprefix("torch."),
         }
         record = heal_record(request, run.folder, run.folded, layers, run.kept, quality, facts)
         write_json(work.new / RECORD, record)
