@@ -71,8 +71,8 @@ CASES = (
     Case(128, "latent", "local", "72+56"),
     Case(128, "latent", "local", "96+32"),
     Case(128, "latent", "local", "96+32/2"),
-    Case(128, "auto", "local", healed=100_000),
-    Case(128, "latent", "local", "96+32/2", healed=100_000),
+    Case(128, "auto", "local", healed=50_000),
+    Case(128, "latent", "local", "96+32/2", healed=50_000),
 )
 
 

@@ -69,7 +69,7 @@ def kept() -> str:
     body = [cells(LABELS[f"{r['method']}-{r['fit']}"], r["scores"], took(r["run"]["seconds"]))
             for r in folded]  # fmt: skip
     healed = [row for row in results("healing", "name", "text") if row["name"] == "healed"]
-    what = "**`auto`, then healed** with 200,000 tokens"
+    what = "**`auto`, then healed** with 400,000 tokens"
     body.append(cells(what, healed, f"+ {took(healed[0]['seconds'])}"))
     return table(("", "handbook", "documentation", "time"), body)
 

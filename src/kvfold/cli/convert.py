@@ -73,8 +73,8 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
     texts = " ".join(f"--text {quote(name)}" for name in request.files or ("TEXT.txt",))
     lines = [
         f"next: kvfold eval {source} {folded} --text YOUR.txt",
-        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 200k "
-        "--train all --lr 2e-4 --lr-rest 4e-5",
+        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 400k "
+        "--batch-tokens 1Ki --train all --lr 5e-4 --lr-rest 1e-4",
     ]
     if request.fit == "local":
         fitted, healed = FOLDED
