@@ -19,6 +19,7 @@ from kvfold.files import write_json
 TRIED_NAME = "tried.json"
 _TRIES = "tries"
 CLOSED = "none"
+_UTTERLY = 700.0  # nats: exp of more is no float
 
 Attempt = Callable[[Target, str, Path], HeldOut]
 
@@ -38,12 +39,17 @@ class Limit:
         """
         most_ratio = inf if self.max_ppl_ratio is None else self.max_ppl_ratio
         most_kl = inf if self.max_kl is None else self.max_kl
-        return exp(found["nats_lost"]) <= most_ratio and found["kl"] <= most_kl
+        return _ratio(found) <= most_ratio and found["kl"] <= most_kl
 
     @property
     def words(self) -> str:
         given = {"--max-ppl-ratio": self.max_ppl_ratio, "--max-kl": self.max_kl}
         return ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+
+
+def _ratio(found: HeldOut) -> float:
+    """Of perplexities; of a model that is utterly lost, more than any limit."""
+    return exp(min(found["nats_lost"], _UTTERLY))
 
 
 class Search:
@@ -124,7 +130,7 @@ class Search:
         lost = best["held_out"]
         return ThresholdError(
             f"no number of KV heads holds {self._limit.words}: {best['target']} (fit "
-            f"{best['fit']}) gave a perplexity ratio of {exp(lost['nats_lost']):.3g} and a KL of "
+            f"{best['fit']}) gave a perplexity ratio of {_ratio(lost):.3g} and a KL of "
             f"{lost['kl']:.3g} on {lost['tokens']} held-out tokens",
             "allow more and heal the result, or give more calibration text",
         )
