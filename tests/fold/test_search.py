@@ -32,11 +32,13 @@ class Scripted:
     def __init__(self, gain: float) -> None:
         self.gain = gain
         self.made: list[tuple[int, str]] = []
+        self.began: list[bool] = []
 
     def __call__(self, target: Target, fit: str, folder: Path) -> HeldOut:
         assert isinstance(target, Grouped)
         self.made.append((target.num_kv_heads, fit))
-        folder.mkdir(parents=True)
+        self.began.append(folder.exists())
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "0.json").write_text(f"{target.num_kv_heads} {fit}")
         return lost(1 / target.num_kv_heads / (1 if fit == "none" else self.gain))
 
@@ -82,27 +84,35 @@ def test_the_layers_of_one_result_are_kept_at_a_time(tmp_path: Path) -> None:
     assert most == 2
 
 
+@pytest.mark.parametrize(("fit", "limit"), [("local", 0.1), ("none", 0.6), ("local", 0.05)])
 @pytest.mark.parametrize("stopped", range(6))
-def test_what_was_tried_is_not_tried_again(stopped: int, tmp_path: Path) -> None:
+def test_what_was_tried_is_not_tried_again(
+    stopped: int, fit: str, limit: float, tmp_path: Path
+) -> None:
+    """Nor are the layers lost that the try in the middle of which it stopped had made."""
+
     class Stopping(Scripted):
         def __call__(self, target: Target, fit: str, folder: Path) -> HeldOut:
             if len(self.made) == stopped:
+                folder.mkdir(parents=True)
                 raise Stop
             return super().__call__(target, fit, folder)
 
     whole, first, second = Scripted(3.0), Stopping(3.0), Scripted(3.0)
-    wanted = search(tmp_path / "whole", "local", 0.1, whole)
+    wanted = search(tmp_path / "whole", fit, limit, whole)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     target = wanted.run()
     if stopped < len(whole.made):
         with pytest.raises(Stop):
-            search(tmp_path / "cut", "local", 0.1, first).run()
-    again = search(tmp_path / "cut", "local", 0.1, second)
+            search(tmp_path / "cut", fit, limit, first).run()
+    again = search(tmp_path / "cut", fit, limit, second)
     assert again.run() == target
     assert first.made + second.made == whole.made
     assert again.rows == wanted.rows
-    assert (tmp_path / "cut/layers/0.json").read_text() == f"{target.num_kv_heads} local"  # type: ignore[attr-defined]
+    if stopped < len(whole.made):
+        assert second.began == [True] + [False] * (len(second.made) - 1)
+    assert (tmp_path / "cut/layers/0.json").read_text() == f"{target.num_kv_heads} {fit}"  # type: ignore[attr-defined]
 
 
 def test_both_limits_hold() -> None:

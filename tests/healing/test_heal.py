@@ -65,18 +65,20 @@ def test_micro_batches_add_up(source: Path, folded: Path, text: Path, tmp_path: 
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
 
 
-def test_as_many_sequences_at_once_as_make_so_many_logits(tmp_path: Path) -> None:
-    def default(config: dict[str, object], context: int) -> int:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        request = HealRequest.asked(
-            folded=tmp_path, teacher="source", texts=["text"], context=context, tokens=10_000
-        )
-        return request.micro_batch
+def test_as_many_sequences_at_once_as_make_so_many_logits() -> None:
+    """Whether FOLDED is there yet or not: `convert --heal` asks before it is, and on resuming."""
 
-    assert default({"vocab_size": 49_152}, 512) == 2
-    assert default({"vocab_size": 49_152}, 256) == 5
-    assert default({"vocab_size": 128_256}, 2048) == 1
-    assert default({"vocab_size": 0}, 512) == default({}, 512) == 1
+    def asked(context: int, **options: Any) -> HealRequest:
+        return HealRequest.asked(
+            folded="nowhere", teacher="source", texts=["text"], context=context, tokens=10_000,
+            **options,
+        )  # fmt: skip
+
+    assert asked(512).at_once(49_152) == 2
+    assert asked(256).at_once(49_152) == 5
+    assert asked(2048).at_once(128_256) == 1
+    assert asked(512).at_once(None) == asked(512).at_once(0) == 1
+    assert asked(512, micro_batch=3).at_once(49_152) == 3
 
 
 def test_the_local_stage_fits_layers_and_is_taken_up(

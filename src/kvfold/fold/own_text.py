@@ -16,13 +16,13 @@ import torch
 from kvfold.checkpoint.pretrained import load_model, load_tokenizer
 from kvfold.checkpoint.records import OWN_TEXT
 from kvfold.files import write_json
+from kvfold.fold.passes import CPU
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.text import opening_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CPU = torch.device("cpu")
 _AT_ONCE = 32  # windows
 _LEFT_OUT = 8  # one in so many at each end
 _MARK = "kvfold-user-turn"

@@ -102,13 +102,17 @@ class Search:
 
     def _holds(self, target: Target, fit: str) -> bool:
         """Whether it keeps the limit; only the layers of the best result so far are left."""
+        known = len(self.rows)
         holds = self._limit.holds(self._found(target, fit))
-        own = self._folder(target, fit)
-        best = holds and fit == self._fit
-        for folder in self._tries.iterdir() if best and self._tries.exists() else (own,):
-            if not best or folder != own:
-                shutil.rmtree(folder, ignore_errors=True)
+        if len(self.rows) > known:  # of what an earlier run has tried, what is left is right
+            self._clear(self._folder(target, fit), best=holds and fit == self._fit)
         return holds
+
+    def _clear(self, own: Path, *, best: bool) -> None:
+        """Remove the layers of a try, or of all others if it is the best."""
+        others = [folder for folder in self._tries.iterdir() if folder != own]
+        for folder in others if best else [own]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _found(self, target: Target, fit: str) -> HeldOut:
         """What it lost, folded now unless it was before."""

@@ -31,8 +31,8 @@ class Distillation:
         held_out: name -> batch, evaluated every ``request.eval_tokens`` tokens.
         deciding: held-out text that nothing else is measured on; decides how much of what training
             changed is kept (``healing.line``). None keeps all.
-        folder: where checkpoints are kept. step: updates made so far. last: what was measured
-            at the step that was taken up.
+        folder: where checkpoints are kept. at_once: sequences per forward pass. step: updates made
+            so far. last: what was measured at the step that was taken up.
         kept: how much was kept, and the KL of every share that was tried; None until then.
     """
 
@@ -47,6 +47,7 @@ class Distillation:
     dtype: torch.dtype
     folder: Path
     watch: Watch
+    at_once: int
     step: int = 0
     last: Row = field(default_factory=dict)
     guard: Guard = field(default_factory=Guard)
@@ -130,7 +131,7 @@ class Distillation:
     def backward(self, batch: Batch) -> tuple[float, float]:
         """Gradients of the loss over this process's sequences; the sums of loss and KL."""
         own = batch[self.world.share(len(batch))]
-        size = self.request.micro_batch
+        size = self.at_once
         # Processes average their gradients, so each scales its sum by their number.
         scale = self.world.size / batch.targets
         total_loss = total_kl = 0.0

@@ -71,7 +71,8 @@ class HealRequest(Request):
         stages: by default ``kl``, with ``local`` before it where ``convert`` has not done it.
         tokens: training tokens of the ``kl`` stage; batch_tokens: per optimizer step, over all
             processes; context: tokens per sequence, 512 by default, or the model's number of
-            positions if that is less; micro_batch: sequences per forward pass and process.
+            positions if that is less; micro_batch: sequences per forward pass and process;
+            see :meth:`at_once`.
         train: ``attention`` (q, k, v, o) or ``all``. lr: peak learning rate of attention;
             lr_rest: of everything else.
         temperature: of the divergence; cross_entropy: the share of the loss that is plain
@@ -108,7 +109,7 @@ class HealRequest(Request):
     )
     context: int = option("--context", WINDOW, None, "Tokens per sequence.  [default: 512]")
     batch_tokens: int = option("--batch-tokens", TOKENS, 4096, "Per update.")
-    micro_batch: int = option(
+    micro_batch: int | None = option(
         "--micro-batch",
         MICRO_BATCH,
         None,
@@ -172,7 +173,6 @@ class HealRequest(Request):
         tenth = max(1, self.tokens // 10)
         self.fill_in("stages", lambda: _default_stages(self.folded))
         self.fill_in("context", lambda: _default_context(self.folded))
-        self.fill_in("micro_batch", lambda: _default_micro_batch(self.folded, self.context))
         self.fill_in("save_tokens", lambda: tenth)
         self.fill_in("eval_tokens", lambda: tenth)
         _check_together(self)
@@ -182,6 +182,13 @@ class HealRequest(Request):
     def sequences(self) -> int:
         """Sequences per optimizer step, over all processes."""
         return max(1, self.batch_tokens // self.context)
+
+    def at_once(self, vocabulary: int | None) -> int:
+        """Sequences per forward pass and process, of models of so many words.
+
+        Their logits are the largest of what is in memory; weights are read once for all of them.
+        """
+        return self.micro_batch or max(1, _LOGITS // ((vocabulary or _LOGITS) * self.context))
 
     @property
     def steps(self) -> int:
@@ -221,17 +228,6 @@ def _default_context(folded: str | Path) -> int:
         return DEFAULT_CONTEXT
     longest = read_config(folder).get("max_position_embeddings")
     return min(DEFAULT_CONTEXT, longest) if longest else DEFAULT_CONTEXT
-
-
-def _default_micro_batch(folded: str | Path, context: int) -> int:
-    """The models' logits are the largest of what is in memory; weights are read once for all."""
-    folder = Path(folded).expanduser()
-    if not (folder / "config.json").exists():
-        return 1
-    vocabulary = read_config(folder).get("vocab_size")
-    if not isinstance(vocabulary, int) or vocabulary < 1:
-        return 1
-    return max(1, _LOGITS // (vocabulary * context))
 
 
 def _check_together(request: HealRequest) -> None:

@@ -317,6 +317,7 @@ class _Run:
             dtype=dtype,
             folder=self.partial / "checkpoints",
             watch=unwatched,
+            at_once=r.at_once(self.models.vocabulary),
         )
 
     @property
