@@ -165,18 +165,23 @@ def test_heads_do_not_depend_on_each_other(isa: str) -> None:
 
 
 def test_pairs_and_tiles_are_used(emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From eight rows on tiles are; weights of pairs have fewer digits than floats."""
-    cache, found = filled(128, 32, 300, dtype="bf16"), dict[tuple[int, bool], torch.Tensor]()
-    for pairs in (False, True):
-        if pairs:
-            monkeypatch.setattr("kvfold.kernels.cpu.backend.library", lambda: emulated)
-            emulated.use(emulated.isas[0])
+    """Weights of pairs are rounded to bfloat16; from eight rows on, tiles have their own order."""
+    cache, plain = filled(128, 32, 300, dtype="bf16"), kernels().isas[-1]
+    found: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+    for pairs, lib, name in ((False, kernels(), plain), (True, emulated, emulated.isas[0])):
+        monkeypatch.setattr("kvfold.kernels.cpu.backend.library", lambda lib=lib: lib)
+        before = lib.asked
+        lib.use(name)
         for heads in (7, 8):
             q = noise(1, heads, 1, 160, dtype=torch.bfloat16)
-            _, found[heads, pairs] = cache.attend(q, scale=SCALE, return_lse=True)
-    first = [found[8, True][:, :7], found[7, True]]
-    assert 0 < distance(*first) < 1e-4  # sums in another order
-    assert 0 < distance(found[7, True], found[7, False]) < 1e-4
+            out, lse = cache.attend(q, scale=SCALE, return_lse=True)
+            found[heads, pairs] = out[:, :7], lse[:, :7]
+        lib.use(before)
+    assert 0 < distance(found[8, True][1], found[7, True][1]) < 1e-4
+    outputs, rounded = found[7, False][0], found[7, True][0]
+    # Half a unit in the last place of weights, and of what either writes: 3 * 2**-9 of the values.
+    assert 0 < distance(rounded, outputs) < 3 * 2**-9 * float(held(cache)[1].abs().max())
+    assert torch.equal(outputs, found[8, False][0])
 
 
 def test_copies_that_differ_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
