@@ -28,7 +28,7 @@ static Stored<KeyMath> latent_keys(const KvfPart& part, int queries) {
     using W = decltype(w);
     return {round_up(part.k.dim, LATENT_STEP),
             BLOCK * 4 * row_words<W>(part.k.dim),
-            gather_latents<decltype(f), W>,
+            find_latents<decltype(f), W, true>,
             {prepare_latents<W>, score_latents<W>}};
   });
 }
@@ -37,7 +37,7 @@ static Stored<ValueMath> latent_values(const KvfPart& part, int queries) {
   return with_words(part.k.format, queries, [&](auto f, auto w) -> Stored<ValueMath> {
     using W = decltype(w);
     const int64_t pairs = W::numbers == 1 ? 0 : BLOCK / 2 * 4 * row_words<FloatWords>(part.v.dim);
-    return {round_up(part.v.dim, 16), pairs, reuse_latents<decltype(f), W>, {add_latents<W>}};
+    return {round_up(part.v.dim, 16), pairs, find_latents<decltype(f), W, false>, {add_latents<W>}};
   });
 }
 
@@ -118,8 +118,8 @@ static void make_plan(Plan& plan) {
         bytes += (keys - before) * per_key[p];
       }
   plan.streams = bytes > OWN_CACHE * std::max(call.threads, 1);
-  // About eight units a thread even out what they take; short ones would cost more than they give.
-  int64_t chunk = call.chunk > 0 ? call.chunk : keys / (8 * (call.threads > 0 ? call.threads : 1));
+  // About four units a thread even out what they take; a unit's first tile is not fetched ahead.
+  int64_t chunk = call.chunk > 0 ? call.chunk : keys / (4 * (call.threads > 0 ? call.threads : 1));
   // A unit of many rows writes as many sums; it should read more. But every thread should have one.
   const int64_t worth = std::max(256, 2 * plan.rows), each = keys / std::max(call.threads, 1);
   if (call.chunk <= 0) chunk = std::max({chunk, std::min(worth, each), (int64_t)256});

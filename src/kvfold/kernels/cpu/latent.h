@@ -1,9 +1,10 @@
 // Latents: rows of one buffer that are keys as a whole, and values in their first numbers. All query
-// heads share them, so that products bind. A tile's rows are decoded once, into words of a float or
+// heads share them, so that products bind. A block's rows are decoded once, into words of a float or
 // of two bfloat16, and both products use them as they lie:
 //   scores: four words of a row of keys, the same in each quad of a register, times the same words
 //   of as many queries as it has quads; nothing is transposed, and sums end in few shuffles;
-//   values: a weight times a row; pairs of rows, interleaved, where words are pairs.
+//   values: a weight times a row; pairs of rows, interleaved on the way, where words are pairs.
+// Rows that are such words already stay where they lie.
 #pragma once
 #include "latent_amx.h"
 #include "latent_words.h"
@@ -39,9 +40,10 @@ static INLINE auto with_words(int code, int queries, Function f) {
 }
 
 template <class F, class W>
-static INLINE void decode_row(const uint8_t* row, int dim, uint32_t* to) {
+static void decode_row(const uint8_t* row, int dim, uint32_t* to) {
   constexpr int bytes = F::bits / 8;
   int i = 0;
+  for (; i + 32 <= dim; i += 32) W::template put_more<F>(row + i * bytes, to, i);
   for (; i + 16 <= dim; i += 16) W::template put<F>(row + i * bytes, to, i);
   if (i == dim) return;
   uint8_t rest[16 * bytes] = {0};
@@ -49,62 +51,68 @@ static INLINE void decode_row(const uint8_t* row, int dim, uint32_t* to) {
   W::template put<F>(rest, to, i);
 }
 
-static INLINE void zero_row(int i, int64_t words, uint32_t* rows, uint16_t* scales) {
-  memset(rows + i * words, 0, 4 * words);
-  if (scales) scales[i] = 0;
+// Whether rows are words as they lie, which need not be put elsewhere.
+template <class F, class W>
+static INLINE bool lies_as_words(int dim) {
+  return F::code == W::stored_as && dim % LATENT_STEP == 0;
 }
 
-// The rows of a tile, as words; zeros for tokens outside the unit, whose memory may hold anything.
-template <class F, class W>
-static void gather_latents(const KvfPart& part, const Unit& unit, int first, uint64_t, Spare& spare,
-                           Tile& tile) {
+// What follows the tile is fetched meanwhile: of each block half of the rows while scores are made, and
+// half while values are summed up.
+static void set_next_latents(const KvfPart& part, const Unit& unit, int first, bool keys,
+                             Tile& tile) {
   const KvfSide& side = part.k;
-  const int words = row_words<W>(side.dim);
-  uint32_t* rows = (uint32_t*)spare.blocks.data();
+  const bool whole = tile.blocks == TILE_BLOCKS && first + 2 * TILE <= unit.high;
+  tile.next[0] = nullptr;
+  if (!whole || part.page_size % BLOCK) return;
+  Walk at(part, unit, first + TILE);
+  for (int i = 0; i < TILE_BLOCKS; ++i, at.step()) {
+    const uint8_t* page = page_of(side, std::max(*at.page, 0), unit.head);
+    tile.next[i] = page + (2 * at.block + !keys) * side.row_stride * (BLOCK / 2);
+  }
+}
+
+// Where the rows of a tile lie, and where they are as words: decoded while scores are made, to be values
+// after that. Zeros for tokens outside the unit, whose memory may hold anything, and for `unseen`.
+template <class F, class W, bool KEY>
+static void find_latents(const KvfPart& part, const Unit& unit, int first, uint64_t unseen,
+                         Spare& spare, Tile& tile) {
+  static const uint8_t zeros[4 * KVF_MAX_DIM] = {0};
+  const KvfSide& side = part.k;
+  const bool ready = lies_as_words<F, W>(side.dim);
   uint16_t* scales = F::group == NO_SCALES ? nullptr : spare.scales.data();
+  tile.dim = KEY ? part.k.dim : part.v.dim;
+  tile.row_bytes = side.row_stride;
+  tile.stride = row_words<W>(side.dim);
+  tile.decode = decode_row<F, W>;
+  tile.decoded = (uint32_t*)spare.blocks.data();
+  tile.pairs = tile.decoded + spare.blocks.size() / 8;
+  tile.rows = spare.rows;
+  tile.words = spare.words;
   const int32_t* page = pages_of(part, unit.b, unit.head) + first / part.page_size;
   int at = first % part.page_size;
   for (int i = 0; i < tile.blocks * BLOCK; ++i) {
     const int position = first + i;
-    const bool inside = position >= unit.low && position < unit.high;
-    if (inside && *page >= 0) {
-      const uint8_t* row = page_of(side, *page, unit.head) + at * side.row_stride;
-      decode_row<F, W>(row, side.dim, rows + (int64_t)i * words);
-      if (scales) scales[i] = scales_of(side, *page, unit.head)[at];
-    } else {
-      zero_row(i, words, rows, scales);
-    }
+    const bool inside = position >= unit.low && position < unit.high && !(unseen >> i & 1);
+    const bool here = inside && *page >= 0;
+    const uint8_t* row = here ? page_of(side, *page, unit.head) + at * side.row_stride : zeros;
+    spare.rows[i] = row;
+    spare.words[i] = here && !ready ? tile.decoded + i * tile.stride : (const uint32_t*)row;
+    if (scales) scales[i] = here ? scales_of(side, *page, unit.head)[at] : 0;
     if (++at < part.page_size) continue;
     at = 0;
     ++page;
   }
-  tile.dim = side.dim;
-  tile.stride = words;
-  tile.block[0] = (const uint8_t*)rows;
   for (int i = 0; i < tile.blocks; ++i) tile.scales[i] = scales ? scales + i * BLOCK : nullptr;
+  set_next_latents(part, unit, first, KEY, tile);
 }
 
-// The same tile as values, after `gather_latents`, without what nobody sees.
-template <class F, class W>
-static void reuse_latents(const KvfPart& part, const Unit&, int, uint64_t unseen, Spare& spare,
-                          Tile& tile) {
-  const int words = row_words<W>(part.k.dim);
-  uint32_t* rows = (uint32_t*)spare.blocks.data();
-  uint16_t* scales = F::group == NO_SCALES ? nullptr : spare.scales.data();
-  for (int i = 0; i < tile.blocks * BLOCK; ++i)
-    if (unseen >> i & 1) zero_row(i, words, rows, scales);
-  tile.dim = part.v.dim;
-  tile.stride = words;
-  if constexpr (W::numbers == 2) {
-    uint32_t* pairs = rows + spare.blocks.size() / 8;
-    tile.stride = row_words<FloatWords>(part.v.dim);
-    for (int i = 0; i < tile.blocks * BLOCK; i += 2)
-      W::interleave((uint16_t*)(rows + (int64_t)i * words), words, part.v.dim,
-                    pairs + i / 2 * tile.stride);
-    rows = pairs;
+// Rows `from` … `to` that are not words as they lie.
+static INLINE void decode_latents(const Tile& tile, int dim, int from, int to) {
+  for (int i = from; i < to; ++i) {
+    uint32_t* place = tile.decoded + i * tile.stride;
+    if (tile.words[i] == place) tile.decode(tile.rows[i], dim, place);
   }
-  tile.block[0] = (const uint8_t*)rows;
-  for (int i = 0; i < tile.blocks; ++i) tile.scales[i] = scales ? scales + i * BLOCK : nullptr;
 }
 
 // Four words of each of `panel` queries side by side: [dim / numbers / 4][panel][4], in their place.
@@ -133,87 +141,104 @@ static INLINE Floats scale_of_four(const Queries& q, const Tile& tile, int token
   return load_quads(scales);
 }
 
-template <class W, int PANELS>
-static INLINE void score_panels(const Queries& q, int row, const Tile& tile, float* s) {
-  const int64_t words = q.dim / W::numbers, steps = words / 4;
-  const uint32_t* queries = W::queries(q) + row * words;
-  for (int token = 0; token < tile.blocks * BLOCK; token += 4) {
-    const uint32_t* k = (const uint32_t*)tile.block[0] + token * tile.stride;
-    Floats sum[PANELS][4] = {};
-    for (int64_t i = 0; i < steps; ++i) {
-      Floats x[PANELS];
-      for (int p = 0; p < PANELS; ++p)
-        memcpy(&x[p], queries + (p * steps + i) * WIDTH, sizeof x[p]);
-      for (int t = 0; t < 4; ++t) {
-        const Floats y = load_quads(k + t * tile.stride + 4 * i);
-        for (int p = 0; p < PANELS; ++p) sum[p][t] = W::multiply_add(sum[p][t], x[p], y);
-      }
+// Scores of a few tokens by queries side by side.
+template <class W, int PANELS, int TOKENS>
+static INLINE void score_panels(const Queries& q, int row, const Tile& tile, int token,
+                                Ahead& ahead, float* s) {
+  const int64_t steps = q.dim / W::numbers / 4;
+  const uint32_t* queries = W::queries(q) + row * steps * 4;
+  const uint32_t* const* k = tile.words + token;
+  Floats sum[PANELS][TOKENS] = {};
+  for (int64_t i = 0; i < steps; ++i) {
+    Floats x[PANELS];
+    for (int p = 0; p < PANELS; ++p) memcpy(&x[p], queries + (p * steps + i) * WIDTH, sizeof x[p]);
+    for (int t = 0; t < TOKENS; ++t) {
+      const Floats y = load_quads(k[t] + 4 * i);
+      for (int p = 0; p < PANELS; ++p) sum[p][t] = W::multiply_add(sum[p][t], x[p], y);
     }
-    const Floats scale = scale_of_four(q, tile, token);
+    ahead.step();
+  }
+  for (int t = 0; t < TOKENS; t += 4) {
+    const Floats scale = scale_of_four(q, tile, token + t);
     for (int p = 0; p < PANELS; ++p) {
-      const Floats scores = sum_quads(sum[p]) * scale;
+      const Floats scores = sum_quads(sum[p] + t) * scale;
       for (int r = 0, at = row + p * QUADS; r < QUADS && at < q.rows; ++r, ++at)
-        memcpy(s + at * TILE + token, (const float*)&scores + 4 * r, 16);
+        memcpy(s + at * TILE + token + t, (const float*)&scores + 4 * r, 16);
     }
   }
 }
 
-// Panels, rows, and chunks of 16 dimensions whose sums are kept in registers.
 constexpr int PANELS_AT_ONCE = WIDTH == 16 ? 4 : 2;
-constexpr int ROWS_AT_ONCE = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 3, CHUNKS_AT_ONCE = WIDTH / 8 | 1;
 
+// Block by block: what was decoded is near when it is used.
 template <class W>
 static void score_latents(const Queries& q, const Tile& tile, float* s) {
 #if defined(KVF_AMX)
-  if (q.panel == TILE_ROWS) return score_panels_amx(q, tile, s);
+  if (q.panel == TILE_ROWS) {
+    for (int i = 0; i < tile.blocks * BLOCK; ++i)
+      tile.decode(tile.rows[i], tile.dim, tile.decoded + i * tile.stride);
+    return score_panels_amx(q, tile, s);
+  }
 #endif
-  for_rows<PANELS_AT_ONCE>(groups_of(q.rows, QUADS), [&](auto n, int panel) {
-    score_panels<W, decltype(n)::value>(q, panel * QUADS, tile, s);
-  });
+  const int panels = groups_of(q.rows, QUADS), groups = groups_of(panels, PANELS_AT_ONCE);
+  const int each = panels > 1 ? 4 : 8;
+  Ahead ahead(tile, BLOCK / 2 * tile.row_bytes, q.dim / W::numbers / 4,
+              groups * tile.blocks * BLOCK / each);
+  for (int block = 0; block < tile.blocks; ++block) {
+    decode_latents(tile, tile.dim, block * BLOCK, (block + 1) * BLOCK);
+    for_rows<PANELS_AT_ONCE>(panels, [&](auto n, int panel) {
+      constexpr int PANELS = decltype(n)::value, TOKENS = PANELS > 1 ? 4 : 8;
+      for (int token = block * BLOCK; token < (block + 1) * BLOCK; token += TOKENS)
+        score_panels<W, PANELS, TOKENS>(q, panel * QUADS, tile, token, ahead, s);
+    });
+  }
 }
 
+// Dimensions d … of a tile's rows, or of pairs of them, times weights.
 template <class W, int ROWS, int CHUNKS>
-static INLINE void add_latent_rows(const Weights& w, int row, const Tile& tile, int chunk, float* o,
-                                   int padded) {
+static INLINE void add_latent_rows(const Weights& w, int row, const Tile& tile, int d, float* o,
+                                   int padded, Ahead& ahead) {
   F16x sum[ROWS][CHUNKS];
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < CHUNKS; ++c)
-      sum[r][c] =
-          load(o + (row + r) * (int64_t)padded + (chunk + c) * 16) * splat(w.decay[row + r]);
-  const float* v = (const float*)tile.block[0] + chunk * 16;
+      sum[r][c] = load(o + (row + r) * (int64_t)padded + d + c * 16) * splat(w.decay[row + r]);
   const float* p = w.p + row * TILE;
-  for (int i = 0; i < tile.blocks * BLOCK / W::numbers; ++i, v += tile.stride) {
+  for (int i = 0; i < tile.blocks * BLOCK / W::numbers; ++i) {
     F16x x[CHUNKS];
-    for (int c = 0; c < CHUNKS; ++c) x[c] = load(v + c * 16);
+    W::template load_values<CHUNKS>(tile.words + i * W::numbers, d, x);
     for (int r = 0; r < ROWS; ++r) {
       const F16x weight = splat(p[r * TILE + i]);
       for (int c = 0; c < CHUNKS; ++c)
         for (int j = 0; j < PARTS; ++j)
           sum[r][c].v[j] = W::multiply_add(sum[r][c].v[j], weight.v[j], x[c].v[j]);
     }
+    ahead.step();
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < CHUNKS; ++c)
-      store(o + (row + r) * (int64_t)padded + (chunk + c) * 16, sum[r][c]);
+    for (int c = 0; c < CHUNKS; ++c) store(o + (row + r) * (int64_t)padded + d + c * 16, sum[r][c]);
 }
 
 template <class W>
 static void add_latents(const Weights& w, const Tile& tile, float* o) {
   if (tile.scales[0]) scale_weights(w.rows, w.p, tile);
   for (int row = 0; row < w.rows; ++row) W::round_weights(w.p + row * TILE);
-  const int padded = round_up(tile.dim, 16), chunks = padded / 16;
+  const int padded = round_up(tile.dim, 16);
 #if defined(KVF_AMX)
-  if (W::numbers == 2 && w.rows >= LEAST_AMX_ROWS) return add_pairs_amx(w, tile, o);
+  if constexpr (W::numbers == 2)
+    if (w.rows >= LEAST_AMX_ROWS) return add_pairs_amx<W>(w, tile, o);
 #endif
-  const auto all_rows = [&](auto across, int chunk) {
-    for_rows<ROWS_AT_ONCE>(w.rows, [&](auto n, int row) {
-      add_latent_rows<W, decltype(n)::value, across.value>(w, row, tile, chunk, o, padded);
+  constexpr int step = 16 * W::chunks;
+  const int wide = padded / step, narrow = padded % step / 16;
+  Ahead ahead(tile, BLOCK / 2 * tile.row_bytes, tile.blocks * BLOCK / W::numbers,
+              (wide + narrow) * groups_of(w.rows, W::rows));
+  const auto all_rows = [&](auto chunks, int d) {
+    for_rows<W::rows>(w.rows, [&](auto n, int row) {
+      add_latent_rows<W, decltype(n)::value, chunks.value>(w, row, tile, d, o, padded, ahead);
     });
   };
-  int chunk = 0;
-  for (; chunk + CHUNKS_AT_ONCE <= chunks; chunk += CHUNKS_AT_ONCE)
-    all_rows(Number<CHUNKS_AT_ONCE>(), chunk);
-  for (; chunk < chunks; ++chunk) all_rows(Number<1>(), chunk);
+  int d = 0;
+  for (; d + step <= padded; d += step) all_rows(Number<W::chunks>(), d);
+  for (; d < padded; d += 16) all_rows(Number<1>(), d);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ template <int A, int B>
 static INLINE void add_panel_scores(const Tile& tile, const uint32_t* panel, int i) {
   load_tile_rows<B>(panel + (int64_t)i * TILE_ROWS, TILE_BYTES);
   for_sums(tile.blocks, [&](auto sum) {
-    const uint32_t* k = (const uint32_t*)tile.block[0] + sum.value * BLOCK * tile.stride;
+    const uint32_t* k = tile.decoded + sum.value * BLOCK * tile.stride;
     load_tile_rows<A>(k + i, 4 * tile.stride);
     multiply_bf16<sum.value, A, B>();
   });
@@ -76,17 +76,22 @@ static void score_panels_amx(const Queries& q, const Tile& tile, float* s) {
 template <int A, int B>
 static INLINE void add_panel_values(const float* weights, const Tile& tile, int chunk, int count,
                                     int i) {
+  const int64_t stride = row_words<FloatWords>(tile.dim);
   load_tile_rows<A>(weights + i, 4 * TILE);
   for_sums(count, [&](auto sum) {
-    const uint32_t* v = (const uint32_t*)tile.block[0] + i * tile.stride;
-    load_tile_rows<B>(v + (chunk + sum.value) * 16, 4 * tile.stride);
+    load_tile_rows<B>(tile.pairs + i * stride + (chunk + sum.value) * 16, 4 * stride);
     multiply_bf16<sum.value, A, B>();
   });
 }
 
+template <class W>
 static void add_pairs_amx(const Weights& w, const Tile& tile, float* o) {
   const int padded = round_up(tile.dim, 16), chunks = padded / 16;
   const int words = tile.blocks * BLOCK / 2, rest = words % TILE_WORDS;
+  for (int i = 0; i < words; ++i)
+    for (int d = 0; d < padded; d += 16)
+      store((float*)tile.pairs + i * row_words<FloatWords>(tile.dim) + d,
+            W::interleaved(tile.words + 2 * i, d));
   for (int row = 0; row < w.rows; ++row)
     for (int d = 0; d < padded; d += 16) {
       float* x = o + (int64_t)row * padded + d;

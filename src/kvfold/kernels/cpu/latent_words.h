@@ -21,7 +21,9 @@ static INLINE int row_words(int dim) {
 
 // A float.
 struct FloatWords {
-  static constexpr int numbers = 1;
+  static constexpr int numbers = 1, stored_as = KVF_F32;
+  // Rows, and chunks of 16 dimensions, whose sums are kept in registers.
+  static constexpr int rows = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 3, chunks = WIDTH / 8 | 1;
 
   static INLINE Floats multiply_add(Floats sum, Floats a, Floats b) { return sum + a * b; }
 
@@ -34,13 +36,62 @@ struct FloatWords {
   static INLINE void put(const uint8_t* from, uint32_t* to, int i) {
     store((float*)to + i, F::numbers(from));
   }
+  template <class F>
+  static INLINE void put_more(const uint8_t* from, uint32_t* to, int i) {
+    put<F>(from, to, i);
+    put<F>(from + 2 * F::bits, to, i + 16);
+  }
+
+  // Dimensions d … of a row.
+  template <int CHUNKS>
+  static INLINE void load_values(const uint32_t* const* row, int d, F16x* x) {
+    for (int c = 0; c < CHUNKS; ++c) x[c] = load((const float*)row[0] + d + 16 * c);
+  }
 };
 
 #if defined(KVF_PAIRS)
+#if !defined(KVF_EMULATE_BF16)
+// Of sizes of e4m3, 0 to 127, bfloat16's bits.
+struct SizesOfE4m3 {
+  alignas(64) uint16_t bits[128] = {};
+
+  constexpr SizesOfE4m3() {
+    for (int code = 1; code < 127; ++code) {
+      int exponent = code >> 3, digits = code & 7;
+      if (!exponent) {  // digits * 2^-9
+        for (exponent = 1; !(digits & 8); --exponent) digits <<= 1;
+        digits &= 7;
+      }
+      bits[code] = (uint16_t)((exponent + 120) << 7 | digits << 4);
+    }
+    bits[127] = 0x7fc0;
+  }
+};
+constexpr SizesOfE4m3 SIZES_OF_E4M3;
+
+static INLINE __m512i bf16_of_e4m3(const uint8_t* p) {
+  const uint16_t* bits = SIZES_OF_E4M3.bits;
+  const __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  const __m512i small =
+      _mm512_permutex2var_epi16(_mm512_load_si512(bits), x, _mm512_load_si512(bits + 32));
+  const __m512i large =
+      _mm512_permutex2var_epi16(_mm512_load_si512(bits + 64), x, _mm512_load_si512(bits + 96));
+  const __mmask32 is_large = _mm512_test_epi16_mask(x, _mm512_set1_epi16(64));
+  const __m512i size = _mm512_mask_blend_epi16(is_large, small, large);
+  return _mm512_or_si512(size, _mm512_and_si512(x, _mm512_set1_epi16((short)0x8000)));
+}
+#endif
+
+// Which numbers of two rows of 32 make sixteen pairs.
+alignas(64) constexpr uint16_t PAIRED[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                             37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                             11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 // Two bfloat16: what has no more digits, such as formats of eight bits. Queries that are bfloat16
 // stay as they are; weights are rounded, as FlashAttention does.
 struct PairWords {
-  static constexpr int numbers = 2;
+  static constexpr int numbers = 2, stored_as = KVF_BF16;
+  static constexpr int rows = 12, chunks = 2;
 
   static INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
 #if defined(KVF_EMULATE_BF16)
@@ -82,15 +133,49 @@ struct PairWords {
     }
   }
 
-  // Two rows, `words` apart, to words of a number of each.
-  static INLINE void interleave(const uint16_t* row, int words, int dim, uint32_t* to) {
-    for (int i = 0; i < round_up(dim, LATENT_STEP); i += WIDTH) {
-      Halves a, b;
-      memcpy(&a, row + i, sizeof a);
-      memcpy(&b, row + 2 * words + i, sizeof b);
-      const Ints pairs = __builtin_convertvector(a, Ints) | __builtin_convertvector(b, Ints) << 16;
-      memcpy(to + i, &pairs, sizeof pairs);
+  // The same of 32 numbers.
+  template <class F>
+  static INLINE void put_more(const uint8_t* from, uint32_t* to, int i) {
+#if !defined(KVF_EMULATE_BF16)
+    uint16_t* at = (uint16_t*)to + i;
+    if constexpr (F::code == Fp8::code) return _mm512_storeu_si512(at, bf16_of_e4m3(from));
+    if constexpr (F::code == Int8::code) {
+      const F16x first = F::numbers(from), second = F::numbers(from + 16);
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second.v[0], (__m512)first.v[0]);
+      memcpy(at, &both, sizeof both);
+      return;
     }
+#endif
+    put<F>(from, to, i);
+    put<F>(from + 2 * F::bits, to, i + 16);
+  }
+
+  // Words of a number of each of two rows: sixteen of them, from dimension d on.
+  static INLINE F16x interleaved(const uint32_t* const* rows, int d) {
+    F16x x;
+    for (int i = 0; i < PARTS; ++i) {
+      Halves a, b;
+      memcpy(&a, (const uint16_t*)rows[0] + d + i * WIDTH, sizeof a);
+      memcpy(&b, (const uint16_t*)rows[1] + d + i * WIDTH, sizeof b);
+      x.v[i] = (Floats)(__builtin_convertvector(a, Ints) | __builtin_convertvector(b, Ints) << 16);
+    }
+    return x;
+  }
+
+  template <int CHUNKS>
+  static INLINE void load_values(const uint32_t* const* rows, int d, F16x* x) {
+#if !defined(KVF_EMULATE_BF16)
+    if constexpr (CHUNKS == 2) {
+      const __m512i a = _mm512_loadu_si512((const uint16_t*)rows[0] + d);
+      const __m512i b = _mm512_loadu_si512((const uint16_t*)rows[1] + d);
+      const __m512i first = _mm512_load_si512(PAIRED);
+      const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+      x[0].v[0] = (Floats)_mm512_permutex2var_epi16(a, first, b);
+      x[1].v[0] = (Floats)_mm512_permutex2var_epi16(a, second, b);
+      return;
+    }
+#endif
+    for (int c = 0; c < CHUNKS; ++c) x[c] = interleaved(rows, d + 16 * c);
   }
 };
 #endif

@@ -62,8 +62,8 @@ struct Latents {
 template <class F, class W, bool KEY>
 static void load_latents(const KvfPart& part, const Unit& unit, int first, uint64_t unseen,
                          Spare& spare, uint8_t*, Tile& tile) {
-  gather_latents<F, W>(part, unit, first, 0, spare, tile);
-  if constexpr (!KEY) reuse_latents<F, W>(part, unit, first, unseen, spare, tile);
+  find_latents<F, W, KEY>(part, unit, first, unseen, spare, tile);
+  if constexpr (!KEY) decode_latents(tile, part.k.dim, 0, tile.blocks * BLOCK);
 }
 
 template <bool KEY, class W>

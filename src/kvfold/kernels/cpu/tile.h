@@ -17,6 +17,8 @@ struct Unit {
 struct Spare {
   Aligned<uint8_t> blocks;
   std::vector<uint16_t> scales;
+  const uint8_t* rows[TILE];  // of latents (latent.h)
+  const uint32_t* words[TILE];
 };
 
 // A block for tokens that are not there: zeros, whatever the format.
