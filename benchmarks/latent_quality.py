@@ -73,6 +73,7 @@ CASES = (
     Case(128, "latent", "local", "96+32/2"),
     Case(128, "auto", "local", healed=50_000),
     Case(128, "latent", "local", "96+32/2", healed=50_000),
+    Case(128, "transmla", "local", "96+32/2", healed=50_000),
 )
 
 
