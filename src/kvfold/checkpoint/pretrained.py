@@ -7,11 +7,13 @@ numbers.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.arch.config import CONFIG
+from kvfold.checkpoint.language import is_wrapped, language_config
 from kvfold.checkpoint.source import Checkpoint, Weights, check_folder, open_weights, read_config
 from kvfold.checkpoint.tensors import FLOATING
 from kvfold.documents import shortened
@@ -27,6 +29,7 @@ _NOT_ARCHITECTURE = {
     "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation",
     "transformers_weights", "quantization_config", "dtype", "torch_dtype",
 }  # fmt: skip
+_CANNOT_BUILD = "transformers cannot build a model of the config of {}"
 _INCOMPLETE = "the checkpoint is incomplete; download it again"
 _GGUF_HINT = "convert it to a Hugging Face folder with the tool that made it"
 _NO_CODE = "kvfold runs no code from checkpoints; "
@@ -67,8 +70,10 @@ def load_config(folder: Path) -> Any:
     """transformers' config of a folder, without what would fetch code or other files."""
     from transformers import AutoConfig
 
-    read_config(folder)  # within bounds
+    raw = read_config(folder)  # within bounds
     _check_name(folder)
+    if is_wrapped(raw):
+        return _architecture(language_config(raw), str(folder))
     with _in_words(f"transformers cannot read {folder / 'config.json'}", _hint(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     kernel = getattr(config, "_attn_implementation", None)
@@ -78,7 +83,8 @@ def load_config(folder: Path) -> Any:
 
 
 def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> "PreTrainedModel":
-    """The folder's causal language model, every weight from its files.
+    """The folder's causal language model, or that which is a part of its model, every weight from
+    its files.
 
     Of architectures that cannot be folded, transformers' report alone tells what is missing.
 
@@ -91,8 +97,10 @@ def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> "PreTr
     """
     from transformers import AutoModelForCausalLM
 
-    check_weights(folder)
+    weights = check_weights(folder)
     config = load_config(folder) if config is None else config
+    if isinstance(weights, Checkpoint) and weights.around is not None:
+        return built_model(config.to_dict(), _module_state(weights, dtype), dtype)
     with _in_words(f"transformers cannot open {folder}", _hint(folder)):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -178,8 +186,22 @@ def load_gguf_tokenizer(folder: Path, name: str) -> Any:
         )
 
 
-def check_weights(folder: Path) -> None:
-    """Check a folder's weights by its headers, as far as its architecture is known.
+def _module_state(checkpoint: Checkpoint, dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
+    """A checkpoint's tensors as transformers' module has them: stacked, and tied ones shared."""
+    import torch
+
+    state = skeleton(checkpoint).state_dict(keep_vars=True)
+    loaded: dict[int, torch.Tensor] = {}
+    for name, tensor in state.items():
+        parts = checkpoint.stored_names.parts(name, tuple(tensor.shape))
+        if parts.keys() <= checkpoint.names:
+            whole = torch.cat([checkpoint.store.tensor(part) for part in parts])
+            loaded[id(tensor)] = whole.view(tensor.shape).to(dtype)
+    return {name: loaded[id(tensor)] for name, tensor in state.items() if id(tensor) in loaded}
+
+
+def check_weights(folder: Path) -> Weights:
+    """Open a folder's weights, checked by their headers as far as their architecture is known.
 
     Raises:
         CheckpointError: naming what it lacks.
@@ -189,6 +211,7 @@ def check_weights(folder: Path) -> None:
         check_complete(weights)
     elif weights.checkable:
         _check_tensors(weights)
+    return weights
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -237,17 +260,24 @@ def _check_tensors(weights: Weights) -> set[str]:
     return taken
 
 
+def _architecture(config: Mapping[str, Any], label: str) -> Any:
+    """transformers' config of a ``config.json``, without what would fetch code or other files."""
+    from transformers import AutoConfig
+
+    with _in_words(_CANNOT_BUILD.format(label), CONFIG.hint):
+        return AutoConfig.for_model(
+            **{key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
+        )
+
+
 def skeleton(weights: Weights) -> Any:
     """The model of a config without memory for its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    arguments = {k: v for k, v in weights.config.items() if k not in _NOT_ARCHITECTURE}
-    what = f"transformers cannot build a model of the config of {weights.label}"
-    with _in_words(what, "is this the config of a language model? download it again"):
-        config = AutoConfig.for_model(**arguments)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config = _architecture(weights.config, weights.label)
+    with _in_words(_CANNOT_BUILD.format(weights.label), CONFIG.hint), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _check(weights: Weights, name: str, shape: tuple[int, ...]) -> None:

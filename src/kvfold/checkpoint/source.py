@@ -17,6 +17,7 @@ from kvfold.arch.families import can_be_opened, described_as, known_family
 from kvfold.arch.family import Family
 from kvfold.arch.parameters import StoredNames
 from kvfold.arch.projections import AttentionWeights, Load, Shapes
+from kvfold.checkpoint.language import Around, is_wrapped, language_config
 from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.tensors import (
     FLOATING,
@@ -70,7 +71,7 @@ class TensorFiles:
 
     @property
     def files(self) -> list[Path]:
-        """The shard files, in order."""
+        """The shard files that hold them, in order."""
         return sorted({entry.file for entry in self.entries.values()})
 
     @property
@@ -127,9 +128,11 @@ class Checkpoint(Weights):
     """A checkpoint whose shapes have been checked; its tensors load when asked for.
 
     Attributes:
+        around: what it is a part of, if it is one; config and tensors are the part's own.
         family, geometry: derived from the config.
     """
 
+    around: Around | None = field(default=None, repr=False)
     family: Family = field(init=False)
     geometry: AttentionGeometry = field(init=False)
 
@@ -158,6 +161,12 @@ class Checkpoint(Weights):
             )
         self._checked.add(name)
         return tensor
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of weights, in order; none of a model in memory."""
+        store = self.store if self.around is None else self.around.store
+        return store.files if isinstance(store, TensorFiles) else []
 
     @property
     def parameters(self) -> int:
@@ -210,14 +219,19 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     folder = resolve(source)
     config = read_config(folder)
-    known_family(config)  # an unknown architecture is worth more than any other complaint
+    text = language_config(config)
+    known_family(text)  # an unknown architecture is worth more than any other complaint
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedError(
             f"{folder.name} is quantized ({method}); folding needs floating-point weights",
             _MXFP4_HINT if method == "mxfp4" else _QUANTIZED_HINT,
         )
-    return Checkpoint(str(folder), config, _open_files(folder, config))
+    store = _open_files(folder, config)
+    if not is_wrapped(config):
+        return Checkpoint(str(folder), config, store)
+    around = Around.of(config, store, str(folder))
+    return Checkpoint(str(folder), around.text, TensorFiles(around.entries()), around)
 
 
 def open_weights(source: str | Path) -> Weights:
@@ -229,7 +243,7 @@ def open_weights(source: str | Path) -> Weights:
     """
     folder = resolve(source)
     config = read_config(folder)
-    if can_be_opened(config) and not config.get("quantization_config"):
+    if can_be_opened(language_config(config)) and not config.get("quantization_config"):
         return open_checkpoint(folder)
     return Weights(str(folder), config, _open_files(folder, config))
 

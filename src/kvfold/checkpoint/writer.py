@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.arch.carried import Carried, Carrier
 from kvfold.arch.target import Target
-from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint, TensorFiles
+from kvfold.checkpoint.source import INDEX, SINGLE, Checkpoint
 from kvfold.checkpoint.tensors import TensorSpec, write_tensors
 from kvfold.errors import CheckpointError
 from kvfold.files import copy_file, write_json
@@ -83,11 +83,17 @@ def carried_from(checkpoint: Checkpoint, carrier: Carrier) -> dict[str, tuple[st
     }
 
 
-def plan_shards(specs: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+def plan_shards(
+    checkpoint: Checkpoint, own: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard]:
     """Lay out an output.
 
     Nothing is loaded: sizes, and so the disk space needed, are known beforehand.
+
+    Args:
+        own: what is written of a checkpoint; what lies around it comes on top.
     """
+    specs = own if checkpoint.around is None else checkpoint.around.specs(own)
     groups: list[list[TensorSpec]] = [[]]
     used = 0
     for spec in specs:
@@ -106,6 +112,7 @@ def plan_shards(specs: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES)
 
 
 def write_shards(
+    checkpoint: Checkpoint,
     folder: Path,
     shards: list[Shard],
     load: "Callable[[str], torch.Tensor]",
@@ -114,8 +121,9 @@ def write_shards(
     """Write the shards that are not there yet, then the index.
 
     Args:
-        load: returns a tensor of the folded model by name.
+        load: returns a tensor of what is made of the checkpoint, by name.
     """
+    load = _with_others(checkpoint, load)
     for number, shard in enumerate(shards, 1):
         if not (folder / shard.file).exists():
             write_tensors(folder / shard.file, shard.specs, (load(s.name) for s in shard.specs))
@@ -126,8 +134,28 @@ def write_shards(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def _with_others(
+    checkpoint: Checkpoint, load: "Callable[[str], torch.Tensor]"
+) -> "Callable[[str], torch.Tensor]":
+    """The same by the names of all tensors, where a checkpoint is a part of something."""
+    around = checkpoint.around
+    if around is None:
+        return load
+
+    def from_all(name: str) -> "torch.Tensor":
+        own = around.inner(name)
+        return around.store.tensor(name) if own is None else load(own)
+
+    return from_all
+
+
 def folded_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     """The folded model's ``config.json``; loads without remote code."""
+    own = _own_config(checkpoint, target)
+    return own if checkpoint.around is None else checkpoint.around.with_text(own)
+
+
+def _own_config(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     if target.is_source(checkpoint.geometry):
         return dict(checkpoint.config)
     config = target.config(checkpoint.family, checkpoint.config)
@@ -161,9 +189,7 @@ def carried_files(source: Path) -> dict[str, Path]:
 
 def files_read(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
     """Every file of a checkpoint that has a part in what is made of it, by name."""
-    store = checkpoint.store
-    shards = store.files if isinstance(store, TensorFiles) else []
-    named = [folder / "config.json", folder / INDEX, folder / RECORD, *shards]
+    named = [folder / "config.json", folder / INDEX, folder / RECORD, *checkpoint.files]
     own = {path.name: path for path in named if path.is_file()}
     return own | carried_files(folder)
 

@@ -4,6 +4,11 @@ import click
 
 from kvfold.cli.output import emit
 
+_INSIDE = (
+    "Such a language model is folded inside a model that also sees or hears (gemma3, mistral3,\n"
+    "llava, internvl, qwen2_5_vl, qwen3_vl, smolvlm …): all else of it passes through as it is."
+)
+
 
 @click.command("families")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -28,6 +33,7 @@ def command(as_json: bool) -> None:
             for f in FAMILIES
         ]
         print_table("Can be folded", ["model_type", "notes", "to a latent"], supported)
+        click.echo(_INSIDE)
         refused = [[name, why] for name, (why, _) in REFUSALS.items()]
         print_table("Cannot be folded", ["model_type", "why"], refused)
 

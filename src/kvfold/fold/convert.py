@@ -21,7 +21,6 @@ from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.records import ComparedRow, HeldOut, TriedRow
 from kvfold.checkpoint.source import (
     Checkpoint,
-    TensorFiles,
     open_checkpoint,
     resolve,
 )
@@ -255,7 +254,8 @@ def _run(
     if not same:
         kept = work.folder / "layers"
         layers, held_out = _fold_layers(checkpoint, request, cut, kept, progress)
-    shards = plan_shards(folded_specs(checkpoint, request.target), request.max_shard_bytes)
+    specs = folded_specs(checkpoint, request.target)
+    shards = plan_shards(checkpoint, specs, request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
     write_json(work.new / "config.json", folded_config(checkpoint, request.target))
     carried = carry_files(folder, work.new)
@@ -336,9 +336,7 @@ def _local_source(request: ConvertRequest, partial: Path) -> Path:
 def _weight_hashes(work: Workspace, checkpoint: Checkpoint) -> dict[str, str]:
     """Of the source's shards, or of its GGUF file."""
     prints = work.prints[_SOURCE]
-    store = checkpoint.store
-    shards = [file.name for file in store.files] if isinstance(store, TensorFiles) else []
-    names = [name for name in shards if name in prints] or list(prints)
+    names = [file.name for file in checkpoint.files if file.name in prints] or list(prints)
     return {name: prints[name]["sha256"] for name in names}
 
 
@@ -406,9 +404,10 @@ def _write(
         source, made = carried[name]
         return made.make(checkpoint.tensor(source)).contiguous()
 
-    write_shards(
-        partial / "out", shards, load, lambda done, total: progress("writing", done, total)
-    )
+    def done(number: int, total: int) -> None:
+        progress("writing", number, total)
+
+    write_shards(checkpoint, partial / "out", shards, load, done)
 
 
 def _record(

@@ -13,6 +13,7 @@ from kvfold.arch.latent import LAYOUTS
 from kvfold.arch.target import Grouped, Latent, Target
 from kvfold.arguments import choice, text
 from kvfold.checkpoint.gguf import is_gguf, read_gguf_config, summarize
+from kvfold.checkpoint.language import is_wrapped, language_config
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
 from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, peek_config, resolve
@@ -24,7 +25,7 @@ from kvfold.checkpoint.writer import (
     plan_shards,
     total_bytes,
 )
-from kvfold.errors import InputError
+from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.candidates import heads_and_latents, latents_of
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
@@ -64,6 +65,9 @@ SELF = "self"  # in place of a text: what the model writes itself (a file of the
 # What an open request says of its target.
 _OPEN = ("latent", "kv_bytes", "layout", "pad", "max_ppl_ratio", "max_kl")
 _GGUF_BYTES_PER_WEIGHT = 4
+_PART_HAS_NO_LATENT = (
+    "the model reads more than text, and no format has a latent in such a language model's place"
+)
 
 
 def _method(value: object, name: str) -> str:
@@ -351,8 +355,9 @@ def preview(
         targets = _targets(request, config)
         output = changed = transcoded
     else:
-        config = peek_config(request.source)
-        targets = _targets(request, config)
+        whole = peek_config(request.source)
+        config = language_config(whole)
+        targets = _targets(request, config, alone=not is_wrapped(whole))
         folder = resolve(request.source)
         checkpoint = open_checkpoint(folder)
         carried_files(folder)
@@ -374,9 +379,17 @@ def preview(
     return Preview(request, targets, geometry, config, text, output, needed, free)
 
 
-def _targets(request: ConvertRequest, config: Mapping[str, Any]) -> tuple[Target, ...]:
-    """What a model of that config may be folded to; all that is asked for, if it can be."""
+def _targets(
+    request: ConvertRequest, config: Mapping[str, Any], alone: bool = True
+) -> tuple[Target, ...]:
+    """What a model of that config may be folded to; all that is asked for, if it can be.
+
+    Args:
+        alone: whether it is no part of a larger model, which has no place for a latent.
+    """
     family = family_of(config)
+    if not alone and request.latent:
+        raise UnsupportedError(_PART_HAS_NO_LATENT, "give --kv-heads")
     geometry = family.geometry(config)
     if request.searches:
         targets = tuple(Grouped(heads) for heads in divisors(geometry.num_kv_heads)[:-1])
@@ -393,10 +406,14 @@ def _targets(request: ConvertRequest, config: Mapping[str, Any]) -> tuple[Target
         share, latent = request.kv_bytes, request.latent
         if share is not None:
             part = float(share.removesuffix("%")) / 100
-            return heads_and_latents(family, config, part, request.layout)
+            found = heads_and_latents(family, config, part, request.layout)
+            kept = tuple(each for each in found if alone or isinstance(each, Grouped))
+            if not kept:
+                raise UnsupportedError(_PART_HAS_NO_LATENT, "ask for more, or give --kv-heads")
+            return kept
         assert latent is not None
-        found = latents_of(family, config, int(latent), request.layout)
-        return tuple(replace(each, padded=request.padded) for each in found)
+        latents = latents_of(family, config, int(latent), request.layout)
+        return tuple(replace(each, padded=request.padded) for each in latents)
     target = request.target
     target.geometry(geometry, family, config)
     if not target.is_source(geometry):
@@ -408,14 +425,14 @@ def _output_bytes(
     checkpoint: Checkpoint, request: ConvertRequest, target: Target
 ) -> tuple[int, int]:
     """Of all that is written, and of the tensors kept apart until then: attention, fitted MLPs."""
-    shards = plan_shards(folded_specs(checkpoint, target), request.max_shard_bytes)
+    specs = folded_specs(checkpoint, target)
     names = set(attention_specs(checkpoint, target))
     if request.fit != "none":
         layers = range(checkpoint.geometry.num_layers)
         mlp = checkpoint.family.mlp_output
         names |= {f"{checkpoint.layer_prefix(layer)}.{mlp}.weight" for layer in layers}
-    apart = sum(spec.nbytes for shard in shards for spec in shard.specs if spec.name in names)
-    return total_bytes(shards), apart
+    apart = sum(spec.nbytes for spec in specs if spec.name in names)
+    return total_bytes(plan_shards(checkpoint, specs, request.max_shard_bytes)), apart
 
 
 def calibration_text(request: ConvertRequest) -> GivenText | None:

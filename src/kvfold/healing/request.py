@@ -6,6 +6,7 @@ from typing import Any
 
 from kvfold.checkpoint.gguf import is_gguf
 from kvfold.checkpoint.inputs import Files, files_of
+from kvfold.checkpoint.language import language_config
 from kvfold.checkpoint.places import check_apart, check_disk, check_older, check_place
 from kvfold.checkpoint.source import Checkpoint, open_checkpoint, read_config, resolve
 from kvfold.checkpoint.writer import (
@@ -226,7 +227,7 @@ def _default_context(folded: str | Path) -> int:
     folder = Path(folded).expanduser()
     if not (folder / "config.json").exists():  # what is the matter is said later
         return DEFAULT_CONTEXT
-    longest = read_config(folder).get("max_position_embeddings")
+    longest = language_config(read_config(folder)).get("max_position_embeddings")
     return min(DEFAULT_CONTEXT, longest) if longest else DEFAULT_CONTEXT
 
 
@@ -274,7 +275,7 @@ def check_heal(
         check_source(text)
     checkpoints = (request.keep + 1) * _STATE_BYTES_PER_WEIGHT * folded.parameters
     state = checkpoints if "kl" in request.stages else 0
-    written = total_bytes(plan_shards(stored_specs(folded)))
+    written = total_bytes(plan_shards(folded, stored_specs(folded)))
     check_disk(out, 2 * written + state)
 
 

@@ -346,8 +346,8 @@ class _Run:
         model = load_student(self.request, changed)
         take_trained(model, trained)
         read = healed_tensors(self.folded, without_lora(model), trained)
-        shards = plan_shards(stored_specs(self.folded))
-        write_shards(out, shards, read)
+        shards = plan_shards(self.folded, stored_specs(self.folded))
+        write_shards(self.folded, out, shards, read)
         copy_file(self.folder / "config.json", out / "config.json")
         carry_files(self.folder, out)
         if (self.partial / METRICS).is_file():

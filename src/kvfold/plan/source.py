@@ -7,6 +7,7 @@ from typing import Any
 from kvfold.arch.config import CONFIG
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint.gguf import is_gguf, summarize
+from kvfold.checkpoint.language import language_config
 from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.source import INDEX, SINGLE, peek_config, resolve
 from kvfold.checkpoint.tensors import read_header
@@ -40,15 +41,15 @@ def open_model(source: str | Path) -> Model:
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of what ``open_model`` opens.
+    """The ``config.json`` of what ``open_model`` opens: of its language model, if that is a part.
 
     Raises:
         InputError: if there is no such thing.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return dict(CONFIG.read(path))
-    return peek_config(source)
+        return language_config(CONFIG.read(path))
+    return language_config(peek_config(source))
 
 
 def _weights(folder: Path) -> tuple[int | None, int | None]:

@@ -11,6 +11,7 @@ from kvfold.arguments import callback, several
 from kvfold.arguments import source as source_name
 from kvfold.checkpoint import pretrained
 from kvfold.checkpoint.gguf import is_gguf, summarize, transcode
+from kvfold.checkpoint.language import language_config
 from kvfold.checkpoint.pretrained import check_weights, load_tokenizer
 from kvfold.checkpoint.source import open_weights, read_config, resolve
 from kvfold.errors import InputError, ThresholdError
@@ -175,7 +176,7 @@ class _Opened:
         with ExitStack() as stack:
             self._folders = ready_folders(self._request.sources, stack)
             self.tokenizer = load_tokenizer(self._folders[0])
-            config = read_config(self._folders[0])
+            config = language_config(read_config(self._folders[0]))
             self.vocabulary = (config.get("text_config") or config).get("vocab_size")
             self._stack = stack.pop_all()
         return self

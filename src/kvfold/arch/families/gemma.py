@@ -21,10 +21,4 @@ FAMILIES = (
         post_norm=True,
         default_head_dim=256,
     ),
-    Family(
-        ("gemma3",),
-        unfoldable="it is the image-and-text wrapper",
-        instead="save its text half first: "
-        "Gemma3ForCausalLM.from_pretrained(SRC).save_pretrained(TEXT)",
-    ),
 )
