@@ -34,6 +34,7 @@ from pages.quality import (
     kept,
     latents,
     memory,
+    qk_norm,
 )
 from pages.rows import FOLDER
 from pages.serving import serving, serving_in_short, serving_memory, serving_starts
@@ -75,6 +76,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "caches": caches,
     "folding": folding,
     "latents": latents,
+    "qk-norm": qk_norm,
     "energies": energies,
     "healing": healing,
     "healing-small": healing_small,

@@ -131,6 +131,23 @@ def healing_small() -> str:
     return table(heads, map(cells, dict.fromkeys(r["method"] for r in rows))) + measured(rows)
 
 
+def qk_norm() -> str:
+    rows = results("qk_norm", "model", "num_kv_heads", "fit")
+    if not rows:
+        return NOT_YET
+    found = {(row["model"], row["fit"], row["num_kv_heads"]): row for row in rows}
+    counts = sorted({row["num_kv_heads"] for row in rows}, reverse=True)
+
+    def cells(case: tuple[str, str]) -> Iterator[str]:
+        yield "QK-norm" if case[0] == "qk-norm" else "without"
+        yield case[1]
+        for row in (found[*case, count] for count in counts):
+            yield f"{row['nats_lost']:.3f} ± {row['nats_lost_error']:.3f}"
+
+    cases = dict.fromkeys((row["model"], row["fit"]) for row in rows)
+    return table(("", "fit", *(f"8 → {n}" for n in counts)), map(cells, cases), 2) + measured(rows)
+
+
 def memory() -> str:
     rows = results("streaming_memory", "case")
 

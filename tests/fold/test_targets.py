@@ -79,7 +79,8 @@ class FusedFold:
             SharedHead(h.q[i : i + 1], h.k[i], h.v[i], h.o[i : i + 1])
             for i in range(h.num_kv_heads)
         ]
-        return h.weights(alone), Energy()
+        every = torch.ones(h.q.shape[-1], dtype=torch.float64)
+        return h.weights(alone, [[i] for i in range(h.num_kv_heads)], every), Energy()
 
 
 def test_another_kind_of_target(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from kvfold.arch.families import FAMILIES
 from kvfold.arch.family import Family
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold.heads import LayerHeads, SharedHead
+from kvfold.fold.norms import NormWeights
+from kvfold.fold.pairs import Pairs
 from kvfold.fold.stored_layer import StoredLayer
 
 VOCABULARY = 96
@@ -107,6 +109,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "glm4_moe": ("glm4_moe", COMMON | WIDE | DENSE_FIRST),
     "glm4_moe-norm": ("glm4_moe", COMMON | WIDE | DENSE_FIRST | {"use_qk_norm": True}),
+    "flex_olmo": ("flex_olmo", COMMON | EXPERTS),
+    "olmo2": ("olmo2", COMMON),
+    "olmo3": ("olmo3", COMMON | WINDOWED),
+    "olmoe": ("olmoe", COMMON | EXPERTS),
     "gpt_oss": (
         "gpt_oss",
         COMMON | WIDE | WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -154,6 +160,8 @@ def build(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
             torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith("sinks"):  # and these near it
             torch.nn.init.normal_(parameter)
+        if "olmo" in model_type and name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # and these at one
     return model.eval()
 
 
@@ -186,8 +194,10 @@ def with_kv_heads(model: Any, heads: list[LayerHeads]) -> Any:
             SharedHead(parts.q[h : h + 1], parts.k[h], parts.v[h], parts.o[h : h + 1])
             for h in range(count)
         ]
+        own = [[head] for head in range(count)]
+        every = torch.ones(parts.q.shape[-1], dtype=torch.float64)
         written = family.projections.write(
-            checkpoint.attention_prefix(layer), parts.weights(groups)
+            checkpoint.attention_prefix(layer), parts.weights(groups, own, every)
         )
         state |= {name: tensor.float().contiguous() for name, tensor in written.items()}
     other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
@@ -212,6 +222,7 @@ def repeated(heads: LayerHeads) -> LayerHeads:
         has_bias=heads.has_bias,
         pairs=heads.pairs,
         norm=heads.norm,
+        rows=heads.rows,
     )
 
 
@@ -228,10 +239,12 @@ def scrambled(heads: LayerHeads, seed: int) -> LayerHeads:
     shape = k_pairs.shape[:2]
     phase = torch.rand(shape, generator=generator, dtype=torch.float64) * 6.28
     size = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    if heads.rows:  # only signs: weights differ in the two dimensions of every pair
+        size, phase = torch.ones_like(size), 3.14159265358979 * (phase > 3).double()
     if heads.norm:  # only phases, and only where the norm lets them pass
         size = torch.ones_like(size)
         phase = torch.where(
-            heads.norm.free_phases(heads.pairs), phase, 3.14159265358979 * (phase > 3)
+            _free_phases(heads.norm, heads.pairs), phase, 3.14159265358979 * (phase > 3)
         )
     turn = torch.polar(size, phase)[..., None]
     k_pairs, q_pairs = turn * k_pairs, q_pairs / turn.conj()[:, None]
@@ -242,7 +255,14 @@ def scrambled(heads: LayerHeads, seed: int) -> LayerHeads:
         k_rest = gauges @ k_rest
         q_rest = torch.linalg.inv(gauges).mT[:, None] @ q_rest
     q, k = heads.pairs.join(q_pairs, q_rest), heads.pairs.join(k_pairs, k_rest)
-    return LayerHeads(q, k, v, o, heads.o_bias, heads.has_bias, heads.pairs, heads.norm)
+    rest = heads.o_bias, heads.has_bias, heads.pairs, heads.norm, heads.rows
+    return LayerHeads(q, k, v, o, *rest)
+
+
+def _free_phases(norm: NormWeights, pairs: Pairs) -> torch.Tensor:
+    """``[r/2]``, true where a phase commutes with both norms: equal weights on the pair."""
+    both = [pairs.split(weight[:, None])[0][:, 0] for weight in (norm.q, norm.k)]
+    return (both[0].real == both[0].imag) & (both[1].real == both[1].imag)
 
 
 def permuted(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -283,7 +303,8 @@ def gpt2_of(bigcode: Any, seed: int = 7) -> Any:
             SharedHead(parts.q[h : h + 1], parts.k[h], parts.v[h], parts.o[h : h + 1])
             for h in range(parts.num_kv_heads)
         ]
-        own |= family.projections.write(f"transformer.h.{layer}.attn", parts.weights(groups))
+        weights = parts.weights(groups, [[h] for h in range(parts.num_kv_heads)], torch.ones(1))
+        own |= family.projections.write(f"transformer.h.{layer}.attn", weights)
     gpt2.load_state_dict({name: tensor.float().contiguous() for name, tensor in own.items()})
     return gpt2.eval()
 

@@ -129,7 +129,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_of_ours(size: int, tmp_
     """PyTorch's own is no ``Exception`` and prints the tracebacks of all processes."""
     import torch
 
-    from kvfold.healing.parallel import World
+    from kvfold.quality.world import World
 
     model = torch.nn.Linear(100, 100)
     optimizer = torch.optim.AdamW(model.parameters())

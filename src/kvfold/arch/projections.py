@@ -25,6 +25,7 @@ class AttentionWeights:
         q: ``[Hq, D, C]``; k: ``[Hkv, D, C]``; v: ``[Hkv, Dv, C]``; o: ``[Hq, C, Dv]``.
         q_bias: ``[Hq, D]``; k_bias: ``[Hkv, D]``; v_bias: ``[Hkv, Dv]``; o_bias: ``[C]``;
             each ``None`` where the checkpoint has none.
+        q_norm: ``[Hq, D]``; k_norm: ``[Hkv, D]``: of norms over all heads at once, or ``None``.
         Query heads ``h * R … h * R + R - 1`` read KV head ``h``.
     """
 
@@ -36,6 +37,8 @@ class AttentionWeights:
     k_bias: "torch.Tensor | None" = None
     v_bias: "torch.Tensor | None" = None
     o_bias: "torch.Tensor | None" = None
+    q_norm: "torch.Tensor | None" = None
+    k_norm: "torch.Tensor | None" = None
 
 
 class Projections(Protocol):
@@ -138,6 +141,40 @@ class SeparateProjections:
                 tensors[f"{prefix}.{part}.bias"] = _flat(bias)
         if w.o_bias is not None:
             tensors[f"{prefix}.{self.o}.bias"] = w.o_bias
+        return tensors
+
+
+@dataclass(frozen=True)
+class NormedProjections(SeparateProjections):
+    """The same, and RMS norms over all queries of a token and over all of its keys: OLMo 2."""
+
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+
+    def shapes(self, prefix: str, geometry: AttentionGeometry, names: set[str]) -> Shapes:
+        """See :meth:`Projections.shapes`."""
+        g = geometry
+        norms: Shapes = {
+            f"{prefix}.{self.q_norm}.weight": (g.num_heads * g.head_dim,),
+            f"{prefix}.{self.k_norm}.weight": (g.num_kv_heads * g.head_dim,),
+        }
+        return super().shapes(prefix, geometry, names) | norms
+
+    def read(
+        self, prefix: str, geometry: AttentionGeometry, load: Load, names: set[str]
+    ) -> AttentionWeights:
+        """See :meth:`Projections.read`."""
+        weights = super().read(prefix, geometry, load, names)
+        weights.q_norm = _heads(load(f"{prefix}.{self.q_norm}.weight"), geometry.num_heads)
+        weights.k_norm = _heads(load(f"{prefix}.{self.k_norm}.weight"), geometry.num_kv_heads)
+        return weights
+
+    def write(self, prefix: str, weights: AttentionWeights) -> "dict[str, torch.Tensor]":
+        """The inverse of :meth:`read`."""
+        tensors = super().write(prefix, weights)
+        for part, norm in ((self.q_norm, weights.q_norm), (self.k_norm, weights.k_norm)):
+            assert norm is not None
+            tensors[f"{prefix}.{part}.weight"] = _flat(norm)
         return tensors
 
 

@@ -49,5 +49,8 @@ def _repeated(weights: AttentionWeights, heads: int) -> AttentionWeights:
     assert k is not None
     assert v is not None
     biases: dict[str, Any] = {"k_bias": each(weights.k_bias), "v_bias": each(weights.v_bias)}
-    own: dict[str, Any] = {"q_bias": weights.q_bias, "o_bias": weights.o_bias}
-    return AttentionWeights(weights.q, k, v, weights.o, **own, **biases)
+    own: dict[str, Any] = {name: getattr(weights, name) for name in ("q_bias", "o_bias", "q_norm")}
+    # Over all heads, a mean is that of the heads before they were repeated.
+    return AttentionWeights(
+        weights.q, k, v, weights.o, **own, **biases, k_norm=each(weights.k_norm)
+    )

@@ -21,7 +21,7 @@ from kvfold.quality.text import Tokenizer, token_windows
 from kvfold.record import DEMO
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 FOLDED_KV_HEADS = (4, 2, 1)
 # Label, method, fit: the GQA paper's baseline; better algebra alone; algebra and fitting.
@@ -91,7 +91,7 @@ def check_out(out: Path, force: bool) -> None:
 
 
 def fold_and_compare(
-    model: "LlamaForCausalLM", tokenizer: Tokenizer, splits: Splits, seed: int, progress: Progress
+    model: "PreTrainedModel", tokenizer: Tokenizer, splits: Splits, seed: int, progress: Progress
 ) -> tuple[DemoRow, ...]:
     """Fold by every method to all numbers of heads, and to latents; score on held-out text."""
     from kvfold.fold.model import fold_model

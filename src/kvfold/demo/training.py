@@ -9,7 +9,7 @@ from kvfold.quality.text import Tokenizer, python_topics
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 CONTEXT = 128
 STEPS = 900
@@ -19,9 +19,13 @@ _PEAK_RATE = 3e-3
 
 
 def train_demo_model(
-    seed: int = 0, progress: Progress = no_progress, steps: int = STEPS
-) -> "tuple[LlamaForCausalLM, Tokenizer, Splits]":
-    """Train the demo's source: 8 heads, 8 KV heads; the same seed gives the same weights."""
+    seed: int = 0, progress: Progress = no_progress, steps: int = STEPS, *, qk_norm: bool = False
+) -> "tuple[PreTrainedModel, Tokenizer, Splits]":
+    """Train the demo's source: 8 heads, 8 KV heads; the same seed gives the same weights.
+
+    Args:
+        qk_norm: of Qwen 3's architecture, which normalises queries and keys, instead of Llama's.
+    """
     import torch
 
     splits = split_topics(python_topics())
@@ -30,15 +34,16 @@ def train_demo_model(
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _new_model(tokenizer)
+        model = _new_model(tokenizer, qk_norm)
     _train(model, ids, torch.Generator().manual_seed(seed), steps, progress)
     return model.eval(), tokenizer, splits
 
 
-def _new_model(tokenizer: Tokenizer) -> "LlamaForCausalLM":
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _new_model(tokenizer: Tokenizer, qk_norm: bool) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "qwen3" if qk_norm else "llama",
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -51,11 +56,12 @@ def _new_model(tokenizer: Tokenizer) -> "LlamaForCausalLM":
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def _train(
-    model: "LlamaForCausalLM",
+    model: "PreTrainedModel",
     ids: "torch.Tensor",
     generator: "torch.Generator",
     steps: int,

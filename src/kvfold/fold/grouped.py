@@ -29,6 +29,7 @@ class GroupedFold:
         self, layer: StoredLayer, heads: LayerHeads, target: Grouped, statistics: LayerStatistics
     ) -> None:
         self._heads, self._statistics = heads, statistics
+        self._released = heads.released(statistics.moment)
         self._count = target.num_kv_heads
 
     def groups(self, method: Method) -> Groups:
@@ -43,21 +44,23 @@ class GroupedFold:
     def _alike(self) -> Groups:
         if self._count == 1:
             return self._neighbours
-        return find_groups(pair_losses(self._heads, self._statistics), self._count)
+        return find_groups(pair_losses(self._released, self._statistics), self._count)
 
     def by(self, method: Method, seed: int) -> tuple[AttentionWeights, Energy]:
         """The folded weights, float64, and what they keep.
 
-        Groups of one head are not shown to the method: they keep their bits.
+        Groups of one head are not shown to the method: they keep their bits. Norms are left as they
+        are by methods that know nothing of what they see.
         """
         generator = torch.Generator().manual_seed(seed)
-        folded, energy = [], Energy()
-        for members in self.groups(method):
-            group = self._heads.group(members, self._statistics)
+        groups, folded, energy = self.groups(method), list[SharedHead](), Energy()
+        heads = self._released if method.candidate else self._heads
+        for members in groups:
+            group = heads.group(members, self._statistics)
             shared = method.fold(group, generator) if len(members) > 1 else _alone(group)
             folded.append(shared)
             energy += fold_energy(group, shared)
-        return self._heads.weights(folded), energy
+        return heads.weights(folded, groups, self._statistics.moment), energy
 
 
 def _alone(group: HeadGroup) -> SharedHead:

@@ -5,32 +5,14 @@ All tensors are float64.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from kvfold.arch.family import QKNorm
 from kvfold.arch.projections import AttentionWeights
+from kvfold.fold.norms import NormedRows, NormWeights, WideRows
 from kvfold.fold.pairs import Pairs
 from kvfold.fold.statistics import AttendedKeys, LayerStatistics
-
-
-@dataclass
-class NormWeights:
-    """The multipliers ``[D]`` of RMS norms on queries and keys (QK-norm)."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-
-    def free_phases(self, pairs: Pairs) -> torch.Tensor:
-        """``[r/2]``, true where a phase commutes with both norms: equal weights on the pair."""
-        return _equal_on_pairs(self.q, pairs) & _equal_on_pairs(self.k, pairs)
-
-
-def _equal_on_pairs(weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    complex_weight, _ = pairs.split(weight[:, None])
-    real, imag = complex_weight.real[:, 0], complex_weight.imag[:, 0]
-    return (real - imag).abs() <= 1e-6 * (real.abs() + imag.abs())
 
 
 @dataclass
@@ -81,6 +63,7 @@ class LayerHeads:
 
     Attributes:
         q: ``[Hkv, R, D, X]``; k: ``[Hkv, D, X]``; v: ``[Hkv, Dv, X]``; o: ``[Hkv, R, C, Dv]``.
+        rows: of heads that hold the weights of the norms behind them.
     """
 
     q: torch.Tensor
@@ -91,21 +74,38 @@ class LayerHeads:
     has_bias: bool
     pairs: Pairs
     norm: NormWeights | None
+    rows: WideRows | NormedRows | None = None
 
     @classmethod
     def of(cls, weights: AttentionWeights, pairs: Pairs, norm: NormWeights | None) -> "LayerHeads":
         w = weights
+        rows: WideRows | None = None
         group_size = w.q.shape[0] // w.k.shape[0]
+        q, k = _with_bias(w.q, w.q_bias).unflatten(0, (-1, group_size)), _with_bias(w.k, w.k_bias)
+        if w.q_norm is not None and w.k_norm is not None:
+            rows = WideRows(q, k)
+            q = w.q_norm.double().unflatten(0, (-1, group_size))[..., None] * q
+            k = w.k_norm.double()[..., None] * k
         return cls(
-            q=_with_bias(w.q, w.q_bias).unflatten(0, (-1, group_size)),
-            k=_with_bias(w.k, w.k_bias),
+            q=q,
+            k=k,
             v=_with_bias(w.v, w.v_bias),
             o=w.o.double().unflatten(0, (-1, group_size)),
             o_bias=w.o_bias,
             has_bias=w.q_bias is not None or w.k_bias is not None or w.v_bias is not None,
             pairs=pairs,
             norm=norm,
+            rows=rows,
         )
+
+    def released(self, moment: torch.Tensor) -> "LayerHeads":
+        """The same heads, each of the mean size of one, as norms leave them, with their weights:
+        what is folded then may be scaled and turned as if there were none behind it."""
+        if self.norm is None:
+            return self
+        rows = NormedRows.of(self.q, self.k, moment)
+        q, k = self.norm.q[:, None] * rows.q, self.norm.k[:, None] * rows.k
+        return replace(self, q=q, k=k, norm=None, rows=rows)
 
     @property
     def num_kv_heads(self) -> int:
@@ -126,32 +126,28 @@ class LayerHeads:
             attended=statistics.attended if len(heads) == self.num_kv_heads else None,
         )
 
-    def weights(self, folded: list[SharedHead]) -> AttentionWeights:
-        """Put folded groups side by side, query heads in the order of their groups."""
+    def weights(
+        self, folded: list[SharedHead], groups: list[list[int]], moment: torch.Tensor
+    ) -> AttentionWeights:
+        """Put folded groups side by side, query heads in the order of their groups.
+
+        Args:
+            groups: the heads of each. moment: of the layer's inputs.
+        """
         q = torch.cat([head.q.flatten(0, 1) for head in folded])
         k = torch.stack([head.k for head in folded])
         v = torch.stack([head.v for head in folded])
         o = torch.cat([head.o.flatten(0, 1) for head in folded])
-        biases = {}
+        biases, norms = {}, {}
+        if self.rows:
+            q, k, norms["q_norm"], norms["k_norm"] = self.rows.split(q, k, groups, moment)
         if self.has_bias:
             biases = {"q_bias": q[..., -1], "k_bias": k[..., -1], "v_bias": v[..., -1]}
         return AttentionWeights(
-            q[..., :-1], k[..., :-1], v[..., :-1], o, o_bias=self.o_bias, **biases
+            q[..., :-1], k[..., :-1], v[..., :-1], o, o_bias=self.o_bias, **biases, **norms
         )
 
 
 def _with_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     column = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
     return torch.cat([weight.double(), column.double()[..., None]], dim=-1)
-
-
-def norm_weights(
-    spec: QKNorm | None, prefix: str, load: Callable[[str], torch.Tensor]
-) -> NormWeights | None:
-    """Load the multipliers of a layer's QK-norm."""
-    if spec is None:
-        return None
-    return NormWeights(
-        load(f"{prefix}.{spec.q}").double() + spec.offset,
-        load(f"{prefix}.{spec.k}").double() + spec.offset,
-    )

@@ -137,6 +137,7 @@ def fold_layer(
         fold.constant_error,
     )  # fmt: skip
     tensors = _stored(source, plan.target, weights) | _sinks(source, report.groups)
+    tensors |= _norms(source, weights)
     return FoldedLayer(source.index, tensors, report)
 
 
@@ -148,6 +149,19 @@ def _sinks(source: StoredLayer, groups: list[list[int]]) -> Tensors:
     name = f"{checkpoint.attention_prefix(source.index)}.{checkpoint.family.sinks}"
     by_head = source.tensor(name).unflatten(0, (checkpoint.geometry.num_kv_heads, -1))
     return {name: by_head[[head for group in groups for head in group]].flatten()}
+
+
+def _norms(source: StoredLayer, weights: Any) -> Tensors:
+    """Those of queries and keys, head by head, where folding has changed them."""
+    checkpoint = source.checkpoint
+    spec = checkpoint.family.normalises(checkpoint.config)
+    if spec is None or getattr(weights, "q_norm", None) is None:
+        return {}
+    found = {}
+    for name, norm in ((spec.q, weights.q_norm), (spec.k, weights.k_norm)):
+        path = f"{checkpoint.attention_prefix(source.index)}.{name}"
+        found[path] = as_stored(norm - spec.offset, source.tensor(path).dtype)
+    return found
 
 
 def _stored(source: StoredLayer, target: Target, weights: Any) -> Tensors:

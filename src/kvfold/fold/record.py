@@ -126,8 +126,8 @@ def model_card(checkpoint: Checkpoint, target: Target, record: dict[str, Any]) -
         f"Everything about its making is in `{RECORD}`.",
     ]
     if checkpoint.family.normalises(checkpoint.config):
-        lines += ["", "This architecture normalises its keys (QK-norm), which limits what folding "
-                  "can align: healing by distillation is required."]  # fmt: skip
+        lines += ["", "This architecture normalises its keys (QK-norm), and no norm sees all that "
+                  "those of the members saw: heal it by distillation."]  # fmt: skip
     for warning in record["warnings"]:
         lines += ["", f"> Warning: {warning}."]
     return "\n".join(lines) + "\n"

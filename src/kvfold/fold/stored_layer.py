@@ -3,7 +3,8 @@
 import torch
 
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.fold.heads import LayerHeads, norm_weights
+from kvfold.fold.heads import LayerHeads
+from kvfold.fold.norms import NormWeights
 from kvfold.fold.pairs import Pairs
 
 Tensors = dict[str, torch.Tensor]
@@ -58,5 +59,5 @@ class StoredLayer:
         weights = self.checkpoint.attention(self.index, load)
         prefix = self.checkpoint.attention_prefix(self.index)
         spec = self.checkpoint.family.normalises(self.checkpoint.config)
-        norm = norm_weights(spec, prefix, load)
+        norm = NormWeights.load(spec, prefix, load)
         return LayerHeads.of(weights, self.pairs, norm)

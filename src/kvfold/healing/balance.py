@@ -17,14 +17,15 @@ def balanced(weights: AttentionWeights, normalised: bool) -> AttentionWeights:
     """The same attention with |q| about |k| and |v| about |o|, KV head by KV head.
 
     Args:
-        normalised: whether queries and keys are normalised after projection (QK-norm); their
-            size means nothing then, and stays.
+        normalised: whether queries and keys are normalised after projection, head by head
+            (QK-norm); their size means nothing then, and stays, as under norms over all heads.
 
     >>> balanced(weights, normalised=False)  # doctest: +SKIP
     """
     kv_heads = len(weights.k)
     ones = torch.ones(kv_heads, dtype=torch.float64)
-    key = ones if normalised else _factor(weights.q, weights.k)
+    wide = weights.k_norm is not None
+    key = ones if normalised or wide else _factor(weights.q, weights.k)
     value = _factor(weights.o, weights.v)
 
     def must(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -43,6 +44,8 @@ def balanced(weights: AttentionWeights, normalised: bool) -> AttentionWeights:
         k_bias=times(weights.k_bias, key),
         v_bias=times(weights.v_bias, value),
         o_bias=weights.o_bias,
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
     )
 
 

@@ -16,10 +16,11 @@ from kvfold.healing.line import Line, best_share
 from kvfold.healing.models import ParameterGroup
 from kvfold.healing.objective import Objective, distillation, hidden_error
 from kvfold.healing.packing import Batch, TrainingStream
-from kvfold.healing.parallel import World, gather_again, gradients_later
+from kvfold.healing.parallel import gather_again, gradients_later
 from kvfold.healing.request import HealRequest
 from kvfold.healing.watch import Guard, Row, StopSignal, Stopwatch, Watch
 from kvfold.progress import Progress
+from kvfold.quality.world import World
 
 
 @dataclass

@@ -4,89 +4,34 @@ Every process packs the same batches and takes its own part of each, so the orde
 does not depend on how many there are, and the loss is that of a single process but for rounding.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from kvfold.errors import InputError
 from kvfold.healing.models import decoder_layers, family_of_model
-from kvfold.quality.device import pick_device
-
-_TIMEOUT = timedelta(hours=12)  # others wait while the first process heals layers or evaluates
-
-
-@dataclass(frozen=True)
-class World:
-    """This process and its peers.
-
-    Attributes:
-        kind: ``ddp``, ``fsdp``, or None for a process alone.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    kind: str | None
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes."""
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor]
-
-    def share(self, sequences: int) -> slice:
-        """This process's part of a batch of ``sequences``."""
-        share = sequences // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-
-def launched_rank() -> int:
-    """The rank that ``torchrun`` gave this process; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+from kvfold.quality.world import World, joined, launched_size
 
 
 @contextmanager
 def world(kind: str | None, device: str | None, sequences: int) -> Iterator[World]:
-    """Join the processes that ``torchrun`` started, or stay alone.
+    """Join the processes that ``torchrun`` started, or stay alone; on CPUs unless it is said.
 
     Raises:
         InputError: if a batch of ``sequences`` cannot be shared evenly.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available() and device in (None, "cuda")
-    where = pick_device(f"cuda:{local}" if cuda else device or "cpu")
-    if size == 1:
-        yield World(0, 1, where, None)
-        return
-    if sequences % size:
+    size = launched_size()
+    if size > 1 and sequences % size:
         raise InputError(
             f"a batch of {sequences} sequences cannot be shared by {size} processes",
             f"make --batch-tokens a multiple of {size} x --context",
         )
-    if cuda:
-        torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
-    try:
-        yield World(dist.get_rank(), size, where, kind or ("fsdp" if cuda else "ddp"))
-    finally:
-        dist.destroy_process_group()
+    with joined(device) as found:
+        usual = "fsdp" if found.device.type == "cuda" else "ddp"
+        yield found if size == 1 else replace(found, kind=kind or usual)
 
 
 def distribute(model: Any, world: World, dtype: torch.dtype, trained: bool) -> Any:

@@ -29,7 +29,7 @@ from kvfold.healing.models import (
     without_lora,
 )
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
-from kvfold.healing.parallel import World, distribute, launched_rank, world
+from kvfold.healing.parallel import distribute, world
 from kvfold.healing.placing import check_places, healed_tensors, take_trained
 from kvfold.healing.record import heal_record, model_card, read_healing
 from kvfold.healing.request import (
@@ -46,6 +46,7 @@ from kvfold.quality.device import pick_dtype
 from kvfold.quality.run import load_model
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import python_topics, read_texts, token_windows
+from kvfold.quality.world import World, launched_rank
 from kvfold.record import METRICS, RECORD
 
 _WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way

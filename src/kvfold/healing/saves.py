@@ -28,7 +28,7 @@ from kvfold.documents import MEGABYTE, Document, open_ended
 from kvfold.errors import CheckpointError, InputError, RunError
 from kvfold.files import WriteError, of_full_disk, write_json
 from kvfold.healing.manifest import HINT, Reader, read_index
-from kvfold.healing.parallel import World
+from kvfold.quality.world import World
 
 _STATE, _UNFINISHED = "state.json", ".tmp"
 _Number = Annotated[int, Ge(0), Le(1 << 40)]

@@ -8,7 +8,6 @@ import torch
 
 from kvfold.arch.target import Grouped
 from kvfold.fold.heads import HeadGroup, SharedHead
-from kvfold.fold.keys import normalised_keys
 from kvfold.fold.methods import method
 from kvfold.fold.subspace import energy, through
 
@@ -20,7 +19,7 @@ def aligned(group: HeadGroup, generator: torch.Generator) -> SharedHead:
     """rotate the heads onto each other (Procrustes), then average"""
     v, turns = _procrustes(group.v, group.value_moment)
     o = torch.einsum("hrcd,hed->hrce", group.o, turns)
-    q, k = normalised_keys(group, group.norm) if group.norm else _keys(group)
+    q, k = _keys(group)
     return SharedHead(q, k, v, o)
 
 

@@ -13,12 +13,12 @@ import torch
 
 from kvfold.arch.target import Grouped
 from kvfold.fold.heads import HeadGroup, SharedHead
-from kvfold.fold.keys import normalised_keys
 from kvfold.fold.methods import method
 from kvfold.fold.subspace import centred, energy, shared_subspace, through
 
 Shared = tuple[torch.Tensor, torch.Tensor]  # queries and the key rows they now read
 _ROUNDS = 30
+_WORST_CONDITION = 100.0
 
 
 @method("pca", targets=(Grouped,), candidate=True)
@@ -27,7 +27,7 @@ def pca(group: HeadGroup, generator: torch.Generator) -> SharedHead:
     metric = torch.einsum("hrcd,hrce->hde", group.o, group.o)
     v, mix = shared_subspace(group.v, group.value_moment, metric)
     o = torch.einsum("hrcd,hde->hrce", group.o, mix)
-    q, k = normalised_keys(group, group.norm) if group.norm else principal_keys(group)
+    q, k = principal_keys(group)
     return SharedHead(q, k, v, o)
 
 
@@ -63,12 +63,23 @@ def shared_frequencies(
     parts = mix.conj() * asked.T
     parts = parts / (parts * mix).real.sum(-1, keepdim=True).clamp_min(1e-300)
     if key_moments is None:
-        return parts, mix
+        return _in_phase(parts, mix)
     parts, mix = _within_attention(mix, key_moments)
     rows = torch.einsum("fg,gfx->fx", parts, k)
     own = energy(rows[:, None], moment).clamp_min(1e-300)
     scale = (energy(k.transpose(0, 1), moment) / k.shape[0] / own).sqrt()[:, None]
-    return parts * scale, mix / scale
+    return _in_phase(parts * scale, mix / scale)
+
+
+def _in_phase(parts: torch.Tensor, mix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with shared keys in the phase of the member that has most of them.
+
+    Only products with queries count, but where norms have weights: these differ between the two
+    dimensions of a pair, and can take the place of the source's if those are not mixed.
+    """
+    most = mix.gather(-1, mix.abs().argmax(-1, keepdim=True))
+    phase = torch.where(most.abs() > 0, most / most.abs(), torch.ones_like(most))
+    return parts * phase, mix * phase.conj()
 
 
 def _within_attention(
@@ -104,4 +115,15 @@ def _still(q: torch.Tensor, k: torch.Tensor, moment: torch.Tensor) -> Shared:
         return q, k[0]
     metrics = torch.einsum("hrdx,hrex->hde", through(q, moment), q)
     shared, mixes = shared_subspace(k, centred(moment), metrics)
+    shared, mixes = _like_a_member(shared, mixes)
     return torch.einsum("hrdx,hde->hrex", q, mixes), shared
+
+
+def _like_a_member(shared: torch.Tensor, mixes: torch.Tensor) -> Shared:
+    """The same in the coordinates of a member, as :func:`_in_phase`: of that whose matrix is best
+    inverted; none if that would cost digits."""
+    conditions = torch.linalg.cond(mixes)
+    own = mixes[conditions.argmin()]
+    if not conditions.min() < _WORST_CONDITION:
+        return shared, mixes
+    return own @ shared, mixes @ torch.linalg.inv(own)
