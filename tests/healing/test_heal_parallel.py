@@ -15,6 +15,7 @@ from kvfold.checkpoint.places import working_folder
 from kvfold.healing import saves
 from kvfold.healing.watch import read_metrics
 from tests.toolbox import tiny
+from tests.toolbox.runs import rank_of
 
 TIMEOUT = 240
 
@@ -103,16 +104,3 @@ def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folders: Path) -> No
     found = rows(folders / "killed" / "healing.jsonl")
     assert [row["step"] for row in found] == list(range(1, 65))
     assert found[-1]["kl"] < found[0]["kl"]
-
-
-def rank_of(parent: int, rank: int) -> int:
-    """The process that torchrun gave this rank."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "environ").read_bytes().split(b"\0")
-            own = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        if own == parent and f"RANK={rank}".encode() in words:
-            return int(path.name)
-    raise AssertionError(f"no rank {rank} below {parent}")

@@ -66,3 +66,16 @@ def digests(folder: Path) -> dict[str, str]:
             data = json.dumps(record).encode()
         result[path.name] = hashlib.sha256(data).hexdigest()
     return result
+
+
+def rank_of(parent: int, rank: int) -> int:
+    """The process that torchrun gave this rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "environ").read_bytes().split(b"\0")
+            own = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+        if own == parent and f"RANK={rank}".encode() in words:
+            return int(path.name)
+    raise AssertionError(f"no rank {rank} below {parent}")

@@ -12,6 +12,7 @@ from kvfold.cli.options import NewFolder, Number
 from kvfold.cli.output import emit, say
 from kvfold.cli.parse import asks
 from kvfold.cli.signals import resumable
+from kvfold.errors import InputError
 from kvfold.fold.request import ConvertRequest
 from kvfold.record import RECORD
 
@@ -42,12 +43,18 @@ def command(
     """Fold SRC to fewer KV heads, or to a latent, and write OUT, an ordinary Hugging Face folder.
 
     SRC is a Hugging Face folder, a hub name, or a GGUF file; it is only read.
+    Under `torchrun ... -m kvfold convert ...` processes share the calibration text.
     """
     from kvfold.checkpoint.places import working_folder
     from kvfold.cli.progress import progress_bar
     from kvfold.fold.convert import run_request
     from kvfold.fold.request import preview
+    from kvfold.quality.world import launched_rank, launched_size
 
+    if heal_tokens is not None and launched_size() > 1:
+        raise InputError(
+            "--heal heals in one process", "convert first, then `torchrun … -m kvfold heal`"
+        )
     if heal_tokens is not None and not dry_run:
         convert_and_heal(request, out, heal_tokens, resume, force, as_json)
         return
@@ -57,6 +64,8 @@ def command(
         return
     with resumable(lambda: working_folder(out)), progress_bar() as progress:
         record = run_request(request, out, resume=resume, force=force, progress=progress)
+    if launched_rank() != 0:
+        return
     emit(as_json, record, lambda: _print_record(record, out))
     for warning in record.get("warnings", []):
         say(f"warning: {warning}", err=True)

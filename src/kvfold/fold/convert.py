@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.arguments import callback, flag, location, new_folder, several
 from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
+from kvfold.checkpoint.places import full_path
 from kvfold.checkpoint.pretrained import check_complete
 from kvfold.checkpoint.records import ComparedRow, HeldOut, TriedRow
 from kvfold.checkpoint.source import (
@@ -40,7 +42,9 @@ from kvfold.checkpoint.writer import (
     plan_shards,
     write_shards,
 )
+from kvfold.errors import InputError
 from kvfold.files import write_json, write_text
+from kvfold.fold.hidden import BATCH_TOKENS
 from kvfold.fold.record import (
     BUILTIN_WARNING,
     constant_warnings,
@@ -58,9 +62,11 @@ from kvfold.fold.request import (
 )
 from kvfold.fold.search import CLOSED, Limit, Search, measured
 from kvfold.fold.windows import Cut, early_windows, windows_of
+from kvfold.names import shown
 from kvfold.progress import Progress, no_progress
-from kvfold.quality.device import pick_device, pick_dtype
+from kvfold.quality.device import pick_dtype
 from kvfold.quality.text import GivenText
+from kvfold.quality.world import World, joined, launched_rank
 from kvfold.record import RECORD, command_line, versions
 
 if TYPE_CHECKING:
@@ -165,26 +171,51 @@ def run_request(
 ) -> dict[str, Any]:
     """Do what :func:`convert` describes."""
     found = preview(request, out, force=force, resume=resume)
-    files = _files(request)
     cut = None
     if not resume:  # known before there is a working folder
         cut = early_windows(found)
-    started = time.monotonic()
-    with opened(out) as work:
-        if not work.start(request.as_dict(), resume=resume, force=force, files=files):
+    started, first = time.monotonic(), launched_rank() == 0
+    if not first:
+        progress = no_progress
+    with ExitStack() as stack:
+        work = stack.enter_context(opened(out)) if first else None  # a second run is told at once
+        world = stack.enter_context(joined(request.device))
+        _check_alike(request, world)
+        files = _files(request) if work else {}
+        if work and not work.start(request.as_dict(), resume=resume, force=force, files=files):
             read = found.text.prints if found.text else None
             work.begin(request.as_dict(), take_prints(files, progress, read))
-        if work.finished:
-            return read_folding(work.out)
-        record = _run(found, cut, work, progress)
-        record["run"] = {
-            "seconds": round(time.monotonic() - started, 1),
-            "peak_memory_bytes": peak_memory(),
-            "resumed": resume,
-        }
-        write_json(work.new / RECORD, record)
-        work.publish(files)
+        if world.tell(work is not None and work.finished):
+            return read_folding(full_path(out))
+        record = world.tell(_run(found, cut, work, world, progress))
+        if work is not None:
+            record["run"] = {
+                "seconds": round(time.monotonic() - started, 1),
+                "peak_memory_bytes": peak_memory(),
+                "resumed": resume,
+                "processes": world.size,
+            }
+            write_json(work.new / RECORD, record)
+            work.publish(files)
+        world.barrier()
     return record
+
+
+def _check_alike(request: ConvertRequest, world: World) -> None:
+    """Refuse processes that were asked for different things.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    asked = world.gather(request.as_dict())
+    for name, value in asked[0].items():
+        for rank, other in enumerate(asked):
+            if other[name] != value:
+                raise InputError(
+                    f"{name} is {shown(str(value))} in process 0 and {shown(str(other[name]))} in "
+                    f"process {rank}",
+                    "give every process the same command",
+                )
 
 
 def _files(request: ConvertRequest) -> Files:
@@ -226,40 +257,51 @@ def _sha256(text: str) -> str:
 def _run(
     found: Preview,
     cut: Cut | None,
-    work: Workspace,
+    work: Workspace | None,
+    world: World,
     progress: Progress,
 ) -> dict[str, Any]:
+    """In every process; the first has the working folder, and writes."""
     request, text = found.request, found.text
-    folder = _local_source(request, work.folder)
+    folder = world.tell(_local_source(request, work.folder) if work else Path())
     checkpoint = open_checkpoint(folder)
-    _verify(checkpoint, progress)
+    if work:
+        _verify(checkpoint, progress)
     same = request.keeps(checkpoint.geometry)
     if is_gguf(request.source):
         check_complete(checkpoint)
-    if cut is None:
+    if cut is None and work:
         own = None
         if request.writes_own:
             from kvfold.fold.own_text import kept_windows
 
             kept = work.folder / "own.json"
-            where = _computing(request)
+            where = world.device, pick_dtype(request.dtype, world.device)
             own = partial(kept_windows, kept, folder, request.seed, where, progress)
         cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text, own)
+    cut = world.tell(cut)
+    _check_enough(cut, world)
     asked, tried = request, dict[str, Any]()
-    if request.searches:
-        request, tried["tried"] = _searched(found, checkpoint, cut, work.folder, progress)
-    elif request.is_open:
-        request, tried["compared"] = _settled(found, checkpoint, cut, work.folder, progress)
+    if request.is_open:
+        made = None
+        if work:
+            settle = _searched if request.searches else _settled
+            made = settle(found, checkpoint, cut, work.folder, world, progress)
+        found_one = world.tell(made)
+        assert found_one is not None
+        request, tried = found_one
     layers, held_out = list[dict[str, Any]](), None
     if not same:
-        kept = work.folder / "layers"
-        layers, held_out = _fold_layers(checkpoint, request, cut, kept, progress)
+        place = work.folder / "layers" if work else None
+        layers, held_out = _fold_layers(checkpoint, request, cut, place, world, progress)
+    if work is None:
+        return {}
     specs = folded_specs(checkpoint, request.target)
     shards = plan_shards(checkpoint, specs, request.max_shard_bytes)
     _write(checkpoint, request, shards, work.folder, progress)
     write_json(work.new / "config.json", folded_config(checkpoint, request.target))
     carried = carry_files(folder, work.new)
-    record = _record(checkpoint, request, text, cut, layers)
+    record = _record(checkpoint, request, text, cut, layers, world)
     if held_out is not None:
         record["held_out"] = held_out
     if tried:
@@ -270,26 +312,45 @@ def _run(
     return record
 
 
+def _check_enough(cut: Cut | None, world: World) -> None:
+    """Refuse more processes than there are batches of calibration text.
+
+    Raises:
+        InputError: saying how many there may be.
+    """
+    if cut is None or world.size == 1:
+        return
+    windows, tokens = cut.calibration.shape
+    most = -(-windows // max(1, BATCH_TOKENS // tokens))
+    if world.size > most:
+        raise InputError(
+            f"{world.size} processes for {windows * tokens:,} tokens of calibration text; expected "
+            f"at most {most}, which have {BATCH_TOKENS:,} each",
+            "start fewer, or give more --calibration-tokens",
+        )
+
+
 def _settled(
     found: Preview,
     checkpoint: Checkpoint,
     cut: Cut | None,
     folder: Path,
+    world: World,
     progress: Progress,
-) -> tuple[ConvertRequest, list[ComparedRow]]:
+) -> tuple[ConvertRequest, dict[str, list[ComparedRow]]]:
     """The request with what is folded to, and what was compared for that."""
     from kvfold.fold.choose import KEPT, choose, compare
 
     assert cut is not None  # an open request has text
     request, targets = found.request, found.targets
-    device, dtype = _computing(request)
+    device, dtype = world.device, pick_dtype(request.dtype, world.device)
     measure = partial(
         compare, checkpoint, targets, cut.calibration,
         method=request.method, fit=request.fit, seed=request.seed,
         device=device, dtype=dtype, progress=progress,
     )  # fmt: skip
     target, rows = choose(folder / KEPT, targets, measure)
-    return request.settled(target), rows
+    return request.settled(target), {"compared": rows}
 
 
 def _searched(
@@ -297,27 +358,22 @@ def _searched(
     checkpoint: Checkpoint,
     cut: Cut | None,
     folder: Path,
+    world: World,
     progress: Progress,
-) -> tuple[ConvertRequest, list[TriedRow]]:
+) -> tuple[ConvertRequest, dict[str, list[TriedRow]]]:
     """The request with the fewest heads that hold what was asked, and what was tried for that."""
-    request = found.request
+    request, alone = found.request, World(0, 1, world.device)
     search = Search(
         folder, found.targets, request.fit or CLOSED,
         Limit(request.max_ppl_ratio, request.max_kl),
         lambda target, fit, layers: measured(
             _fold_layers(
-                checkpoint, replace(request.settled(target), fit=fit), cut, layers, progress,
+                checkpoint, replace(request.settled(target), fit=fit), cut, layers, alone, progress,
                 label=f"trying {target.label}" + (", fitted" if fit != CLOSED else ""),
             )[1]
         ),
     )  # fmt: skip
-    return request.settled(search.run()), search.rows
-
-
-def _computing(request: ConvertRequest) -> "tuple[torch.device, torch.dtype]":
-    """What is computed on, and what it multiplies in."""
-    device = pick_device(request.device)
-    return device, pick_dtype(request.dtype, device)
+    return request.settled(search.run()), {"tried": search.rows}
 
 
 def _local_source(request: ConvertRequest, partial: Path) -> Path:
@@ -352,14 +408,16 @@ def _fold_layers(
     checkpoint: Checkpoint,
     request: ConvertRequest,
     cut: Cut | None,
-    kept: Path,
+    kept: Path | None,
+    world: World,
     progress: Progress,
     label: str | None = None,
 ) -> tuple[list[dict[str, Any]], HeldOut | None]:
     """Fold all layers, keeping each on disk; their reports, and what was measured at the end.
 
     Args:
-        kept: the folder for them. label: of a try, which is measured whatever fits it.
+        kept: the folder for them; None in processes that keep none.
+        label: of a try, which is measured whatever fits it.
     """
     from kvfold.fold.layer import FoldPlan
     from kvfold.fold.layer_store import LayerStore
@@ -369,17 +427,22 @@ def _fold_layers(
     plan = FoldPlan(request.target, request.method, request.fit, request.seed)
     if label is not None:
         plan = replace(plan, measured=True, label=label)
-    hidden = kept.with_name("hidden")
+    hidden = world.tell(None if kept is None else kept.with_name("hidden"))
     calibration = None
     if cut is not None:
-        device, dtype = _computing(request)
-        calibration = Calibration(cut.calibration, hidden, device, dtype, held_out=cut.held_out)
-    layers = fold_all(checkpoint, plan, calibration, LayerStore(kept), progress)
+        dtype = pick_dtype(request.dtype, world.device)
+        calibration = Calibration(
+            cut.calibration, hidden, world.device, dtype, held_out=cut.held_out, world=world
+        )
+    store = None if kept is None else LayerStore(kept)
+    layers = fold_all(checkpoint, plan, calibration, store, progress)
     reports, held_out = [], None
     for layer in layers:
         reports.append(layer.as_dict())
         held_out = layer.held_out
-    shutil.rmtree(hidden, ignore_errors=True)
+    world.barrier()
+    if kept is not None and hidden is not None:
+        shutil.rmtree(hidden, ignore_errors=True)
     return reports, held_out
 
 
@@ -416,12 +479,13 @@ def _record(
     text: GivenText | None,
     cut: Cut | None,
     layers: list[dict[str, Any]],
+    world: World,
 ) -> dict[str, Any]:
     builtin = cut is not None and not request.calibration
     calibration = computed = None
     if cut is not None:
-        device, dtype = _computing(request)
-        computed = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        dtype = pick_dtype(request.dtype, world.device)
+        computed = {"device": world.device.type, "dtype": str(dtype).removeprefix("torch.")}
         calibration = {
             "texts": list(request.calibration or ["built-in"]),
             "sha256": None if text is None else _sha256(text.text),

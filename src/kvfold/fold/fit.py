@@ -1,6 +1,6 @@
 """Fitting a folded layer to its source, on the inputs it will really get."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import cos, pi
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from kvfold.errors import UnsupportedError
-from kvfold.fold.hidden import FIRST, FITTED, TEXT, HiddenStates, Windows
+from kvfold.fold.hidden import FIRST, FITTED, TEXT, HiddenStates, Windows, median
 from kvfold.fold.stream import LiveLayer
 from kvfold.progress import Progress
+from kvfold.quality.world import World
 
 RIDGE = 0.1  # towards the closed form; less fits the calibration text better and others worse
 _ERROR_WINDOWS = 16
@@ -83,15 +84,16 @@ class FitTask:
         the source layer adds, on windows spread over the text. (A mean would show a few tokens
         of giant norm only.)"""
         ratios = []
-        count, _ = self.folded_inputs.shapes[TEXT]
+        count = self.folded_inputs.counts[TEXT]
         stride = -(-count // _ERROR_WINDOWS)
-        chosen = torch.arange(0, count, stride, device="cpu")
-        for windows in (Windows(TEXT, some) for some in chosen.split(4)):
+        chosen = Windows(TEXT, torch.arange(0, count, stride, device="cpu"))
+        here = self.folded_inputs.here(chosen)
+        for windows in (Windows(TEXT, some) for some in here[here >= 0].split(4)):
             wanted = self.source_outputs[windows]
             error = (self.live(self.folded_inputs[windows]) - wanted).square().sum(-1)
             added = (wanted - self.source_inputs[windows]).square().sum(-1)
             ratios.append((error / added.clamp_min(1e-30)).flatten())
-        return float(torch.cat(ratios).median())
+        return median(self.folded_inputs.world, ratios)
 
 
 @dataclass
@@ -102,25 +104,19 @@ class Damping:
     equal relative weights break them.
 
     Attributes:
-        factors: ``[N, T]`` for each text, 1 for usual tokens.
         usual: the median of the text's mean energies.
     """
 
-    factors: dict[int, torch.Tensor]
-    usual: torch.Tensor
+    usual: float
 
     @classmethod
     def of(cls, states: HiddenStates) -> "Damping":
-        energies: dict[int, list[torch.Tensor]] = {}
-        for batch in states.batches(FITTED):
-            energies.setdefault(batch.text, []).append(states[batch].square().mean(-1))
-        texts = {text: torch.cat(energy) for text, energy in energies.items()}
-        usual = texts[TEXT].median().clamp_min(1e-30)
-        damped = {text: (energy / usual).clamp_min(1).rsqrt() for text, energy in texts.items()}
-        return cls(damped, usual)
+        energies = [states[batch].square().mean(-1).flatten() for batch in states.batches([TEXT])]
+        return cls(max(median(states.world, energies), 1e-30))
 
-    def __getitem__(self, windows: Windows) -> torch.Tensor:
-        return self.factors[windows.text][windows.which]
+    def factors(self, states: torch.Tensor) -> torch.Tensor:
+        """``[N, T]`` of states ``[N, T, C]``, 1 for usual tokens."""
+        return (states.square().mean(-1) / self.usual).clamp_min(1).rsqrt()
 
 
 Stage = Callable[[FitTask, Progress], None]
@@ -182,10 +178,11 @@ def _solve(task: FitTask, name: str, pairs: Samples) -> None:
         if linear.bias is not None:
             y = y - linear.bias
         if windows.text == FIRST:
-            root = task.damping[windows].sqrt().reshape(-1, 1)
+            root = task.damping.factors(task.source_outputs[windows]).sqrt().reshape(-1, 1)
             x, y = root * x, root * y
         gram += (x.T @ x).double()
         cross += (x.T @ y).double()
+    task.folded_inputs.world.add(gram, cross)
     linear.weight.copy_(_ridge(gram, cross, linear.weight))
     task.changed.add(f"{name}.weight")
 
@@ -219,18 +216,35 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, task.steps))
-    damping = task.damping
+    damping, world = task.damping, task.folded_inputs.world
     for step in _draws(task.folded_inputs, task.steps, task.seed):
         optimizer.zero_grad()
         for windows in step:
-            error = task.live(task.folded_inputs[windows]) - task.source_outputs[windows]
-            weighted = error.square().mean(-1) * (damping[windows] / damping.usual)
-            (_SHARES[windows.text] * weighted.mean()).backward()
+            inputs = task.folded_inputs.anywhere(windows)
+            wanted = task.source_outputs.anywhere(windows)
+            share = _SHARES[windows.text] * len(inputs[world.part()]) / len(inputs)
+            if not share:
+                continue
+            inputs, wanted = inputs[world.part()], wanted[world.part()]
+            error = task.live(inputs) - wanted
+            weighted = error.square().mean(-1) * (damping.factors(wanted) / damping.usual)
+            (share * weighted.mean()).backward()
+        _add_gradients(world, parameters.values())
         optimizer.step()
         schedule.step()
     attention.requires_grad_(False)
     prefix = task.output_name.rpartition(".")[0]
     task.changed |= {f"{prefix}.{name}" for name in parameters}
+
+
+def _add_gradients(world: World, parameters: Iterable[nn.Parameter]) -> None:
+    """What all processes have found for their windows of a step."""
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        world.add(parameter.grad)
 
 
 def _rms(tensor: torch.Tensor) -> float:
@@ -252,7 +266,7 @@ def _cosine(steps: int, step: int) -> float:
 def _draws(states: HiddenStates, steps: int, seed: int) -> Iterator[list[Windows]]:
     """Windows of every text that is fitted for each step."""
     sizes = {TEXT: STEP_TOKENS // states.shapes[TEXT][1], FIRST: STEP_FIRST}
-    counts = {text: count for text in FITTED if (count := states.shapes[text][0])}
+    counts = {text: count for text in FITTED if (count := states.counts[text])}
     texts = [
         _epochs(count, min(count, max(1, sizes[text])), steps, seed)
         for text, count in counts.items()

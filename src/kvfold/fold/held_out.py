@@ -25,22 +25,22 @@ def compare_ends(
     Returns:
         None where nothing was held out.
     """
-    ids = calibration.held_out
-    if ids is None or not len(ids):
+    if calibration.held_out is None or not len(calibration.held_out):
         return None
-    reference, scored = [], []
+    ids, pairs = calibration.texts[HELD], []
     with source.ending(loaders[0]) as of_source, folded.ending(loaders[1]) as of_folded:
         for window, tokens in enumerate(ids):
             where = Windows(HELD, slice(window, window + 1))
             first = of_source(source.inputs[where])[0, :-1].float().log_softmax(-1)
             found = of_folded(folded.inputs[where])[0, :-1].float().log_softmax(-1)
-            reference.append(score_window(first, first, tokens[1:]))
-            scored.append(score_window(found, first, tokens[1:]))
+            pairs.append([score_window(each, first, tokens[1:]) for each in (first, found)])
+    everywhere = [pair for each in calibration.world.gather(pairs) for pair in each]
+    reference, scored = zip(*everywhere, strict=True)
     nll = torch.stack([each["nll"] for each in reference])
     lost = torch.stack([each["nll"] for each in scored]) - nll
     kl = torch.stack([each["kl"] for each in scored]).mean(-1)
     return {
-        "tokens": ids[:, 1:].numel(),
+        "tokens": calibration.held_out[:, 1:].numel(),
         "source_nll": float(nll.mean()),
         "nats_lost": float(lost.mean()),
         "nats_lost_error": standard_error(lost),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from kvfold.files import reserve
+from kvfold.quality.world import ALONE, World
 
 # The texts: that of calibration, tokens that texts begin with, and what no step looks at.
 TEXT, FIRST, HELD = 0, 1, 2
@@ -23,29 +24,47 @@ class Windows:
     which: slice | torch.Tensor
 
 
+def dealt(text: int, count: int, tokens: int, world: World) -> torch.Tensor:
+    """Which of so many windows of a text are a process's: in turn, of the first text batches."""
+    together = max(1, BATCH_TOKENS // tokens) if text == TEXT else 1
+    batches = torch.arange(count, device="cpu").split(together)
+    mine = list(batches[world.part()])
+    return torch.cat(mine) if mine else torch.arange(0, device="cpu")
+
+
 class HiddenStates:
     """``[N, T, C]`` for each text, empty at first: on the device that computes, or in a file.
 
+    Of many processes each has some of the windows.
+
     Args:
-        shapes: N and T of each text. size: C.
+        counts: the windows of each text, and their tokens T. size: C.
         device: where what is read lies. spill: the file of what is large; None keeps it in memory.
+
+    Attributes:
+        shapes: N and T of what is here. owned: which of all windows these are.
     """
 
     def __init__(
         self,
-        shapes: Sequence[tuple[int, int]],
+        counts: Sequence[tuple[int, int]],
         size: int,
         device: torch.device,
         spill: Path | None = None,
         dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
     ) -> None:
-        self.shapes, self._device = tuple(shapes), device
-        counts = [windows * tokens * size for windows, tokens in shapes]
-        if spill is None or sum(counts) * dtype.itemsize <= SPILL_BYTES:
-            flat = torch.empty(sum(counts), dtype=dtype, device=device)
+        self.world, self._device = world, device
+        self.counts = [count for count, _ in counts]
+        self.owned = [dealt(text, *each, world) for text, each in enumerate(counts)]
+        shapes = [(len(own), tokens) for own, (_, tokens) in zip(self.owned, counts, strict=True)]
+        self.shapes = tuple(shapes)
+        sizes = [windows * tokens * size for windows, tokens in shapes]
+        if spill is None or sum(sizes) * dtype.itemsize <= SPILL_BYTES:
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         else:
-            flat = _in_file(spill, sum(counts), dtype)
-        parts = zip(flat.split(counts), shapes, strict=True)
+            flat = _in_file(spill, sum(sizes), dtype)
+        parts = zip(flat.split(sizes), shapes, strict=True)
         self._states = [part.reshape(*shape, size) for part, shape in parts]
 
     def __getitem__(self, windows: Windows) -> torch.Tensor:
@@ -56,6 +75,30 @@ class HiddenStates:
 
     __setitem__ = put
 
+    def anywhere(self, windows: Windows) -> torch.Tensor:
+        """Windows by their places among those of all processes, in all of them.
+
+        Args:
+            windows: the same in every process.
+        """
+        if self.world.size == 1:
+            return self[windows]
+        states = self._states[windows.text]
+        places = torch.as_tensor(windows.which, device="cpu")
+        found = torch.zeros(len(places), *states.shape[1:], dtype=states.dtype, device=self._device)
+        here = self.here(windows)
+        for at in (here >= 0).nonzero()[:, 0].tolist():
+            found[at] = states[here[at]].to(self._device)
+        self.world.add(found)
+        return found
+
+    def here(self, windows: Windows) -> torch.Tensor:
+        """The same by their places here; -1 for those that are another process's."""
+        places = torch.full((self.counts[windows.text],), -1, device="cpu")
+        owned = self.owned[windows.text]
+        places[owned] = torch.arange(len(owned), device="cpu")
+        return places[windows.which]
+
     def batches(self, texts: Collection[int] = (TEXT, FIRST, HELD)) -> Iterator[Windows]:
         """All windows, text by text, in slices of about ``BATCH_TOKENS`` tokens."""
         for text, (windows, tokens) in enumerate(self.shapes):
@@ -64,6 +107,12 @@ class HiddenStates:
             size = max(1, BATCH_TOKENS // tokens)
             for start in range(0, windows, size):
                 yield Windows(text, slice(start, min(start + size, windows)))
+
+
+def median(world: World, parts: Sequence[torch.Tensor]) -> float:
+    """Of what all processes have."""
+    mine = torch.cat([*parts, torch.empty(0, device=parts[0].device if parts else None)])
+    return float(torch.cat([each.cpu() for each in world.gather(mine.cpu())]).median())
 
 
 def _in_file(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -22,6 +22,7 @@ from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.windows import first_tokens
 from kvfold.progress import Progress, no_progress
+from kvfold.quality.world import ALONE
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,14 @@ def go_down(
         calibration: None makes layers by their weights alone.
     """
     count = making.source.geometry.num_layers
-    missing = [index for index in range(count) if store is None or not store.has(index)]
+    world = ALONE if calibration is None else calibration.world
+    missing = world.tell([i for i in range(count) if store is None or not store.has(i)])
     both = _SideBySide(making, calibration) if calibration and missing else None
     for index in range(count):
-        if store is not None and index not in missing:
-            folded = store.read(index)
+        if index not in missing:
+            stored = world.tell(None if store is None else store.read(index))
+            assert stored is not None  # what is not missing the first process has
+            folded = stored
             if both is not None and index < missing[-1]:  # for the sake of a later layer
                 both.pass_over(folded)
         else:
@@ -130,10 +134,13 @@ class _SideBySide:
             )  # fmt: skip
 
     def make(self, base: StoredLayer, progress: Progress) -> FoldedLayer:
+        world = self._calibration.world
         try:
-            folded = self._making.make(base, self._run_source(base))
+            # All find the same; should processors round otherwise, the first one's counts.
+            folded = world.tell(self._making.make(base, self._run_source(base)))
             if self._folded is not None:
                 self._folded.fit(folded, base, progress)
+                folded = world.tell(folded)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise RunError(
                 f"layer {base.index} cannot be fitted: the calibration text says too little",

@@ -19,12 +19,13 @@ from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.writer import carried_from
 from kvfold.fold.fit import FITS, STEPS, FitTask
-from kvfold.fold.hidden import TEXT, HiddenStates
+from kvfold.fold.hidden import TEXT, HiddenStates, dealt, median
 from kvfold.fold.layer import FoldedLayer, as_stored
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
 from kvfold.fold.stored_layer import StoredLayer, Tensors
 from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress
+from kvfold.quality.world import ALONE, World
 
 STATISTICS_TOKENS = 16_384  # second moments change little with more, and cost as much as the rest
 CPU = torch.device("cpu")
@@ -45,6 +46,7 @@ class Calibration:
         first: see :func:`kvfold.fold.windows.first_tokens`. They are run and fitted, but not heard
             by statistics.
         held_out: token ids ``[M, T]`` that are run through both models and nothing else.
+        world: the processes that share the windows.
     """
 
     windows: torch.Tensor
@@ -53,18 +55,28 @@ class Calibration:
     dtype: torch.dtype = torch.float32
     first: torch.Tensor | None = None
     held_out: torch.Tensor | None = None
+    world: World = ALONE
 
     @property
-    def texts(self) -> list[torch.Tensor]:
+    def _all(self) -> list[torch.Tensor]:
         """Token ids ``[N, T]`` of the texts of ``fold.hidden``, first tokens as windows of one."""
         none = self.windows[:0]
         first = none[:, :1] if self.first is None else self.first[:, None]
         return [self.windows, first, none if self.held_out is None else self.held_out]
 
+    @property
+    def texts(self) -> list[torch.Tensor]:
+        """This process's windows of each text."""
+        return [
+            windows[dealt(text, len(windows), windows.shape[1], self.world)]
+            for text, windows in enumerate(self._all)
+        ]
+
     def states(self, name: str, hidden_size: int) -> HiddenStates:
-        file = self.spill / f"{name}.f32" if self.spill else None
-        shapes = [(len(text), text.shape[1]) for text in self.texts]
-        return HiddenStates(shapes, hidden_size, self.device, file)
+        rank = f"-{self.world.rank}" if self.world.size > 1 else ""
+        file = self.spill / f"{name}{rank}.f32" if self.spill else None
+        counts = [(len(text), text.shape[1]) for text in self._all]
+        return HiddenStates(counts, hidden_size, self.device, file, world=self.world)
 
 
 def loader(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Load:
@@ -123,7 +135,7 @@ class SourcePass:
         keys = layer.heads(self._device).k if attended else None
         collector = StatisticsCollector(self._size, layer.pairs, self._device, keys)
         self.run(layer, attention, collector)
-        return collector.result()
+        return collector.result(self.inputs.world)
 
     @torch.no_grad()
     def run(
@@ -138,11 +150,12 @@ class SourcePass:
             attention: takes up what its attention puts out.
             collector: hears some of the text's batches.
         """
-        windows, tokens = self.inputs.shapes[TEXT]
+        windows, tokens = self.inputs.counts[TEXT], self.inputs.shapes[TEXT][1]
         stride = max(1, windows * tokens // STATISTICS_TOKENS)
+        world = self.inputs.world
         with self._stream.layer(layer.index, layer.below()) as live:
             for number, batch in enumerate(self.inputs.batches()):
-                spread = batch.text == TEXT and number % stride == 0
+                spread = batch.text == TEXT and (number * world.size + world.rank) % stride == 0
                 heard = collector if spread else None
                 with live.listening(
                     call=heard.call if heard else None,
@@ -261,4 +274,4 @@ class FoldedPass:
                 if batch.text == TEXT:
                     distance = (found - wanted).norm(dim=-1)
                     ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
-        return float(torch.cat(ratios).median())
+        return median(self.inputs.world, ratios)

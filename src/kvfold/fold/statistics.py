@@ -7,6 +7,7 @@ import torch
 
 from kvfold.fold.pairs import Pairs
 from kvfold.fold.stream import AttentionCall
+from kvfold.quality.world import ALONE, World
 
 
 @dataclass
@@ -106,14 +107,37 @@ class StatisticsCollector:
                 *keys.attended(inputs, self._keys),
             )
 
-    def result(self) -> LayerStatistics:
-        keys, seen = self._key_moments, self._attended
+    def result(self, world: World = ALONE) -> LayerStatistics:
+        """Of what the collectors of all processes have heard."""
+        tokens = round(world.sum([self._tokens])[0])
+        world.add(self._moment, self._value_moment)
+        keys = self._summed(world, self._key_moments)
+        attended = self._attended
+        parts = (None, None, None) if attended is None else vars(attended).values()
+        inputs, turned, still = (self._summed(world, part) for part in parts)
+        seen = None
+        if inputs is not None and turned is not None and still is not None:
+            seen = _scaled(AttendedKeys(inputs, turned, still), 1 / tokens)
         return LayerStatistics(
-            self._moment / self._tokens,
-            self._value_moment / self._tokens,
-            None if keys is None else keys / self._tokens,
-            None if seen is None else _scaled(seen, 1 / self._tokens),
+            self._moment / tokens,
+            self._value_moment / tokens,
+            None if keys is None else keys / tokens,
+            seen,
         )
+
+    def _summed(self, world: World, own: torch.Tensor | None) -> torch.Tensor | None:
+        """Over processes, of which some may have heard nothing."""
+        if world.size == 1:
+            return own
+        kinds = world.gather(None if own is None else (own.shape, own.dtype))
+        kind = next((each for each in kinds if each is not None), None)
+        if kind is None:
+            return None
+        if own is None:
+            own = torch.zeros(kind[0], dtype=kind[1], device=self._moment.device)
+        own = own.contiguous()
+        world.add(own)
+        return own
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
