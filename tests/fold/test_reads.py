@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kvfold import convert, heal
-from kvfold.checkpoint.source import TensorFiles, open_checkpoint
+from kvfold.checkpoint.source import open_checkpoint
+from kvfold.checkpoint.tensors import TensorFiles
 from tests.toolbox import tiny
 
 SMALL: dict[str, Any] = {"calibration_tokens": 1024, "context": 64}

@@ -6,16 +6,13 @@ module of it has. What is made of it is put back where it was; all else passes t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvfold.arch.config import CONFIG
 from kvfold.arch.families import BY_TYPE
-from kvfold.checkpoint.tensors import TensorEntry, TensorSpec
+from kvfold.checkpoint.tensors import TensorEntry, TensorFiles, TensorSpec
 from kvfold.documents import shortened
 from kvfold.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from kvfold.checkpoint.source import TensorFiles
 
 _TEXT = "text_config"
 _HEAD = "lm_head."
@@ -99,12 +96,12 @@ class Around:
     """
 
     config: dict[str, Any]
-    store: "TensorFiles" = field(repr=False)
+    store: TensorFiles = field(repr=False)
     text: dict[str, Any] = field(repr=False)
     places: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, config: dict[str, Any], store: "TensorFiles", label: str) -> "Around":
+    def of(cls, config: dict[str, Any], store: TensorFiles, label: str) -> "Around":
         """Of a model that :func:`is_wrapped`.
 
         Raises:

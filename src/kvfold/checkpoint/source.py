@@ -22,10 +22,10 @@ from kvfold.checkpoint.schemas import INDEX_FILE
 from kvfold.checkpoint.tensors import (
     FLOATING,
     TensorEntry,
+    TensorFiles,
     TensorSource,
     dtype_name,
     read_header,
-    read_tensor,
 )
 from kvfold.documents import file_within, shortened
 from kvfold.errors import CheckpointError, InputError, UnsupportedError
@@ -49,34 +49,6 @@ _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 _LARGEST_TEXT = 1 << 28  # tokenizers of 250,000 words have 35 MB
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
-
-
-@dataclass(frozen=True)
-class TensorFiles:
-    """The tensors of safetensors files: a :class:`TensorSource` that reads from disk."""
-
-    entries: dict[str, TensorEntry] = field(repr=False)
-
-    def names(self) -> list[str]:
-        return list(self.entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.entries[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self.entries[name].dtype
-
-    def tensor(self, name: str) -> "torch.Tensor":
-        return read_tensor(self.entries[name])
-
-    @property
-    def files(self) -> list[Path]:
-        """The shard files that hold them, in order."""
-        return sorted({entry.file for entry in self.entries.values()})
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -189,6 +189,34 @@ def read_tensor(entry: TensorEntry) -> "torch.Tensor":
                 raise CheckpointError(f"{entry.file} ended inside {entry.name}", HEADER.hint)
             done += count
     return raw.view(dtype).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of safetensors files: a :class:`TensorSource` that reads from disk."""
+
+    entries: dict[str, TensorEntry] = field(repr=False)
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self.entries[name].dtype
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        return read_tensor(self.entries[name])
+
+    @property
+    def files(self) -> list[Path]:
+        """The shard files that hold them, in order."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
 
 
 @dataclass(frozen=True)

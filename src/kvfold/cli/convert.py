@@ -49,7 +49,7 @@ def command(
     from kvfold.cli.progress import progress_bar
     from kvfold.fold.convert import run_request
     from kvfold.fold.request import preview
-    from kvfold.quality.world import launched_rank, launched_size
+    from kvfold.quality.launched import launched_rank, launched_size
 
     if heal_tokens is not None and launched_size() > 1:
         raise InputError(

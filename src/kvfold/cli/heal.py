@@ -64,7 +64,7 @@ def heal_and_show(
     from kvfold.checkpoint.places import working_folder
     from kvfold.healing.run import run_heal
     from kvfold.healing.watch import tensorboard as write_tensorboard
-    from kvfold.quality.world import launched_rank
+    from kvfold.quality.launched import launched_rank
 
     also = write_tensorboard(tensorboard) if tensorboard else None
     with resumable(lambda: working_folder(out)), healing_display(also) as (progress, watch):

@@ -42,9 +42,7 @@ from kvfold.checkpoint.writer import (
     plan_shards,
     write_shards,
 )
-from kvfold.errors import InputError
 from kvfold.files import write_json, write_text
-from kvfold.fold.hidden import BATCH_TOKENS
 from kvfold.fold.record import (
     BUILTIN_WARNING,
     constant_warnings,
@@ -62,15 +60,16 @@ from kvfold.fold.request import (
 )
 from kvfold.fold.search import CLOSED, Limit, Search, measured
 from kvfold.fold.windows import Cut, early_windows, windows_of
-from kvfold.names import shown
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_dtype
+from kvfold.quality.launched import launched_rank
 from kvfold.quality.text import GivenText
-from kvfold.quality.world import World, joined, launched_rank
 from kvfold.record import RECORD, command_line, versions
 
 if TYPE_CHECKING:
     import torch
+
+    from kvfold.quality.world import World
 
 _SOURCE = "the source"
 
@@ -174,13 +173,16 @@ def run_request(
     cut = None
     if not resume:  # known before there is a working folder
         cut = early_windows(found)
+    from kvfold.fold.processes import check_alike
+    from kvfold.quality.world import joined
+
     started, first = time.monotonic(), launched_rank() == 0
     if not first:
         progress = no_progress
     with ExitStack() as stack:
         work = stack.enter_context(opened(out)) if first else None  # a second run is told at once
         world = stack.enter_context(joined(request.device))
-        _check_alike(request, world)
+        check_alike(request, world)
         files = _files(request) if work else {}
         if work and not work.start(request.as_dict(), resume=resume, force=force, files=files):
             read = found.text.prints if found.text else None
@@ -199,23 +201,6 @@ def run_request(
             work.publish(files)
         world.barrier()
     return record
-
-
-def _check_alike(request: ConvertRequest, world: World) -> None:
-    """Refuse processes that were asked for different things.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    asked = world.gather(request.as_dict())
-    for name, value in asked[0].items():
-        for rank, other in enumerate(asked):
-            if other[name] != value:
-                raise InputError(
-                    f"{name} is {shown(str(value))} in process 0 and {shown(str(other[name]))} in "
-                    f"process {rank}",
-                    "give every process the same command",
-                )
 
 
 def _files(request: ConvertRequest) -> Files:
@@ -258,10 +243,12 @@ def _run(
     found: Preview,
     cut: Cut | None,
     work: Workspace | None,
-    world: World,
+    world: "World",
     progress: Progress,
 ) -> dict[str, Any]:
     """In every process; the first has the working folder, and writes."""
+    from kvfold.fold.processes import check_enough
+
     request, text = found.request, found.text
     folder = world.tell(_local_source(request, work.folder) if work else Path())
     checkpoint = open_checkpoint(folder)
@@ -280,7 +267,7 @@ def _run(
             own = partial(kept_windows, kept, folder, request.seed, where, progress)
         cut = windows_of(checkpoint.config, checkpoint.geometry, folder, request, text, own)
     cut = world.tell(cut)
-    _check_enough(cut, world)
+    check_enough(cut, world)
     asked, tried = request, dict[str, Any]()
     if request.is_open:
         made = None
@@ -312,30 +299,12 @@ def _run(
     return record
 
 
-def _check_enough(cut: Cut | None, world: World) -> None:
-    """Refuse more processes than there are batches of calibration text.
-
-    Raises:
-        InputError: saying how many there may be.
-    """
-    if cut is None or world.size == 1:
-        return
-    windows, tokens = cut.calibration.shape
-    most = -(-windows // max(1, BATCH_TOKENS // tokens))
-    if world.size > most:
-        raise InputError(
-            f"{world.size} processes for {windows * tokens:,} tokens of calibration text; expected "
-            f"at most {most}, which have {BATCH_TOKENS:,} each",
-            "start fewer, or give more --calibration-tokens",
-        )
-
-
 def _settled(
     found: Preview,
     checkpoint: Checkpoint,
     cut: Cut | None,
     folder: Path,
-    world: World,
+    world: "World",
     progress: Progress,
 ) -> tuple[ConvertRequest, dict[str, list[ComparedRow]]]:
     """The request with what is folded to, and what was compared for that."""
@@ -358,10 +327,12 @@ def _searched(
     checkpoint: Checkpoint,
     cut: Cut | None,
     folder: Path,
-    world: World,
+    world: "World",
     progress: Progress,
 ) -> tuple[ConvertRequest, dict[str, list[TriedRow]]]:
     """The request with the fewest heads that hold what was asked, and what was tried for that."""
+    from kvfold.quality.world import World
+
     request, alone = found.request, World(0, 1, world.device)
     search = Search(
         folder, found.targets, request.fit or CLOSED,
@@ -409,7 +380,7 @@ def _fold_layers(
     request: ConvertRequest,
     cut: Cut | None,
     kept: Path | None,
-    world: World,
+    world: "World",
     progress: Progress,
     label: str | None = None,
 ) -> tuple[list[dict[str, Any]], HeldOut | None]:
@@ -479,7 +450,7 @@ def _record(
     text: GivenText | None,
     cut: Cut | None,
     layers: list[dict[str, Any]],
-    world: World,
+    world: "World",
 ) -> dict[str, Any]:
     builtin = cut is not None and not request.calibration
     calibration = computed = None

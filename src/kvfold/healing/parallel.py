@@ -13,7 +13,8 @@ import torch
 
 from kvfold.errors import InputError
 from kvfold.healing.models import decoder_layers, family_of_model
-from kvfold.quality.world import World, joined, launched_size
+from kvfold.quality.launched import launched_size
+from kvfold.quality.world import World, joined
 
 
 @contextmanager

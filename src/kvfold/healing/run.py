@@ -43,10 +43,11 @@ from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_dtype
+from kvfold.quality.launched import launched_rank
 from kvfold.quality.run import load_model
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.text import python_topics, read_texts, token_windows
-from kvfold.quality.world import World, launched_rank
+from kvfold.quality.world import World
 from kvfold.record import METRICS, RECORD
 
 _WATCHED_TOKENS = 4096  # of each held-out text, at every evaluation on the way

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from kvfold.errors import RunError
 from kvfold.quality.device import pick_device
+from kvfold.quality.launched import launched_size
 
 _TIMEOUT = timedelta(hours=12)  # others wait while the first process does what one can do
 _LOST = ("peer", "Connection reset", "Broken pipe", "Timed out", "NCCL")
@@ -81,16 +82,6 @@ class World:
 
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-def launched_rank() -> int:
-    """The rank that ``torchrun`` gave this process; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_size() -> int:
-    """How many processes ``torchrun`` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
