@@ -1,4 +1,4 @@
-"""Checkpoints of which a language model is a part, beside images or sound.
+"""Checkpoints of which a language model is a part, beside one that sees.
 
 The part is opened as if it were alone: by the config and under the names that transformers' own
 module of it has. What is made of it is put back where it was; all else passes through as it is.

@@ -5,7 +5,7 @@ import click
 from kvfold.cli.output import emit
 
 _INSIDE = (
-    "Such a language model is folded inside a model that also sees or hears (gemma3, mistral3,\n"
+    "Such a language model is folded inside a model that also sees (gemma3, mistral3,\n"
     "llava, internvl, qwen2_5_vl, qwen3_vl, smolvlm …): all else of it passes through as it is."
 )
 

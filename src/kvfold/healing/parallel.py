@@ -19,7 +19,7 @@ from kvfold.quality.world import World, joined
 
 @contextmanager
 def world(kind: str | None, device: str | None, sequences: int) -> Iterator[World]:
-    """Join the processes that ``torchrun`` started, or stay alone; on CPUs unless it is said.
+    """Join the processes that ``torchrun`` started, or stay alone.
 
     Raises:
         InputError: if a batch of ``sequences`` cannot be shared evenly.

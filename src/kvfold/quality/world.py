@@ -15,7 +15,7 @@ from kvfold.quality.device import pick_device
 from kvfold.quality.launched import launched_size
 
 _TIMEOUT = timedelta(hours=12)  # others wait while the first process does what one can do
-_LOST = ("peer", "Connection reset", "Broken pipe", "Timed out", "NCCL")
+_LOST = ("peer", "Connection reset", "Broken pipe", "Timed out")
 T = TypeVar("T")
 
 
