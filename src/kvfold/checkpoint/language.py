@@ -64,9 +64,9 @@ def _full_text(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(text)
     from transformers import AutoConfig
 
-    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    own = {key: value for key, value in config.items() if key != "auto_map"}
     try:
-        whole = AutoConfig.for_model(**kept)
+        whole = AutoConfig.for_model(**own)
         found: dict[str, Any] = whole.get_text_config(decoder=True).to_dict()
     except Exception as error:  # whatever transformers raises about a key
         if kind is None:  # of an architecture that it does not know
@@ -82,8 +82,9 @@ def _full_text(config: Mapping[str, Any]) -> dict[str, Any]:
     if alike is None:
         return found
     rope = found.get("rope_parameters") or {}
-    plain = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
-    return found | {"model_type": alike, "rope_parameters": plain}
+    kept = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
+    kept.pop("type", None)  # as older configs say "mrope", beside rope_type
+    return found | {"model_type": alike, "rope_parameters": kept}
 
 
 @dataclass(frozen=True)
