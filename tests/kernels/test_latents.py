@@ -165,23 +165,27 @@ def test_heads_do_not_depend_on_each_other(isa: str) -> None:
 
 
 def test_pairs_and_tiles_are_used(emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of pairs are rounded to bfloat16; from eight rows on, tiles have their own order."""
+    """Weights are rounded to bfloat16; beside 16 rows others are multiplied in pairs of tokens."""
     cache, plain = filled(128, 32, 300, dtype="bf16"), kernels().isas[-1]
     found: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
     for pairs, lib, name in ((False, kernels(), plain), (True, emulated, emulated.isas[0])):
         monkeypatch.setattr("kvfold.kernels.cpu.backend.library", lambda lib=lib: lib)
         before = lib.asked
         lib.use(name)
-        for heads in (7, 8):
+        for heads in (7, 16, 17):
             q = noise(1, heads, 1, 160, dtype=torch.bfloat16)
             out, lse = cache.attend(q, scale=SCALE, return_lse=True)
             found[heads, pairs] = out[:, :7], lse[:, :7]
         lib.use(before)
-    assert 0 < distance(found[8, True][1], found[7, True][1]) < 1e-4
+    assert 0 < distance(found[7, True][1], found[7, False][1]) < 1e-4
     outputs, rounded = found[7, False][0], found[7, True][0]
     # Half a unit in the last place of weights, and of what either writes: 3 * 2**-9 of the values.
-    assert 0 < distance(rounded, outputs) < 3 * 2**-9 * float(held(cache)[1].abs().max())
-    assert torch.equal(outputs, found[8, False][0])
+    bound = 3 * 2**-9 * float(held(cache)[1].abs().max())
+    assert 0 < distance(rounded, outputs) < bound
+    assert torch.equal(outputs, found[17, False][0])
+    assert torch.equal(rounded, found[16, True][0])
+    assert torch.equal(found[16, True][1], found[17, True][1])
+    assert distance(found[16, True][0], found[17, True][0]) <= bound
 
 
 def test_copies_that_differ_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,10 +85,10 @@ class Cpu(Kernels):
 def _pytorch_is_faster(call: Call) -> bool:
     """Whether PyTorch computes what is no step of decoding in less time."""
     batch, heads, tokens, dim = call.q.shape
-    if tokens > MAX_TOKENS and call.q.dtype is torch.bfloat16 and _has_amx():
-        return True  # by AMX; these kernels' own way to use that is unmeasured
     if call.views:  # which it would have to decode
         return False
+    if tokens > MAX_TOKENS and call.q.dtype is torch.bfloat16 and _has_amx():
+        return True  # by AMX, 1.0 to 1.3 times as fast as these (benchmarks/LOG.md)
     return batch * heads * tokens * call.keys * dim < _WORTH or not _has_vectors()
 
 

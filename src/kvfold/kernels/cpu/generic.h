@@ -20,10 +20,11 @@ struct Tile {
   int dim;
   bool streams;  // the call reads more than a core's own caches hold
   // Of latents (latent.h): rows as stored, their bytes, and as words; where decoded rows are to be,
-  // `stride` words apart, and pairs of them.
+  // `stride` words apart, and pairs of them; of blocks whose rows are words as they lie the first one.
   void (*decode)(const uint8_t* row, int dim, uint32_t* to);
   const uint8_t* const* rows;
   const uint32_t* const* words;
+  const uint8_t* lies[TILE_BLOCKS];
   uint32_t *decoded, *pairs;
   int64_t row_bytes, stride;
 };

@@ -72,41 +72,6 @@ static void set_next_latents(const KvfPart& part, const Unit& unit, int first, b
   }
 }
 
-// Where the rows of a tile lie, and where they are as words: decoded while scores are made, to be values
-// after that. Zeros for tokens outside the unit, whose memory may hold anything, and for `unseen`.
-template <class F, class W, bool KEY>
-static void find_latents(const KvfPart& part, const Unit& unit, int first, uint64_t unseen,
-                         Spare& spare, Tile& tile) {
-  static const uint8_t zeros[4 * KVF_MAX_DIM] = {0};
-  const KvfSide& side = part.k;
-  const bool ready = lies_as_words<F, W>(side.dim);
-  uint16_t* scales = F::group == NO_SCALES ? nullptr : spare.scales.data();
-  tile.dim = KEY ? part.k.dim : part.v.dim;
-  tile.row_bytes = side.row_stride;
-  tile.stride = row_words<W>(side.dim);
-  tile.decode = decode_row<F, W>;
-  tile.decoded = (uint32_t*)spare.blocks.data();
-  tile.pairs = tile.decoded + spare.blocks.size() / 8;
-  tile.rows = spare.rows;
-  tile.words = spare.words;
-  const int32_t* page = pages_of(part, unit.b, unit.head) + first / part.page_size;
-  int at = first % part.page_size;
-  for (int i = 0; i < tile.blocks * BLOCK; ++i) {
-    const int position = first + i;
-    const bool inside = position >= unit.low && position < unit.high && !(unseen >> i & 1);
-    const bool here = inside && *page >= 0;
-    const uint8_t* row = here ? page_of(side, *page, unit.head) + at * side.row_stride : zeros;
-    spare.rows[i] = row;
-    spare.words[i] = here && !ready ? tile.decoded + i * tile.stride : (const uint32_t*)row;
-    if (scales) scales[i] = here ? scales_of(side, *page, unit.head)[at] : 0;
-    if (++at < part.page_size) continue;
-    at = 0;
-    ++page;
-  }
-  for (int i = 0; i < tile.blocks; ++i) tile.scales[i] = scales ? scales + i * BLOCK : nullptr;
-  set_next_latents(part, unit, first, KEY, tile);
-}
-
 // Rows `from` … `to` that are not words as they lie.
 static INLINE void decode_latents(const Tile& tile, int dim, int from, int to) {
   for (int i = from; i < to; ++i) {
@@ -115,13 +80,69 @@ static INLINE void decode_latents(const Tile& tile, int dim, int from, int to) {
   }
 }
 
+// Which rows a block has, and their scales: zeros for tokens outside the unit, whose memory may hold
+// anything, and for `without`. Whether it is all there, one row after the other.
+static INLINE bool find_rows(const KvfPart& part, const Unit& unit, int position, uint32_t without,
+                             const uint8_t** rows, uint16_t* scales) {
+  static const uint8_t zeros[4 * KVF_MAX_DIM] = {0};
+  const KvfSide& side = part.k;
+  const int32_t* page = pages_of(part, unit.b, unit.head) + position / part.page_size;
+  int at = position % part.page_size;
+  if (position >= unit.low && position + BLOCK <= unit.high && at + BLOCK <= part.page_size &&
+      *page >= 0 && !without) {
+    const uint8_t* first = page_of(side, *page, unit.head) + at * side.row_stride;
+    for (int i = 0; i < BLOCK; ++i) rows[i] = first + i * side.row_stride;
+    if (scales) memcpy(scales, scales_of(side, *page, unit.head) + at, 2 * BLOCK);
+    return true;
+  }
+  for (int i = 0; i < BLOCK; ++i) {
+    const bool inside = position + i >= unit.low && position + i < unit.high;
+    const bool here = inside && !(without >> i & 1) && *page >= 0;
+    rows[i] = here ? page_of(side, *page, unit.head) + at * side.row_stride : zeros;
+    if (scales) scales[i] = here ? scales_of(side, *page, unit.head)[at] : 0;
+    if (++at < part.page_size) continue;
+    at = 0;
+    ++page;
+  }
+  return false;
+}
+
+// Where the rows of a tile lie, and where they are as words: decoded while scores are made, to be values
+// after that; but for those `unseen`, of which the latter takes no notice.
+template <class F, class W, bool KEY>
+static void find_latents(const KvfPart& part, const Unit& unit, int first, uint64_t unseen,
+                         Spare& spare, Tile& tile) {
+  const KvfSide& side = part.k;
+  const bool ready = lies_as_words<F, W>(side.dim);
+  tile.dim = KEY ? part.k.dim : part.v.dim;
+  tile.row_bytes = side.row_stride;
+  tile.stride = row_words<W>(side.dim);
+  tile.decode = decode_row<F, W>;
+  tile.decoded = (uint32_t*)spare.blocks.data();
+  tile.pairs = tile.decoded + spare.blocks.size() / 8;
+  tile.rows = spare.rows;
+  tile.words = spare.words;
+  for (int block = 0, i = 0; block < tile.blocks; ++block, i += BLOCK) {
+    const uint32_t without = unseen >> i & 0xffff;
+    uint16_t* scales = F::group == NO_SCALES ? nullptr : spare.scales.data() + i;
+    const bool whole = find_rows(part, unit, first + i, without, spare.rows + i, scales);
+    tile.scales[block] = scales;
+    tile.lies[block] = whole && ready ? spare.rows[i] : nullptr;
+    for (int j = i; j < i + BLOCK; ++j)
+      spare.words[j] =
+          whole && ready ? (const uint32_t*)spare.rows[j] : tile.decoded + j * tile.stride;
+    if (without) decode_latents(tile, side.dim, i, i + BLOCK);
+  }
+  set_next_latents(part, unit, first, KEY, tile);
+}
+
 // Four words of each of `panel` queries side by side: [dim / numbers / 4][panel][4], in their place.
 template <class W>
 static void prepare_latents(Queries& q) {
   q.panel = QUADS;
   W::round_queries(q);
 #if defined(KVF_AMX)
-  if (W::numbers == 2 && q.rows >= LEAST_AMX_ROWS) return prepare_panels(q);
+  if (W::numbers == 2) return prepare_panels(q);
 #endif
   uint32_t panel[QUADS * KVF_MAX_DIM];
   const int words = q.dim / W::numbers;
@@ -175,8 +196,7 @@ template <class W>
 static void score_latents(const Queries& q, const Tile& tile, float* s) {
 #if defined(KVF_AMX)
   if (q.panel == TILE_ROWS) {
-    for (int i = 0; i < tile.blocks * BLOCK; ++i)
-      tile.decode(tile.rows[i], tile.dim, tile.decoded + i * tile.stride);
+    decode_latents(tile, tile.dim, 0, tile.blocks * BLOCK);
     return score_panels_amx(q, tile, s);
   }
 #endif
@@ -222,11 +242,13 @@ template <class W>
 static void add_latents(const Weights& w, const Tile& tile, float* o) {
   if (tile.scales[0]) scale_weights(w.rows, w.p, tile);
   for (int row = 0; row < w.rows; ++row) W::round_weights(w.p + row * TILE);
-  const int padded = round_up(tile.dim, 16);
 #if defined(KVF_AMX)
-  if constexpr (W::numbers == 2)
-    if (w.rows >= LEAST_AMX_ROWS) return add_pairs_amx<W>(w, tile, o);
+  if constexpr (W::numbers == 2) {
+    if (w.rows <= TILE_ROWS) return add_words_amx(w, tile, o);
+    return add_pairs_amx<W>(w, tile, o);
+  }
 #endif
+  const int padded = round_up(tile.dim, 16);
   constexpr int step = 16 * W::chunks;
   const int wide = padded / step, narrow = padded % step / 16;
   Ahead ahead(tile, BLOCK / 2 * tile.row_bytes, tile.blocks * BLOCK / W::numbers,

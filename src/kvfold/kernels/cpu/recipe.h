@@ -30,7 +30,7 @@ static int32_t recipe(const KvfAttend& call) {
 #endif
 #if defined(KVF_AMX)
   const int rows = call.num_heads / call.num_kv_heads * call.tokens;
-  if ((own & 16 || own >> 8 & 16) && rows >= LEAST_AMX_ROWS) own |= AMX;
+  if ((own & 16 || own >> 8 & 16) && (rows >= LEAST_AMX_ROWS || is_latent(call))) own |= AMX;
 #endif
   return own | WIDTH << 16;
 }
