@@ -1,5 +1,6 @@
 """Requests that give a size only: the calibration text chooses what is folded to."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kvfold.checkpoint.source import open_checkpoint
 from kvfold.errors import InputError, RunError
 from kvfold.fold import choose
 from kvfold.fold.candidates import latents_of
-from kvfold.fold.choose import KEPT
+from kvfold.fold.choose import KEPT, Compared
 from kvfold.fold.fit import FitTask, fit_attention
 from kvfold.fold.hidden import TEXT
 from kvfold.fold.layer import FoldedLayer, fold_layer
@@ -110,7 +111,7 @@ def test_of_deep_models_layers_spread_over_the_depth_are_compared(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One part has its middle; the source runs to there and no further."""
+    """One part has its middle; the source runs on to its end, where predictions are compared."""
     layers = tiny.make("llama").config.num_hidden_layers
     folded, compared = [], []
 
@@ -128,7 +129,40 @@ def test_of_deep_models_layers_spread_over_the_depth_are_compared(
     )  # fmt: skip
     assert set(folded) == {layers // 2}
     last = [row for row in compared if row[0] == "comparing what to fold to"][-1]
-    assert last[1:] == (layers // 2 + 1, layers // 2 + 1)
+    assert last[1:] == (layers, layers)
+
+
+def test_predictions_decide_and_attention_where_they_are_alike(tmp_path: Path) -> None:
+    targets: list[Target] = [Grouped(1), Latent(20, 4), Latent(16, 8)]
+    for kls, errors, best in (
+        (((0.1, 0.4), (0.2, 0.2), (0.1, 0.6)), (0.1, 0.9, 0.1), 1),
+        (((1e-6, 0), (0, 0), (0.1, 0.1)), (0.1, 0.2, 0), 0),
+    ):
+        kept = tmp_path / f"{best}.json"
+        rows = [
+            Compared(target, {64: error, 128: error}, {64: short, 128: long})
+            for target, error, (short, long) in zip(targets, errors, kls, strict=True)
+        ]
+        assert choose.choose(kept, targets, partial(list, rows))[0] == targets[best]
+
+
+@torch.no_grad()
+def test_what_predictions_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divergence is that of the source with the same folded layers in it."""
+    model = tiny.make("llama")
+    checkpoint = open_checkpoint(tiny.save_with_tokenizer(model, tmp_path / "source"))
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(1, tiny.VOCABULARY, (4, 32), generator=generator)
+    monkeypatch.setattr(choose, "PREDICTED", 24)  # which does not divide windows
+    (found,) = choose.compare(checkpoint, [Grouped(1)], windows, method="first", fit="none", seed=0)
+    folded = package.fold_model(model, 1, "first", "none").model
+    for length, kl in found.kl.items():
+        ids = windows.reshape(-1, length)
+        wanted, got = (m(ids).logits.double().log_softmax(-1) for m in (model, folded))
+        expected = (wanted.exp() * (wanted - got)).sum(-1).mean()
+        # Predictions are float32 of logits of order one, behind a few layers.
+        assert abs(kl - float(expected)) < 1e-5
+        assert kl > 1e-3
 
 
 def test_where_layers_are_fitted_they_are_compared_fitted_on_other_text(

@@ -18,7 +18,7 @@ from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.constant import CONSTANT, constant_direction, with_constant
 from kvfold.fold.latent import _in_two_steps
 from kvfold.fold.latents import SharedLatent
-from kvfold.fold.methods import all_methods
+from kvfold.fold.methods import methods_for
 from kvfold.fold.model import fold_model
 from kvfold.report.maps import look
 from tests.conftest import Kvfold
@@ -32,9 +32,7 @@ from tests.toolbox.runs import CALIBRATION, Stop, digests, stop_at
 TOLERANCE = 1e-4
 RANK, ROTARY = 20, 4
 # The published methods rotate both halves of pairs alike, and do not find heads that were turned.
-METHODS = [
-    name for name, method in all_methods().items() if Latent in method.targets and method.candidate
-]
+METHODS = [method.name for method in methods_for("auto", Latent(RANK, ROTARY), "none")]
 DISGUISED = ["llama", "llama-wide-tied", "llama-odd", "smollm3", "phi3", "granite"]
 DISGUISED += ["ernie4_5", "glm", "helium"]  # interleaved pairs; of glm half of a head rotates
 

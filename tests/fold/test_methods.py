@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.arch.target import Grouped
+from kvfold.arch.target import Grouped, Latent
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold import methods
 from kvfold.fold.energy import fold_energy
@@ -238,10 +238,22 @@ def test_a_method_makes_only_the_targets_that_it_declares(
     grouped, other = all_methods()["pca"], replace(all_methods()["aligned"], targets=())
     chosen: dict[str, Method] = {"aligned": other, "pca": grouped}
     monkeypatch.setattr("kvfold.fold.methods.all_methods", lambda: chosen)
-    assert methods_for("auto", Grouped(2)) == [grouped]
+    assert methods_for("auto", Grouped(2), "none") == [grouped]
     with pytest.raises(UnsupportedError, match="aligned cannot make 2 KV heads") as error:
         fold_model(tiny.make("llama", num_key_value_heads=6), 2, "aligned", "none")
     assert "pca" in error.value.hint
+
+
+def test_latents_with_gaps_are_fitted_from_elsewhere() -> None:
+    """Where TransMLA begins; every other latent, and every closed form, is by our own method."""
+    for latent, fit, expected in (
+        (Latent(20, 4, 2), "local", "transmla"),
+        (Latent(20, 4, 2), "none", "latent"),
+        (Latent(20, 4), "local", "latent"),
+        (Latent(20, 4), "refit", "latent"),
+    ):
+        assert [method.name for method in methods_for("auto", latent, fit)] == [expected]
+    assert "transmla" not in {each.name for each in methods_for("auto", Grouped(2), "local")}
 
 
 def test_every_divisor_works() -> None:

@@ -1,7 +1,7 @@
 """A kind of target that is not a number of heads goes all the way from the plan to the files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -84,7 +84,7 @@ class FusedFold:
 
 
 def test_another_kind_of_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    fuse = Method("fuse", all_methods()["mean"].fold, "", "", (Fused,), True, True)
+    fuse = replace(all_methods()["pca"], name="fuse", targets=(Fused,))
     monkeypatch.setattr("kvfold.fold.methods.all_methods", lambda: {"fuse": fuse})
     monkeypatch.setitem(LAYER_FOLDS, Fused, FusedFold)
     target: Target = Fused()

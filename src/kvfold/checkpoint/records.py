@@ -293,10 +293,11 @@ class KeptLayer(TypedDict):
 
 
 class ComparedRow(TypedDict):
-    """A target and how far its attention is from the source's, by tokens of a window."""
+    """A target, how far its attention is from the source's, and what that costs at the end."""
 
     target: str
-    attention_error: Annotated[dict[str, Number], MinLen(1), MaxLen(10)]
+    attention_error: Annotated[dict[str, Number], MinLen(1), MaxLen(10)]  # by tokens of a window
+    kl: Annotated[dict[str, Number], MinLen(1), MaxLen(10)]
 
 
 @open_ended

@@ -171,8 +171,8 @@ def _print_record(record: dict[str, Any], out: Path) -> None:
 
     rows = [*_geometry_rows(record["geometry"])]
     for each in record.get("compared", []):
-        errors = ", ".join(f"{e:.3f} at {int(n):,}" for n, e in each["attention_error"].items())
-        rows.append((f"attention error, {each['target']}", errors))
+        lost = ", ".join(f"{e:.4f} at {int(n):,}" for n, e in each["kl"].items())
+        rows.append((f"KL with some layers of {each['target']}", lost))
     for each in record.get("tried", []):
         name = f"tried {each['target']}" + ("" if each["fit"] == "none" else f", {each['fit']}")
         rows.append((name, _lost(each["held_out"])))

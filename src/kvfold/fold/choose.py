@@ -1,10 +1,12 @@
 """Heads or a latent, and which? What keeps more of the source's attention in so much cache.
 
 Where a request leaves its target open, layers spread over the depth are folded to each candidate,
-run on the source's own inputs, and compared by what their attention puts out: in the windows that
-calibration has, and in long ones, for what no longer turns with distance fails late. Where layers
-will be fitted, those are fitted too, for a short time, and compared on other text: what a closed
-form is worth says little about what it is worth after a fit.
+on the source's own inputs, put into the source together, and its predictions compared with those it
+makes without them: in the windows that calibration has, and in long ones, for what no longer turns
+with distance fails late. (What single layers' attention puts out hardly shows that: an error of a few
+tokens far back may be small in it, and all that a later layer looks for.) Where layers will be
+fitted, those are fitted too, for a short time, and compared on other text: what a closed form is
+worth says little about what it is worth after a fit.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.files import write_json
 from kvfold.fold.fit import fit_attention
+from kvfold.fold.hidden import HiddenStates
 from kvfold.fold.layer import FoldPlan, fold_layer
 from kvfold.fold.passes import CPU, Calibration, Load, SourcePass, fit_task, loader
 from kvfold.fold.stored_layer import StoredLayer, Tensors
@@ -28,10 +31,13 @@ from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress, no_progress
 
 TOKENS = 8192  # of the calibration text; the order of candidates needs no more
+MEASURED = 4096  # of them, or of others, that candidates are run on, in short windows and in long
 LONG = 4096  # tokens of a long window
 LAYERS = 8  # that are folded; the source is run through all before the last of them
 FITTED_LAYERS = 4  # where they are fitted, which takes longer,
 STEPS = 30  # with so many steps
+PREDICTED = 256  # tokens of a window whose predictions are in memory at once
+ROUNDING = 1e-5  # nats that predictions may be apart by their rounding alone
 KEPT = "compared.json"
 
 
@@ -42,14 +48,18 @@ class Compared:
     Attributes:
         errors: by tokens of a window: |a - a_source|^2 / |a_source|^2 of what attention puts out,
             mean over the layers that were folded.
+        kl: by tokens of a window: the divergence of the source's predictions with those layers in
+            it from its own, nats per token.
     """
 
     target: Target
     errors: dict[int, float]
+    kl: dict[int, float]
 
     def as_dict(self) -> ComparedRow:
         errors = {str(tokens): error for tokens, error in self.errors.items()}
-        return {"target": self.target.label, "attention_error": errors}
+        kl = {str(tokens): nats for tokens, nats in self.kl.items()}
+        return {"target": self.target.label, "attention_error": errors, "kl": kl}
 
 
 def choose(
@@ -69,8 +79,10 @@ def choose(
     rows = COMPARED.read(kept)
     if [row["target"] for row in rows] != [target.label for target in targets]:
         raise RunError(f"{kept} compares something else", "--force instead of --resume starts over")
-    errors = [fmean(row["attention_error"].values()) for row in rows]  # lengths count alike
-    return targets[errors.index(min(errors))], rows
+    lost = [fmean(row["kl"].values()) for row in rows]  # lengths count alike
+    errors = [fmean(row["attention_error"].values()) for row in rows]
+    alike = [i for i, kl in enumerate(lost) if kl <= min(lost) + ROUNDING]
+    return targets[min(alike, key=errors.__getitem__)], rows
 
 
 def compare(
@@ -94,30 +106,35 @@ def compare(
     """
     fitted = fit == "local"
     load = loader(checkpoint)
-    seen, measured = _cut(checkpoint, windows, fitted)
-    texts = [
-        _Text(checkpoint, Calibration(each, device=device, dtype=dtype), load)
-        for each in (seen, *measured)
-    ]
-    if not fitted:
-        texts = texts[1:]  # the first two are one
+    fitted_on, measured_on = _cut(checkpoint, windows, fitted)
+
+    def run_on(some: torch.Tensor) -> _Text:
+        return _Text(checkpoint, Calibration(some, device=device, dtype=dtype), load)
+
+    seen = run_on(fitted_on)
+    measured = [run_on(some) for some in measured_on]
     plans = [FoldPlan(target, method, fit, seed) for target in targets]
-    candidates = [_Candidate(checkpoint, plan, texts, load) for plan in plans]
-    chosen = _spread(checkpoint.geometry.num_layers, FITTED_LAYERS if fitted else LAYERS)
+    candidates = [_Candidate(checkpoint, plan, seen, measured, load) for plan in plans]
+    count = checkpoint.geometry.num_layers
+    chosen = _spread(count, FITTED_LAYERS if fitted else LAYERS)
     found: list[list[dict[int, float]]] = []
-    for index in range(chosen[-1] + 1):
+    for index in range(count):
         layer = StoredLayer(checkpoint, index)
         if index in chosen:
-            found.append(_errors(layer, candidates, texts, fitted))
+            found.append(_errors(layer, candidates, seen, measured))
         else:
-            for each in texts:
-                each.source.run(layer)
-        for each in texts:
-            each.source.advance()
-        progress("comparing what to fold to", index + 1, chosen[-1] + 1)
+            if index < chosen[-1]:
+                seen.source.run(layer)
+            for text in measured:
+                begun = [each for each in candidates if each.states]
+                text.source.run(layer, beside=[each.states[text.tokens] for each in begun])
+        for text in (seen, *measured):
+            text.source.advance()
+        progress("comparing what to fold to", index + 1, count)
+    lost = _divergences(candidates, measured, loader(checkpoint, torch.float32))
     return [
-        Compared(target, {tokens: fmean(row[tokens] for row in rows) for tokens in rows[0]})
-        for target, rows in zip(targets, zip(*found, strict=True), strict=True)
+        Compared(target, {tokens: fmean(row[tokens] for row in rows) for tokens in rows[0]}, kl)
+        for target, rows, kl in zip(targets, zip(*found, strict=True), lost, strict=True)
     ]
 
 
@@ -132,10 +149,11 @@ def _cut(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What layers are folded and fitted on, and what they are measured on: other text if fitted."""
     count = max(1, TOKENS // windows.shape[1])
+    some = max(1, MEASURED // windows.shape[1])
     if not fitted:
-        return windows[:count], _short_and_long(checkpoint, windows[:count])
+        return windows[:count], _short_and_long(checkpoint, windows[:some])
     count = max(1, min(count, len(windows) // 2))
-    return windows[:count], _short_and_long(checkpoint, windows[-count:])
+    return windows[:count], _short_and_long(checkpoint, windows[-min(count, some) :])
 
 
 def _short_and_long(checkpoint: Checkpoint, some: torch.Tensor) -> list[torch.Tensor]:
@@ -163,38 +181,52 @@ class _Text:
 
 
 class _Candidate:
-    """A target, and the folded model whose single layers can be run on windows of the texts."""
+    """A target, and the source with some layers folded to it.
+
+    Attributes:
+        states: what goes from layer to layer in the latter, by tokens of a window; none before the
+            first of those layers.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: FoldPlan, texts: Sequence[_Text], load: Load
+        self,
+        checkpoint: Checkpoint,
+        plan: FoldPlan,
+        seen: _Text,
+        measured: Sequence[_Text],
+        load: Load,
     ) -> None:
         config = plan.target.config(checkpoint.family, checkpoint.config)
         family = BY_TYPE[config["model_type"]]
         self.plan, self._config = plan, config
         self._scale = family.residual_factor(config)
-        like = texts[0].calibration
+        like, size = seen.calibration, checkpoint.geometry.hidden_size
         self._stream = LayerStream(config, family, like.device, like.dtype)
-        for text in texts:  # for what layers are called with
+        for text in (seen, *measured):  # for what layers are called with
             first = Calibration(text.calibration.windows[:1], device=like.device)
-            states = first.states("first", checkpoint.geometry.hidden_size)
-            self._stream.start(first.texts, load, states)
+            self._stream.start(first.texts, load, first.states("first", size))
+        self.states: dict[int, HiddenStates] = {}
 
-    def errors(
-        self, layer: StoredLayer, tensors: Tensors, fitted_on: _Text | None, texts: Sequence[_Text]
+    def run(
+        self, layer: StoredLayer, tensors: Tensors, seen: _Text, measured: Sequence[_Text]
     ) -> dict[int, float]:
-        """Of one layer's attention, by tokens of a window, on the source's inputs.
-
-        Args:
-            fitted_on: what it is fitted on before; None for a closed form.
-        """
-        with self._stream.layer(layer.index, tensors, copied=fitted_on is not None) as live:
-            if fitted_on is not None:
-                source, seed = fitted_on.source, self.plan.seed + layer.index
+        """Go on with the folded layer; its attention's errors on the source's inputs, by tokens."""
+        fitted = self.plan.fit == "local"
+        if not self.states:
+            self.states = {text.tokens: text.source.inputs.copy() for text in measured}
+        with self._stream.layer(layer.index, tensors, copied=fitted) as live:
+            if fitted:
+                source, seed = seen.source, self.plan.seed + layer.index
                 task = fit_task(
-                    live, self._config, source, fitted_on.attention, source.inputs, seed, STEPS
+                    live, self._config, source, seen.attention, source.inputs, seed, STEPS
                 )
                 fit_attention(task, no_progress)
-            return {text.tokens: self._error(live, text) for text in texts}
+            errors = {text.tokens: self._error(live, text) for text in measured}
+            with torch.no_grad():
+                for states in self.states.values():
+                    for batch in states.batches():
+                        states[batch] = live(states[batch])
+        return errors
 
     @torch.no_grad()
     def _error(self, live: LiveLayer, text: _Text) -> float:
@@ -209,17 +241,37 @@ class _Candidate:
 
 
 def _errors(
-    layer: StoredLayer, candidates: Sequence[_Candidate], texts: Sequence[_Text], fitted: bool
+    layer: StoredLayer, candidates: Sequence[_Candidate], seen: _Text, measured: Sequence[_Text]
 ) -> list[dict[int, float]]:
-    """Of the layer, folded to each candidate on the first of the texts, by tokens of a window."""
-    first, *others = texts
+    """Of the layer, folded to each candidate by what was seen, by tokens of a window."""
     attended = any(isinstance(each.plan.target, Latent) for each in candidates)
-    statistics = first.source.statistics(layer, first.attention, attended=attended)
-    for other in others:
-        other.source.run(layer, other.attention)
+    statistics = seen.source.statistics(layer, seen.attention, attended=attended)
+    for text in measured:
+        text.source.run(layer, text.attention)
     rows = []
     for each in candidates:
         tensors = fold_layer(layer, each.plan, statistics).completed(layer, each.plan.target)
-        fitted_on, measured = (first, others) if fitted else (None, texts)
-        rows.append(each.errors(layer, tensors, fitted_on, measured))
+        rows.append(each.run(layer, tensors, seen, measured))
     return rows
+
+
+@torch.no_grad()
+def _divergences(
+    candidates: Sequence[_Candidate], measured: Sequence[_Text], load: Load
+) -> list[dict[int, float]]:
+    """Of what each model predicts, behind the last layer, by tokens of a window."""
+    found: list[dict[int, float]] = [{} for _ in candidates]
+    for text in measured:
+        inputs, sums = text.source.inputs, [0.0 for _ in candidates]
+        with text.source.ending(load) as predict:
+            for batch in inputs.batches():
+                for part in range(0, text.tokens, PREDICTED):
+                    cut = slice(part, part + PREDICTED)
+                    wanted = predict(inputs[batch][:, cut]).float().log_softmax(-1)
+                    for i, each in enumerate(candidates):
+                        states = each.states[text.tokens][batch][:, cut]
+                        got = predict(states).float().log_softmax(-1)
+                        sums[i] += float((wanted.exp() * (wanted - got)).sum())
+        for row, total in zip(found, sums, strict=True):
+            row[text.tokens] = total / text.calibration.windows.numel()
+    return found

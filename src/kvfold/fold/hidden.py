@@ -1,6 +1,7 @@
 """Hidden states of texts between two layers, wherever they find room."""
 
 from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,12 @@ class HiddenStates:
             flat = _in_file(spill, sum(sizes), dtype)
         parts = zip(flat.split(sizes), shapes, strict=True)
         self._states = [part.reshape(*shape, size) for part, shape in parts]
+
+    def copy(self) -> "HiddenStates":
+        """The same states, in memory."""
+        made = copy(self)
+        made._states = [states.clone() for states in self._states]
+        return made
 
     def __getitem__(self, windows: Windows) -> torch.Tensor:
         return self._states[windows.text][windows.which].to(self._device)

@@ -129,7 +129,7 @@ def fold_layer(
         statistics = LayerStatistics.without_data(source.checkpoint.geometry.hidden_size)
     heads = source.heads(statistics.moment.device)
     fold = LAYER_FOLDS[type(plan.target)](source, heads, plan.target, statistics)
-    methods = methods_for(plan.method, plan.target)
+    methods = methods_for(plan.method, plan.target, plan.fit)
     candidates = ((method, *fold.by(method, plan.seed + source.index)) for method in methods)
     best, weights, energy = max(candidates, key=lambda candidate: candidate[2].captured)
     report = LayerReport(

@@ -79,7 +79,7 @@ def fold_model(
     family = family_of(config)
     checkpoint = Checkpoint(type(model).__name__, config, TensorDict(model.state_dict()))
     target.geometry(checkpoint.geometry, checkpoint.family, config)
-    methods_for(method, target)
+    methods_for(method, target, fit)
     folded = {**config}
     state = {name: checkpoint.tensor(name) for name in model.state_dict()}
     reports: list[dict[str, Any]] = []

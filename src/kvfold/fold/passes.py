@@ -5,7 +5,7 @@ fitted on the inputs it will really get, and what earlier layers lost can be mad
 ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -143,12 +143,14 @@ class SourcePass:
         layer: StoredLayer,
         attention: HiddenStates | None = None,
         collector: StatisticsCollector | None = None,
+        beside: Sequence[HiddenStates] = (),
     ) -> None:
         """Compute the layer's outputs.
 
         Args:
             attention: takes up what its attention puts out.
             collector: hears some of the text's batches.
+            beside: hidden states of the same texts that go through the layer, too, in their place.
         """
         windows, tokens = self.inputs.counts[TEXT], self.inputs.shapes[TEXT][1]
         stride = max(1, windows * tokens // STATISTICS_TOKENS)
@@ -163,6 +165,8 @@ class SourcePass:
                     attention_output=partial(attention.put, batch) if attention else None,
                 ):
                     self.outputs[batch] = live(self.inputs[batch])
+                for states in beside:
+                    states[batch] = live(states[batch])
 
     def ending(self, load: Load) -> Ending:
         """See :meth:`LayerStream.ending`."""

@@ -372,7 +372,7 @@ def preview(
     needed = output + changed + tries + transcoded + hidden
     free = check_disk(out, needed)
     for target in targets:
-        methods_for(request.method, target)  # last: from here on torch is imported
+        methods_for(request.method, target, request.fit)  # last: from here on torch is imported
     pick_device(request.device)
     if not is_gguf(request.source):
         check_complete(checkpoint)

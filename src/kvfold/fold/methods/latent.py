@@ -18,7 +18,7 @@ import torch
 from kvfold.arch.target import Latent
 from kvfold.fold.heads import HeadGroup
 from kvfold.fold.latents import LatentSizes, SharedLatent
-from kvfold.fold.methods import method
+from kvfold.fold.methods import is_fitted_with_gaps, method
 from kvfold.fold.methods.pca import shared_frequencies
 from kvfold.fold.subspace import centred, energy, matrix_roots, through
 
@@ -28,7 +28,12 @@ KEY_WEIGHT = 16.0
 _RIDGE = 1e-3  # towards keys as they are at distance 0
 
 
-@method("latent", targets=(Latent,), candidate=True)
+@method(
+    "latent",
+    targets=(Latent,),
+    candidate=True,
+    suits=lambda target, fit: not is_fitted_with_gaps(target, fit),
+)
 def latent(group: HeadGroup, sizes: LatentSizes, generator: torch.Generator) -> SharedLatent:
     """one latent and one rotary key, weighed by what queries ask and outputs read"""
     kept = list(sizes.frequencies)
