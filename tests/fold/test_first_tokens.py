@@ -127,10 +127,10 @@ def test_first_tokens_of_giant_norm_count_by_the_root_of_their_energy_less() -> 
     live: Any = SimpleNamespace(module=torch.nn.ModuleDict({"o": linear}))
     task = FitTask(live, "o", None, states, states, states, states, 1.0, 1.0, True, 0)
     inputs = torch.tensor([1.0, 0])  # one at all tokens, of which each kind wants something else
-    pairs = [
-        (Windows(TEXT, slice(0, 8)), inputs.expand(8, 8, 2), torch.ones(8, 8, 1)),
-        (Windows(FIRST, slice(0, 64)), inputs.expand(64, 1, 2), torch.zeros(64, 1, 1)),
-    ]
-    _solve(task, "o", iter(pairs))
+    pairs = {
+        TEXT: (inputs.expand(8, 8, 2), torch.ones(8, 8, 1)),
+        FIRST: (inputs.expand(64, 1, 2), torch.zeros(64, 1, 1)),
+    }
+    _solve(task, "o", lambda windows: pairs[windows.text])
     ridge = RIDGE * (64 + 16) / 2  # of the mean over both inputs
     assert float(linear.weight[0, 0]) == pytest.approx(64 / (64 + 16 + ridge), rel=1e-6)

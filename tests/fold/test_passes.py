@@ -31,7 +31,7 @@ def test_hidden_states_are_the_same_in_a_file(
     assert (tmp_path / "below" / "states").stat().st_size == (60 + 27) * dtype.itemsize
     assert not (tmp_path / "small").exists(), "what is small stays in memory"
     assert small.shapes == ((1, 4),)
-    monkeypatch.setattr(hidden, "BATCH_TOKENS", 8)
+    in_file.room.tokens = in_memory.room.tokens = 8
     texts = [torch.randn(*shape, size).to(dtype) for shape in shapes]
     for states in (in_file, in_memory):
         batches = list(states.batches())

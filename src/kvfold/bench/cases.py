@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from kvfold.arguments import choice, text
@@ -14,6 +13,7 @@ from kvfold.geometry import divisors
 from kvfold.names import shown
 from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes
 from kvfold.ops.formats import FORMATS
+from kvfold.quality.device import free_memory
 from kvfold.requests import Listed, Request, Text, option
 
 MOST_CASES = 1000
@@ -197,19 +197,10 @@ def check_memory(needed: int, hint: str) -> None:
     Raises:
         InputError: with both sizes.
     """
-    free = _free_memory()
+    free = free_memory("cpu")
     if free is not None and needed > free:
         gib = 1 << 30
         raise InputError(
             f"this needs about {needed / gib:.1f} GiB of memory, {free / gib:.1f} GiB are free",
             hint,
         )
-
-
-def _free_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None

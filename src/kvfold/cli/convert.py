@@ -163,6 +163,8 @@ def _print_preview(preview: dict[str, Any]) -> None:
         ("disk space needed meanwhile", size(preview["disk_bytes_needed"])),
         ("disk space free", size(preview["disk_bytes_free"])),
     ]
+    if preview["memory_bytes_at_least"]:
+        rows.append(("memory, at least", size(preview["memory_bytes_at_least"])))
     print_table("Dry run: nothing was written", ["", ""], rows)
 
 

@@ -3,14 +3,15 @@
 Where a request leaves its target open, layers spread over the depth are folded to each candidate,
 on the source's own inputs, put into the source together, and its predictions compared with those it
 makes without them: in the windows that calibration has, and in long ones, for what no longer turns
-with distance fails late. (What single layers' attention puts out hardly shows that: an error of a few
-tokens far back may be small in it, and all that a later layer looks for.) Where layers will be
+with distance fails late. (What single layers' attention puts out hardly shows that: an error of a
+few tokens far back may be small in it, and all that a later layer looks for.) Where layers will be
 fitted, those are fitted too, for a short time, and compared on other text: what a closed form is
 worth says little about what it is worth after a fit.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -23,9 +24,9 @@ from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.files import write_json
 from kvfold.fold.fit import fit_attention
-from kvfold.fold.hidden import HiddenStates
+from kvfold.fold.hidden import HiddenStates, Windows
 from kvfold.fold.layer import FoldPlan, fold_layer
-from kvfold.fold.passes import CPU, Calibration, Load, SourcePass, fit_task, loader
+from kvfold.fold.passes import CPU, Calibration, Load, SourcePass, fit_task, go_on, loader
 from kvfold.fold.stored_layer import StoredLayer, Tensors
 from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress, no_progress
@@ -224,19 +225,22 @@ class _Candidate:
             errors = {text.tokens: self._error(live, text) for text in measured}
             with torch.no_grad():
                 for states in self.states.values():
-                    for batch in states.batches():
-                        states[batch] = live(states[batch])
+                    states.each(partial(go_on, live, states))
         return errors
 
     @torch.no_grad()
     def _error(self, live: LiveLayer, text: _Text) -> float:
         # blocks of the folded model may be scaled otherwise
         inputs, scale = text.source.inputs, text.source.residual_scale / self._scale
-        apart, size = 0.0, 0.0
-        for batch in inputs.batches():
+        found = []
+
+        def compare(batch: Windows) -> None:
             wanted = text.attention[batch] * scale
-            apart += float((live.attention_of(inputs[batch]) - wanted).square().sum())
-            size += float(wanted.square().sum())
+            apart = (live.attention_of(inputs[batch]) - wanted).square().sum()
+            found.append((float(apart), float(wanted.square().sum())))
+
+        inputs.each(compare)
+        apart, size = (sum(each) for each in zip(*found, strict=True))
         return apart / max(size, 1e-300)
 
 

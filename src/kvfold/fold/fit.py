@@ -1,6 +1,6 @@
 """Fitting a folded layer to its source, on the inputs it will really get."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import cos, pi
@@ -88,11 +88,16 @@ class FitTask:
         stride = -(-count // _ERROR_WINDOWS)
         chosen = Windows(TEXT, torch.arange(0, count, stride, device="cpu"))
         here = self.folded_inputs.here(chosen)
-        for windows in (Windows(TEXT, some) for some in here[here >= 0].split(4)):
+        here = here[here >= 0]
+
+        def measure(which: slice) -> None:
+            windows = Windows(TEXT, here[which])
             wanted = self.source_outputs[windows]
             error = (self.live(self.folded_inputs[windows]) - wanted).square().sum(-1)
             added = (wanted - self.source_inputs[windows]).square().sum(-1)
             ratios.append((error / added.clamp_min(1e-30)).flatten())
+
+        self.folded_inputs.room.each(len(here), self.folded_inputs.shapes[TEXT][1], measure)
         return median(self.folded_inputs.world, ratios)
 
 
@@ -120,20 +125,18 @@ class Damping:
 
 
 Stage = Callable[[FitTask, Progress], None]
-# Which windows, their inputs and their wanted outputs [B, T, …]
-Samples = Iterator[tuple[Windows, torch.Tensor, torch.Tensor]]
+Sample = tuple[torch.Tensor, torch.Tensor]  # inputs and wanted outputs [B, T, …] of windows
 
 
 def refit_output(task: FitTask, progress: Progress) -> None:
     """Solve o_proj in closed form on the folded heads' own outputs."""
     linear = task.linear(task.output_name)
 
-    def pairs() -> Samples:
-        for batch in task.folded_inputs.batches(FITTED):
-            inputs = task.live.input_of(linear, task.folded_inputs[batch])
-            yield batch, inputs, task.attention_target(batch)
+    def pair(batch: Windows) -> Sample:
+        inputs = task.live.input_of(linear, task.folded_inputs[batch])
+        return inputs, task.attention_target(batch)
 
-    _solve(task, task.output_name, pairs())
+    _solve(task, task.output_name, pair)
 
 
 def refit_mlp(task: FitTask, progress: Progress) -> None:
@@ -146,24 +149,23 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
         return
     linear = task.linear(task.mlp_output_name)
 
-    def pairs() -> Samples:
+    def pair(batch: Windows) -> Sample:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for batch in task.folded_inputs.batches(FITTED):
-            handle = linear.register_forward_hook(
-                lambda module, args, output: seen.append((args[0], output))
-            )
-            try:
-                lack = task.source_outputs[batch] - task.live(task.folded_inputs[batch])
-            finally:
-                handle.remove()
-            inputs, output = seen.pop()
-            yield batch, inputs.float(), output + lack / task.residual_scale
+        handle = linear.register_forward_hook(
+            lambda module, args, output: seen.append((args[0], output))
+        )
+        try:
+            lack = task.source_outputs[batch] - task.live(task.folded_inputs[batch])
+        finally:
+            handle.remove()
+        inputs, output = seen.pop()
+        return inputs.float(), output + lack / task.residual_scale
 
-    _solve(task, task.mlp_output_name, pairs())
+    _solve(task, task.mlp_output_name, pair)
 
 
 @torch.no_grad()
-def _solve(task: FitTask, name: str, pairs: Samples) -> None:
+def _solve(task: FitTask, name: str, pair: Callable[[Windows], Sample]) -> None:
     """Set the linear layer ``name`` to the ridge solution over inputs and wanted outputs.
 
     Of the text, tokens of giant norm count as they are. First tokens, which are many and all become
@@ -173,15 +175,19 @@ def _solve(task: FitTask, name: str, pairs: Samples) -> None:
     size = linear.in_features
     gram = linear.weight.new_zeros(size, size, dtype=torch.float64)
     cross = linear.weight.new_zeros(size, linear.out_features, dtype=torch.float64)
-    for windows, inputs, wanted in pairs:
-        x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
+
+    def add(windows: Windows) -> None:
+        x, y = (each.flatten(0, -2) for each in pair(windows))
         if linear.bias is not None:
             y = y - linear.bias
         if windows.text == FIRST:
             root = task.damping.factors(task.source_outputs[windows]).sqrt().reshape(-1, 1)
             x, y = root * x, root * y
-        gram += (x.T @ x).double()
-        cross += (x.T @ y).double()
+        more_gram, more_cross = (x.T @ x).double(), (x.T @ y).double()
+        gram.add_(more_gram)
+        cross.add_(more_cross)
+
+    task.folded_inputs.each(add, FITTED)
     task.folded_inputs.world.add(gram, cross)
     linear.weight.copy_(_ridge(gram, cross, linear.weight))
     task.changed.add(f"{name}.weight")
@@ -191,11 +197,12 @@ def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torc
     """argmin_W sum |W h - y|^2 + r |W - start|^2, r = RIDGE * mean of diag(gram).
 
     Args:
-        gram: ``[n, n]``, sum h h^T. cross: ``[n, m]``, sum h y^T. start: ``[m, n]``.
+        gram: ``[n, n]``, sum h h^T, which is used up: it is the largest array there is.
+        cross: ``[n, m]``, sum h y^T. start: ``[m, n]``.
     """
-    weight = RIDGE * gram.diagonal().mean()
-    system = gram + weight * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution: torch.Tensor = torch.linalg.solve(system, cross + weight * start.T.double())
+    weight = RIDGE * float(gram.diagonal().mean())
+    gram.diagonal().add_(weight)
+    solution: torch.Tensor = torch.linalg.solve(gram, cross + weight * start.T.double())
     return solution.T
 
 
@@ -222,19 +229,38 @@ def fit_attention(task: FitTask, progress: Progress) -> None:
         for windows in step:
             inputs = task.folded_inputs.anywhere(windows)
             wanted = task.source_outputs.anywhere(windows)
-            share = _SHARES[windows.text] * len(inputs[world.part()]) / len(inputs)
-            if not share:
-                continue
-            inputs, wanted = inputs[world.part()], wanted[world.part()]
-            error = task.live(inputs) - wanted
-            weighted = error.square().mean(-1) * (damping.factors(wanted) / damping.usual)
-            (share * weighted.mean()).backward()
+            share = _SHARES[windows.text] / len(inputs)
+            mine = inputs[world.part()], wanted[world.part()]
+            _descend(task, damping, *mine, share, list(parameters.values()))
         _add_gradients(world, parameters.values())
         optimizer.step()
         schedule.step()
     attention.requires_grad_(False)
     prefix = task.output_name.rpartition(".")[0]
     task.changed |= {f"{prefix}.{name}" for name in parameters}
+
+
+def _descend(
+    task: FitTask,
+    damping: Damping,
+    inputs: torch.Tensor,
+    wanted: torch.Tensor,
+    share: float,
+    parameters: Sequence[nn.Parameter],
+) -> None:
+    """Add the gradients of some windows, each of which counts ``share``."""
+
+    def backward(which: slice) -> None:
+        error = task.live(inputs[which]) - wanted[which]
+        weights = damping.factors(wanted[which]) / damping.usual
+        loss = (error.square().mean(-1) * weights).mean(-1).sum()
+        found = torch.autograd.grad(share * loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                before = parameter.grad
+                parameter.grad = gradient if before is None else before.add_(gradient)
+
+    task.folded_inputs.room.each(len(inputs), inputs.shape[1], backward)
 
 
 def _add_gradients(world: World, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,19 +1,21 @@
 """Hidden states of texts between two layers, wherever they find room."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from kvfold.errors import RunError
 from kvfold.files import reserve
+from kvfold.quality.device import is_out_of_memory, let_go
 from kvfold.quality.world import ALONE, World
 
 # The texts: that of calibration, tokens that texts begin with, and what no step looks at.
 TEXT, FIRST, HELD = 0, 1, 2
 FITTED = (TEXT, FIRST)
-BATCH_TOKENS = 4096  # tokens run through a layer at once
+BATCH_TOKENS = 4096  # tokens run through a layer at once, where there is memory for them
 SPILL_BYTES = 2**30  # hidden states larger than this live in a file
 
 
@@ -23,6 +25,42 @@ class Windows:
 
     text: int
     which: slice | torch.Tensor
+
+
+class Room:
+    """How many tokens are run at once: fewer once so many did not fit into the device's memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens, self._device = BATCH_TOKENS, device
+
+    def each(self, windows: int, tokens: int, do: Callable[[slice], None]) -> None:
+        """``do`` some windows of so many tokens after the other, until all are done.
+
+        What is out of memory is done again, by halves: ``do`` must change nothing before it can
+        no longer fail.
+
+        Raises:
+            RunError: if there is none for one window.
+        """
+        start = 0
+        while start < windows:
+            end = min(start + max(1, self.tokens // tokens), windows)
+            try:
+                do(slice(start, end))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if end == start + 1:
+                    raise RunError(
+                        f"{self._device} is out of memory with one window of {tokens:,} tokens",
+                        "give a smaller --context, or --device cpu",
+                    ) from error
+                self.tokens = (end - start + 1) // 2 * tokens
+                retry = True
+            else:
+                start, retry = end, False
+            if retry:  # behind the handler, which still holds what the failed call had made
+                let_go(self._device)
 
 
 def dealt(text: int, count: int, tokens: int, world: World) -> torch.Tensor:
@@ -41,6 +79,7 @@ class HiddenStates:
     Args:
         counts: the windows of each text, and their tokens T. size: C.
         device: where what is read lies. spill: the file of what is large; None keeps it in memory.
+        room: shared by all that are run together; one of its own by default.
 
     Attributes:
         shapes: N and T of what is here. owned: which of all windows these are.
@@ -54,8 +93,10 @@ class HiddenStates:
         spill: Path | None = None,
         dtype: torch.dtype = torch.float32,
         world: World = ALONE,
+        room: Room | None = None,
     ) -> None:
         self.world, self._device = world, device
+        self.room = Room(device) if room is None else room
         self.counts = [count for count, _ in counts]
         self.owned = [dealt(text, *each, world) for text, each in enumerate(counts)]
         shapes = [(len(own), tokens) for own, (_, tokens) in zip(self.owned, counts, strict=True)]
@@ -111,9 +152,21 @@ class HiddenStates:
         for text, (windows, tokens) in enumerate(self.shapes):
             if text not in texts:
                 continue
-            size = max(1, BATCH_TOKENS // tokens)
+            size = max(1, self.room.tokens // tokens)
             for start in range(0, windows, size):
                 yield Windows(text, slice(start, min(start + size, windows)))
+
+    def each(
+        self, do: Callable[[Windows], None], texts: Collection[int] = (TEXT, FIRST, HELD)
+    ) -> None:
+        """``do`` the same one after the other, or smaller ones; see :class:`Room`."""
+        for text, (windows, tokens) in enumerate(self.shapes):
+            if text in texts:
+                self.room.each(
+                    windows,
+                    tokens,
+                    lambda which, text=text: do(Windows(text, which)),  # type: ignore[misc]
+                )
 
 
 def median(world: World, parts: Sequence[torch.Tensor]) -> float:

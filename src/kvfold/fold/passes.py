@@ -7,7 +7,7 @@ ones.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.writer import carried_from
 from kvfold.fold.fit import FITS, STEPS, FitTask
-from kvfold.fold.hidden import TEXT, HiddenStates, dealt, median
+from kvfold.fold.hidden import BATCH_TOKENS, TEXT, HiddenStates, Room, Windows, dealt, median
 from kvfold.fold.layer import FoldedLayer, as_stored
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
 from kvfold.fold.stored_layer import StoredLayer, Tensors
@@ -47,6 +47,7 @@ class Calibration:
             by statistics.
         held_out: token ids ``[M, T]`` that are run through both models and nothing else.
         world: the processes that share the windows.
+        room: how many tokens the device has memory for at once.
     """
 
     windows: torch.Tensor
@@ -56,6 +57,10 @@ class Calibration:
     first: torch.Tensor | None = None
     held_out: torch.Tensor | None = None
     world: World = ALONE
+    room: Room = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "room", Room(self.device))
 
     @property
     def _all(self) -> list[torch.Tensor]:
@@ -76,7 +81,9 @@ class Calibration:
         rank = f"-{self.world.rank}" if self.world.size > 1 else ""
         file = self.spill / f"{name}{rank}.f32" if self.spill else None
         counts = [(len(text), text.shape[1]) for text in self._all]
-        return HiddenStates(counts, hidden_size, self.device, file, world=self.world)
+        return HiddenStates(
+            counts, hidden_size, self.device, file, world=self.world, room=self.room
+        )
 
 
 def loader(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Load:
@@ -155,18 +162,24 @@ class SourcePass:
         windows, tokens = self.inputs.counts[TEXT], self.inputs.shapes[TEXT][1]
         stride = max(1, windows * tokens // STATISTICS_TOKENS)
         world = self.inputs.world
+
+        def run(batch: Windows) -> None:
+            number, place = _place_of(batch, tokens)
+            spread = batch.text == TEXT and (number * world.size + world.rank) % stride == 0
+            heard = collector.begun(place) if collector is not None and spread else None
+            with live.listening(
+                call=heard.call if heard else None,
+                attention_input=heard.attention_input if heard else None,
+                attention_output=partial(attention.put, batch) if attention else None,
+            ):
+                self.outputs[batch] = live(self.inputs[batch])
+            if collector is not None and heard is not None:
+                collector.take(heard)
+
         with self._stream.layer(layer.index, layer.below()) as live:
-            for number, batch in enumerate(self.inputs.batches()):
-                spread = batch.text == TEXT and (number * world.size + world.rank) % stride == 0
-                heard = collector if spread else None
-                with live.listening(
-                    call=heard.call if heard else None,
-                    attention_input=heard.attention_input if heard else None,
-                    attention_output=partial(attention.put, batch) if attention else None,
-                ):
-                    self.outputs[batch] = live(self.inputs[batch])
-                for states in beside:
-                    states[batch] = live(states[batch])
+            self.inputs.each(run)
+            for states in beside:
+                states.each(partial(go_on, live, states))
 
     def ending(self, load: Load) -> Ending:
         """See :meth:`LayerStream.ending`."""
@@ -175,6 +188,17 @@ class SourcePass:
     def advance(self) -> None:
         """What came out of this layer goes into the next."""
         self.inputs, self.outputs = self.outputs, self.inputs
+
+
+def _place_of(batch: Windows, tokens: int) -> tuple[int, int]:
+    """In which ``BATCH_TOKENS`` of the text a batch begins, and at which window there."""
+    assert isinstance(batch.which, slice)
+    return divmod(int(batch.which.start), max(1, BATCH_TOKENS // tokens))
+
+
+def go_on(live: LiveLayer, states: HiddenStates, batch: Windows) -> None:
+    """Through a layer, in place."""
+    states[batch] = live(states[batch])
 
 
 def fit_task(
@@ -270,12 +294,15 @@ class FoldedPass:
     @torch.no_grad()
     def run(self, folded: FoldedLayer, base: StoredLayer) -> float:
         """Go on with the layer as it is stored; return its drift (see ``FoldedLayer``)."""
-        ratios = []
+        ratios = list[torch.Tensor]()
+
+        def run(batch: Windows) -> None:
+            found, wanted = live(self.inputs[batch]), self._source.outputs[batch]
+            if batch.text == TEXT:
+                distance = (found - wanted).norm(dim=-1)
+                ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
+            self.inputs[batch] = found
+
         with self._stream.layer(folded.index, folded.completed(base, self._carrier)) as live:
-            for batch in self.inputs.batches():
-                found, wanted = live(self.inputs[batch]), self._source.outputs[batch]
-                self.inputs[batch] = found
-                if batch.text == TEXT:
-                    distance = (found - wanted).norm(dim=-1)
-                    ratios.append((distance / wanted.norm(dim=-1).clamp_min(1e-30)).flatten())
+            self.inputs.each(run)
         return median(self.inputs.world, ratios)

@@ -27,6 +27,7 @@ from kvfold.checkpoint.writer import (
 )
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.candidates import heads_and_latents, latents_of
+from kvfold.fold.memory import check_memory, least_memory
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry, divisors
@@ -300,6 +301,7 @@ class Preview:
 
     Attributes:
         targets: what is folded to; several where that is yet to be measured.
+        memory_bytes: what the device needs at least; None without a text, and of a GGUF file.
         config: the source's. text: what is calibrated on, if anything.
     """
 
@@ -311,6 +313,7 @@ class Preview:
     output_bytes: int
     disk_bytes: int
     free_bytes: int
+    memory_bytes: int | None
 
     def as_dict(self) -> dict[str, Any]:
         known = len(self.targets) == 1
@@ -321,6 +324,7 @@ class Preview:
             "output_bytes": self.output_bytes,
             "disk_bytes_needed": self.disk_bytes,
             "disk_bytes_free": self.free_bytes,
+            "memory_bytes_at_least": self.memory_bytes,
         }
 
 
@@ -373,10 +377,16 @@ def preview(
     free = check_disk(out, needed)
     for target in targets:
         methods_for(request.method, target, request.fit)  # last: from here on torch is imported
-    pick_device(request.device)
+    device, memory = pick_device(request.device), None
     if not is_gguf(request.source):
+        if request.calibrates:
+            memory = least_memory(
+                checkpoint, tokens=request.calibration_tokens, context=request.context,
+                fitted=request.fit != "none",
+            )  # fmt: skip
+            check_memory(memory, str(device))
         check_complete(checkpoint)
-    return Preview(request, targets, geometry, config, text, output, needed, free)
+    return Preview(request, targets, geometry, config, text, output, needed, free, memory)
 
 
 def _targets(

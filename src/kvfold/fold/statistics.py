@@ -1,6 +1,7 @@
 """What a layer's inputs look like to its keys and values, gathered from calibration text."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,21 @@ class StatisticsCollector:
         self._value_moment = torch.zeros_like(self._moment)
         self._key_moments: torch.Tensor | None = None
         self._pairs = pairs
-        self._tokens = 0
+        self._tokens = self._turn = 0
+
+    def begun(self, turn: int) -> "StatisticsCollector":
+        """One that goes on from here, and may fail: sums are replaced, never changed.
+
+        Args:
+            turn: which query head the first token's is.
+        """
+        found = copy(self)
+        found._turn = turn
+        return found
+
+    def take(self, other: "StatisticsCollector") -> None:
+        """Go on from where that one has come to."""
+        vars(self).update(vars(other))
 
     def attention_input(self, inputs: torch.Tensor) -> None:
         self._inputs = inputs
@@ -88,10 +103,10 @@ class StatisticsCollector:
     def call(self, call: AttentionCall) -> None:
         inputs = torch.cat([self._inputs, torch.ones_like(self._inputs[..., :1])], -1)
         probabilities = call.probabilities()
-        self._moment += _gram(inputs)
-        seen = _one_head_each(probabilities)
+        self._moment = self._moment + _gram(inputs)
+        seen = _one_head_each(probabilities, self._turn)
         averaged = _gram(seen @ inputs)
-        self._value_moment += averaged
+        self._value_moment = self._value_moment + averaged
         self._tokens += inputs.shape[0] * inputs.shape[1]
         keys = _KeyMoments(call, probabilities, self._pairs)
         if self._pairs.rotary_dim:
@@ -157,15 +172,15 @@ def _scaled(sums: AttendedKeys, factor: float) -> AttendedKeys:
     return AttendedKeys(sums.inputs * factor, sums.turned * factor, sums.still * factor)
 
 
-def _one_head_each(probabilities: torch.Tensor) -> torch.Tensor:
-    """The attention ``[B, T, T]`` of one query head per token (they take turns).
+def _one_head_each(probabilities: torch.Tensor, first: int) -> torch.Tensor:
+    """The attention ``[B, T, T]`` of one query head per token (they take turns, from ``first`` on).
 
     All heads would cost Hq times as much and hardly change a second moment.
     """
     batch, heads, tokens, _ = probabilities.shape
     device = probabilities.device
     token, window = torch.arange(tokens, device=device), torch.arange(batch, device=device)
-    turn = (token[None] + window[:, None]) % heads
+    turn = (token[None] + window[:, None] + first) % heads
     index = turn[:, None, :, None].expand(-1, 1, -1, tokens)
     return probabilities.gather(1, index)[:, 0]
 

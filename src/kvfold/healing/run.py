@@ -42,7 +42,7 @@ from kvfold.healing.request import (
 from kvfold.healing.sources import Corpus, fingerprint, open_corpus
 from kvfold.healing.watch import MetricsFile, Watch, unwatched
 from kvfold.progress import Progress, no_progress
-from kvfold.quality.device import pick_dtype
+from kvfold.quality.device import is_out_of_memory, pick_dtype
 from kvfold.quality.launched import launched_rank
 from kvfold.quality.run import load_model
 from kvfold.quality.scores import Quality, compare
@@ -180,12 +180,8 @@ def _memory_errors() -> Iterator[None]:
     hint = "lower --micro-batch or --context, add --gradient-checkpointing, or use more processes"
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunError("the GPU is out of memory", hint) from error
-    except MemoryError as error:
-        raise RunError("out of memory", hint) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise RunError("out of memory", hint) from error
 

@@ -1,5 +1,6 @@
 """Devices, tried before they are relied on."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvfold.errors import InputError
@@ -65,3 +66,43 @@ def has_bf16(device: "torch.device") -> bool:
         return False
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device; None where nobody says.
+
+    >>> free_memory("meta") is None
+    True
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    if device != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch says so of a device, or of the machine.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."))
+    True
+    """
+    import torch
+
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def let_go(device: "torch.device") -> None:
+    """Give memory back that PyTorch keeps for later."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

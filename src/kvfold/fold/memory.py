@@ -1,0 +1,58 @@
+"""How much memory a conversion takes at least, told before it starts. No torch."""
+
+from math import prod
+
+from kvfold.checkpoint.source import Checkpoint
+from kvfold.errors import InputError
+from kvfold.quality.device import free_memory
+
+_FLOAT = 4
+_STATES = 4  # of all tokens: before and after a layer, folded ones, what attention puts out
+_SPILLED = 2**30  # of each; what is larger lies in a file (fold.hidden)
+# Bytes of a number of what an MLP's last layer is solved from: float64, and what is added to it in
+# float32 and in float64.
+_SOLVED = 8 + 4 + 8
+_ENDING = 5  # arrays of a window's logits, where predictions are compared
+
+
+def least_memory(checkpoint: Checkpoint, *, tokens: int, context: int, fitted: bool) -> int:
+    """Bytes that the device needs, whatever else it does; PyTorch itself takes more.
+
+    The larger of what one layer takes, its weights and, where it is fitted, the products that its
+    MLP is solved from, and of what the ends do, embeddings and a window's predictions; and what
+    goes from layer to layer.
+
+    Args:
+        tokens: of the calibration text, in windows of ``context``.
+    """
+    geometry, store = checkpoint.geometry, checkpoint.store
+    layers = range(geometry.num_layers)
+    layer = max(
+        sum(prod(store.shape(name)) for name in checkpoint.layer_names(index)) for index in layers
+    )
+    wide = 0
+    if fitted and (output := checkpoint.family.mlp_output) is not None:
+        names = {f"{checkpoint.layer_prefix(index)}.{output}.weight" for index in layers}
+        shapes = [store.shape(name) for name in names & set(checkpoint.names)]
+        wide = max((max(shape) for shape in shapes), default=0)
+    vocabulary, size = int(checkpoint.config["vocab_size"]), geometry.hidden_size
+    ends = vocabulary * (size + _ENDING * context)
+    states = min(tokens * size * _FLOAT, _SPILLED)
+    return _STATES * states + max(_FLOAT * layer + _SOLVED * wide**2, _FLOAT * ends)
+
+
+def check_memory(needed: int, device: str) -> int | None:
+    """The bytes that are free on the device, if that can be known.
+
+    Raises:
+        InputError: if they are fewer than ``needed``, saying what needs less.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        gib = 2**30
+        raise InputError(
+            f"this needs at least {needed / gib:.1f} GiB of memory on {device}, where "
+            f"{free / gib:.1f} GiB are free",
+            "fewer --calibration-tokens, a smaller --context and --fit none need less",
+        )
+    return free
