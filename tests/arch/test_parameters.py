@@ -27,7 +27,8 @@ def test_names_go_there_and_back(case: str, with_base: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["mixtral", "qwen2_moe", "granitemoe", "phimoe", "dots1", "deepseek_v3"]
+    "case",
+    ["mixtral", "qwen2_moe", "granitemoe", "phimoe", "dots1", "ernie4_5_moe", "deepseek_v3"],
 )
 def test_experts_are_stored_one_by_one(case: str, tmp_path: Path) -> None:
     """What transformers writes is what the module's tensors are made of, shapes too."""

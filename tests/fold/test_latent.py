@@ -260,6 +260,7 @@ REFUSED = {
     "cohere2": "layer norms",
     "exaone4": "behind a norm cannot be absorbed",
     "dots1": "mixtures of experts",
+    "ernie4_5_moe": "mixtures of experts",
     "glm4_moe": "mixtures of experts",
     "glm4_moe-norm": "mixtures of experts",
     "glm4": "outputs are normalised",

@@ -104,6 +104,18 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", COMMON | WIDE | WINDOWED),
     "dots1": ("dots1", COMMON | WIDE | DENSE_FIRST),
     "ernie4_5": ("ernie4_5", COMMON | WIDE),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        COMMON
+        | WIDE
+        | {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
     "exaone4": ("exaone4", COMMON | WIDE | WINDOWED | {"sliding_window_pattern": 2}),
     "glm": ("glm", COMMON | WIDE | {"attention_bias": False, "pad_token_id": 0}),
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),

@@ -98,6 +98,12 @@ class Config(TypedDict, total=False):
     moe_intermediate_size: Rank | None
     first_k_dense_replace: Count | None
     interleave_moe_layer_step: Count | None
+    moe_num_experts: Count | None
+    moe_k: Count | None
+    moe_num_shared_experts: Count | None
+    moe_layer_start_index: Count | None
+    moe_layer_end_index: Annotated[int, Ge(-1), Le(MOST_LAYERS)] | None
+    moe_layer_interval: Count | None
     # What decides whether and how a model can be folded.
     rope_parameters: RopeParameters | None
     partial_rotary_factor: Share | None
