@@ -64,7 +64,7 @@ def calls(
     """Arguments with which every function works."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kvfold.healing.run._Run.local", _enough)
-    monkeypatch.setattr("kvfold.fold.convert._fold_layers", _enough)
+    monkeypatch.setattr("kvfold.fold.convert.fold_layers", _enough)
     monkeypatch.setattr("kvfold.engines.run.ask", _enough)
     return {
         "AttentionGeometry": ([2, 6, 2, 8, 8, 48], {}),

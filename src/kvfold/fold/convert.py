@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from kvfold.checkpoint.gguf import is_gguf, transcode
 from kvfold.checkpoint.inputs import Files, files_of, take_prints
 from kvfold.checkpoint.places import full_path
 from kvfold.checkpoint.pretrained import check_complete
-from kvfold.checkpoint.records import ComparedRow, HeldOut, TriedRow
 from kvfold.checkpoint.source import (
     Checkpoint,
     open_checkpoint,
@@ -58,7 +56,7 @@ from kvfold.fold.request import (
     calibration_text,
     preview,
 )
-from kvfold.fold.search import CLOSED, Limit, Search, measured
+from kvfold.fold.settle import compared, fold_layers, searched
 from kvfold.fold.windows import Cut, early_windows, windows_of
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_dtype
@@ -272,7 +270,7 @@ def _run(
     if request.is_open:
         made = None
         if work:
-            settle = _searched if request.searches else _settled
+            settle = searched if request.searches else compared
             made = settle(found, checkpoint, cut, work.folder, world, progress)
         found_one = world.tell(made)
         assert found_one is not None
@@ -280,7 +278,7 @@ def _run(
     layers, held_out = list[dict[str, Any]](), None
     if not same:
         place = work.folder / "layers" if work else None
-        layers, held_out = _fold_layers(checkpoint, request, cut, place, world, progress)
+        layers, held_out = fold_layers(checkpoint, request, cut, place, world, progress)
     if work is None:
         return {}
     specs = folded_specs(checkpoint, request.target)
@@ -297,54 +295,6 @@ def _run(
     write_text(work.new / "README.md", model_card(checkpoint, request.target, record))
     open_checkpoint(work.new)  # the headers of what was written are as planned
     return record
-
-
-def _settled(
-    found: Preview,
-    checkpoint: Checkpoint,
-    cut: Cut | None,
-    folder: Path,
-    world: "World",
-    progress: Progress,
-) -> tuple[ConvertRequest, dict[str, list[ComparedRow]]]:
-    """The request with what is folded to, and what was compared for that."""
-    from kvfold.fold.choose import KEPT, choose, compare
-
-    assert cut is not None  # an open request has text
-    request, targets = found.request, found.targets
-    device, dtype = world.device, pick_dtype(request.dtype, world.device)
-    measure = partial(
-        compare, checkpoint, targets, cut.calibration,
-        method=request.method, fit=request.fit, seed=request.seed,
-        device=device, dtype=dtype, progress=progress,
-    )  # fmt: skip
-    target, rows = choose(folder / KEPT, targets, measure)
-    return request.settled(target), {"compared": rows}
-
-
-def _searched(
-    found: Preview,
-    checkpoint: Checkpoint,
-    cut: Cut | None,
-    folder: Path,
-    world: "World",
-    progress: Progress,
-) -> tuple[ConvertRequest, dict[str, list[TriedRow]]]:
-    """The request with the fewest heads that hold what was asked, and what was tried for that."""
-    from kvfold.quality.world import World
-
-    request, alone = found.request, World(0, 1, world.device)
-    search = Search(
-        folder, found.targets, request.fit or CLOSED,
-        Limit(request.max_ppl_ratio, request.max_kl),
-        lambda target, fit, layers: measured(
-            _fold_layers(
-                checkpoint, replace(request.settled(target), fit=fit), cut, layers, alone, progress,
-                label=f"trying {target.label}" + (", fitted" if fit != CLOSED else ""),
-            )[1]
-        ),
-    )  # fmt: skip
-    return request.settled(search.run()), {"tried": search.rows}
 
 
 def _local_source(request: ConvertRequest, partial: Path) -> Path:
@@ -373,48 +323,6 @@ def _verify(checkpoint: Checkpoint, progress: Progress) -> None:
     for index, name in enumerate(names, 1):
         checkpoint.tensor(name)
         progress("checking the source", index, len(names))
-
-
-def _fold_layers(
-    checkpoint: Checkpoint,
-    request: ConvertRequest,
-    cut: Cut | None,
-    kept: Path | None,
-    world: "World",
-    progress: Progress,
-    label: str | None = None,
-) -> tuple[list[dict[str, Any]], HeldOut | None]:
-    """Fold all layers, keeping each on disk; their reports, and what was measured at the end.
-
-    Args:
-        kept: the folder for them; None in processes that keep none.
-        label: of a try, which is measured whatever fits it.
-    """
-    from kvfold.fold.layer import FoldPlan
-    from kvfold.fold.layer_store import LayerStore
-    from kvfold.fold.loop import fold_all
-    from kvfold.fold.passes import Calibration
-
-    plan = FoldPlan(request.target, request.method, request.fit, request.seed)
-    if label is not None:
-        plan = replace(plan, measured=True, label=label)
-    hidden = world.tell(None if kept is None else kept.with_name("hidden"))
-    calibration = None
-    if cut is not None:
-        dtype = pick_dtype(request.dtype, world.device)
-        calibration = Calibration(
-            cut.calibration, hidden, world.device, dtype, held_out=cut.held_out, world=world
-        )
-    store = None if kept is None else LayerStore(kept)
-    layers = fold_all(checkpoint, plan, calibration, store, progress)
-    reports, held_out = [], None
-    for layer in layers:
-        reports.append(layer.as_dict())
-        held_out = layer.held_out
-    world.barrier()
-    if kept is not None and hidden is not None:
-        shutil.rmtree(hidden, ignore_errors=True)
-    return reports, held_out
 
 
 def _write(
