@@ -135,16 +135,17 @@ def test_what_a_conversion_takes_at_least(
     geometry, config = checkpoint.geometry, checkpoint.config
     names = checkpoint.layer_names(0)
     layer = sum(prod(checkpoint.store.shape(name)) for name in names)
-    states = 4 * 4 * 1024 * geometry.hidden_size
-    ends = 4 * config["vocab_size"] * (geometry.hidden_size + 5 * 64)
+    states = 4 * 1024 * geometry.hidden_size
+    ends = 4 * config["vocab_size"] * geometry.hidden_size
+    predicted = 4 * config["vocab_size"] * 5 * 64
     solved = 20 * config["intermediate_size"] ** 2
     arguments = [
         "convert", llama_folder, tmp_path / "out", "--kv-heads", 1, "--calibration", text_file,
         "--calibration-tokens", 1024, "--context", 64, "--device", "cpu",
     ]  # fmt: skip
     for fit, expected in (
-        ("local", states + max(4 * layer + solved, ends)),
-        ("none", states + max(4 * layer, ends)),
+        ("local", 4 * states + max(4 * layer + solved, ends + predicted)),
+        ("none", 2 * states + max(4 * layer, ends)),
     ):
         told: Any = kvfold(*arguments, "--fit", fit, "--dry-run", "--json").json()
         assert told["memory_bytes_at_least"] == expected

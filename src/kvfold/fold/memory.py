@@ -7,7 +7,8 @@ from kvfold.errors import InputError
 from kvfold.quality.device import free_memory
 
 _FLOAT = 4
-_STATES = 4  # of all tokens: before and after a layer, folded ones, what attention puts out
+_STATES = 2  # of all tokens: before and after a layer of the source's; where layers are fitted
+_FITTED_STATES = 4  # also what goes into folded ones, and what attention puts out
 _SPILLED = 2**30  # of each; what is larger lies in a file (fold.hidden)
 # Bytes of a number of what an MLP's last layer is solved from: float64, and what is added to it in
 # float32 and in float64.
@@ -23,29 +24,29 @@ def least_memory(checkpoint: Checkpoint, *, tokens: int, context: int, fitted: b
     goes from layer to layer.
 
     Args:
-        tokens: of the calibration text, in windows of ``context``.
+        tokens: of the calibration text, no more than it has, in windows of ``context``.
     """
     geometry, store = checkpoint.geometry, checkpoint.store
     layers = range(geometry.num_layers)
     layer = max(
         sum(prod(store.shape(name)) for name in checkpoint.layer_names(index)) for index in layers
     )
-    wide = 0
-    if fitted and (output := checkpoint.family.mlp_output) is not None:
+    wide, family = 0, checkpoint.family
+    if fitted and not family.post_norm and (output := family.mlp_output) is not None:
         names = {f"{checkpoint.layer_prefix(index)}.{output}.weight" for index in layers}
         shapes = [store.shape(name) for name in names & set(checkpoint.names)]
         wide = max((max(shape) for shape in shapes), default=0)
-    vocabulary, size = int(checkpoint.config["vocab_size"]), geometry.hidden_size
-    ends = vocabulary * (size + _ENDING * context)
-    states = min(tokens * size * _FLOAT, _SPILLED)
-    return _STATES * states + max(_FLOAT * layer + _SOLVED * wide**2, _FLOAT * ends)
+    vocabulary, size = checkpoint.config.get("vocab_size") or 0, geometry.hidden_size
+    ends = vocabulary * (size + (_ENDING * context if fitted else 0))
+    states = min(tokens * size * _FLOAT, _SPILLED) * (_FITTED_STATES if fitted else _STATES)
+    return states + max(_FLOAT * layer + _SOLVED * wide**2, _FLOAT * ends)
 
 
-def check_memory(needed: int, device: str) -> int | None:
-    """The bytes that are free on the device, if that can be known.
+def check_memory(needed: int, device: str) -> None:
+    """Refuse what needs more than is free on the device, as far as that can be known.
 
     Raises:
-        InputError: if they are fewer than ``needed``, saying what needs less.
+        InputError: with both sizes, and what needs less.
     """
     free = free_memory(device)
     if free is not None and needed > free:
@@ -55,4 +56,3 @@ def check_memory(needed: int, device: str) -> int | None:
             f"{free / gib:.1f} GiB are free",
             "fewer --calibration-tokens, a smaller --context and --fit none need less",
         )
-    return free

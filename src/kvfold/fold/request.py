@@ -44,6 +44,7 @@ from kvfold.numbers import (
     Real,
 )
 from kvfold.quality.device import COMPUTED_IN, pick_device
+from kvfold.quality.launched import launched_size
 from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
 from kvfold.requests import (
     DEVICE,
@@ -380,10 +381,13 @@ def preview(
     device, memory = pick_device(request.device), None
     if not is_gguf(request.source):
         if request.calibrates:
+            has = request.calibration_tokens if text is None else len(text.text.encode())
             memory = least_memory(
-                checkpoint, tokens=request.calibration_tokens, context=request.context,
+                checkpoint,
+                tokens=min(request.calibration_tokens, has) // launched_size(),
+                context=request.context,
                 fitted=request.fit != "none",
-            )  # fmt: skip
+            )
             check_memory(memory, str(device))
         check_complete(checkpoint)
     return Preview(request, targets, geometry, config, text, output, needed, free, memory)

@@ -88,7 +88,7 @@ def _pytorch_is_faster(call: Call) -> bool:
     if call.views:  # which it would have to decode
         return False
     if tokens > MAX_TOKENS and call.q.dtype is torch.bfloat16 and _has_amx():
-        return True  # by AMX, 1.0 to 1.3 times as fast as these (benchmarks/LOG.md)
+        return True  # by AMX, 0.8 to 1.3 times as fast as these (benchmarks/LOG.md)
     return batch * heads * tokens * call.keys * dim < _WORTH or not _has_vectors()
 
 
