@@ -1,4 +1,4 @@
-"""Heads or a latent, and which? What keeps more of the source's attention in so much cache.
+"""Heads or a latent, and which? What keeps more of the source's predictions in so much cache.
 
 Where a request leaves its target open, layers spread over the depth are folded to each candidate,
 on the source's own inputs, put into the source together, and its predictions compared with those it

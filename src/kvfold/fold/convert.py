@@ -105,7 +105,7 @@ def convert(
             numbers and one rotary key of 32 (multi-head latent attention, arXiv 2405.04434);
             ``"192"`` chooses between such of 192 numbers, by measuring.
         kv_bytes: in place of both: ``"50%"`` of the source's cache, by heads or a latent,
-            whichever keeps more of what attention puts out on the calibration text.
+            whichever changes its predictions on the calibration text less.
         max_ppl_ratio, max_kl: in place of all of these: the fewest KV heads with no higher ratio of
             perplexities (folded to source), and no higher KL, on calibration text that is held out.
         layout: what a latent is stored as: ``deepseek_v3``, ``portable`` or ``youtu``.
