@@ -88,9 +88,6 @@ def cli(debug: bool) -> None:
     """
 
 
-_TORCH_MEMORY = "OutOfMemoryError"  # by its name: PyTorch may not be imported
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -118,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(*_of_the_system(error), 1, debug)
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == _TORCH_MEMORY:
+        from kvfold.quality.device import is_out_of_memory
+
+        if is_out_of_memory(error):
             return _complain("out of memory", "fewer tokens at once need less", 1, debug)
         first_line = (str(error).strip().splitlines() or [""])[0]
         message = f"unexpected {type(error).__name__}: {first_line}"

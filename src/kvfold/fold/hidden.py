@@ -45,22 +45,26 @@ class Room:
         start = 0
         while start < windows:
             end = min(start + max(1, self.tokens // tokens), windows)
-            try:
-                do(slice(start, end))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if end == start + 1:
-                    raise RunError(
-                        f"{self._device} is out of memory with one window of {tokens:,} tokens",
-                        "give a smaller --context, or --device cpu",
-                    ) from error
+            if self._does(do, slice(start, end), tokens):
+                start = end
+            else:  # behind the handler, which holds what the failed call had made
                 self.tokens = (end - start + 1) // 2 * tokens
-                retry = True
-            else:
-                start, retry = end, False
-            if retry:  # behind the handler, which still holds what the failed call had made
                 let_go(self._device)
+
+    def _does(self, do: Callable[[slice], None], which: slice, tokens: int) -> bool:
+        """Whether there was memory for it."""
+        try:
+            do(which)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if which.stop == which.start + 1:
+                raise RunError(
+                    f"{self._device} is out of memory with one window of {tokens:,} tokens",
+                    "give a smaller --context, or --device cpu",
+                ) from error
+            return False
+        return True
 
 
 def dealt(text: int, count: int, tokens: int, world: World) -> torch.Tensor:

@@ -136,8 +136,8 @@ class ConvertRequest(Request):
         "--kv-bytes",
         Text(_share),
         None,
-        "Or: so much of the source's cache, by heads or a latent: whichever keeps more of what "
-        "attention puts out on the calibration text.",
+        "Or: so much of the source's cache, by heads or a latent: whichever changes its "
+        "predictions on the calibration text less.",
         metavar="PERCENT%",
     )
     max_ppl_ratio: float | None = option(

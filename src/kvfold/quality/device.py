@@ -89,15 +89,13 @@ def free_memory(device: str) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch says so of a device, or of the machine.
+    """Whether PyTorch says so of a device, or of the machine (known by name: no torch).
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."))
     True
     """
-    import torch
-
     said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def let_go(device: "torch.device") -> None:
