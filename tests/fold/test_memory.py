@@ -149,10 +149,10 @@ def test_what_a_conversion_takes_at_least(
     ):
         told: Any = kvfold(*arguments, "--fit", fit, "--dry-run", "--json").json()
         assert told["memory_bytes_at_least"] == expected
-    monkeypatch.setattr("kvfold.fold.memory.free_memory", lambda device: 1 << 10)
+    monkeypatch.setattr("kvfold.quality.device.free_memory", lambda device: 1 << 10)
     run = kvfold(*arguments)
     assert run.code == 2
-    assert "GiB of memory on cpu" in run.err
+    assert "GiB of memory" in run.err
     assert "--calibration-tokens" in run.err
     assert not (tmp_path / "out").exists()
     data_free = kvfold(*arguments[:5], "--fit", "none", "--method", "mean", "--no-calibration")

@@ -13,7 +13,7 @@ from kvfold.geometry import divisors
 from kvfold.names import shown
 from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes
 from kvfold.ops.formats import FORMATS
-from kvfold.quality.device import free_memory
+from kvfold.quality.device import check_memory
 from kvfold.requests import Listed, Request, Text, option
 
 MOST_CASES = 1000
@@ -188,19 +188,4 @@ def check_cases(count: int) -> None:
         raise InputError(
             f"the lists make {count:,} cases; expected at most {MOST_CASES:,}",
             "shorten a comma list",
-        )
-
-
-def check_memory(needed: int, hint: str) -> None:
-    """Refuse what does not fit this machine's free memory, where the system tells.
-
-    Raises:
-        InputError: with both sizes.
-    """
-    free = free_memory("cpu")
-    if free is not None and needed > free:
-        gib = 1 << 30
-        raise InputError(
-            f"this needs about {needed / gib:.1f} GiB of memory, {free / gib:.1f} GiB are free",
-            hint,
         )

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.arch.decoder import describe, learned_positions
-from kvfold.bench.cases import DTYPES, USUAL_DTYPES, TimedRequest, check_cases, check_memory
+from kvfold.bench.cases import DTYPES, USUAL_DTYPES, TimedRequest, check_cases
 from kvfold.checkpoint.gguf import is_gguf, summarize
 from kvfold.checkpoint.repeated import check_heads
 from kvfold.checkpoint.source import open_checkpoint, open_weights, peek_config, read_config
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, CONTEXT, STEPS, Wholes
+from kvfold.quality.device import check_memory
 from kvfold.requests import Flag, Model, Place, Several, option
 
 PERPLEXITY_WINDOW, PERPLEXITY_TOKENS = 512, 8192  # of the text that models are scored on

@@ -17,12 +17,12 @@ import torch
 
 from kvfold.arch.decoder import learned_positions
 from kvfold.arch.layers import FULL, LATENT, SLIDING
-from kvfold.bench.cases import check_memory
 from kvfold.bench.this_machine import last_level_cache
 from kvfold.bench.timing import measure
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.plan.model import Model
 from kvfold.plan.roofline import Load, kv_cache_bytes
+from kvfold.quality.device import check_memory
 
 _FEW, _FEWER = 3, 1
 _ROUNDS, _STEPS = 7, 2  # samples of each small model, and steps per sample

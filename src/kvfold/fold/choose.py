@@ -12,6 +12,7 @@ worth says little about what it is worth after a fit.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -24,12 +25,13 @@ from kvfold.checkpoint.source import Checkpoint
 from kvfold.errors import RunError
 from kvfold.files import write_json
 from kvfold.fold.fit import fit_attention
-from kvfold.fold.hidden import HiddenStates, Windows
+from kvfold.fold.hidden import TEXT, HiddenStates, Windows
 from kvfold.fold.layer import FoldPlan, fold_layer
 from kvfold.fold.passes import CPU, Calibration, Load, SourcePass, fit_task, go_on, loader
 from kvfold.fold.stored_layer import StoredLayer, Tensors
 from kvfold.fold.stream import LayerStream, LiveLayer
 from kvfold.progress import Progress, no_progress
+from kvfold.quality.scores import divergence
 
 TOKENS = 8192  # of the calibration text; the order of candidates needs no more
 MEASURED = 4096  # of them, or of others, that candidates are run on, in short windows and in long
@@ -266,16 +268,19 @@ def _divergences(
     """Of what each model predicts, behind the last layer, by tokens of a window."""
     found: list[dict[int, float]] = [{} for _ in candidates]
     for text in measured:
-        inputs, sums = text.source.inputs, [0.0 for _ in candidates]
+        windows, tokens = text.calibration.windows.shape
+        sums = [0.0 for _ in candidates]
         with text.source.ending(load) as predict:
-            for batch in inputs.batches():
-                for part in range(0, text.tokens, PREDICTED):
-                    cut = slice(part, part + PREDICTED)
-                    wanted = predict(inputs[batch][:, cut]).float().log_softmax(-1)
-                    for i, each in enumerate(candidates):
-                        states = each.states[text.tokens][batch][:, cut]
-                        got = predict(states).float().log_softmax(-1)
-                        sums[i] += float((wanted.exp() * (wanted - got)).sum())
+
+            def predicted(states: HiddenStates, window: int, part: int) -> torch.Tensor:
+                some = states[Windows(TEXT, slice(window, window + 1))]
+                return predict(some[:, part : part + PREDICTED]).float().log_softmax(-1)
+
+            for window, part in product(range(windows), range(0, tokens, PREDICTED)):
+                wanted = predicted(text.source.inputs, window, part)
+                for i, each in enumerate(candidates):
+                    got = predicted(each.states[tokens], window, part)
+                    sums[i] += float(divergence(got, wanted).sum())
         for row, total in zip(found, sums, strict=True):
-            row[text.tokens] = total / text.calibration.windows.numel()
+            row[tokens] = total / (windows * tokens)
     return found

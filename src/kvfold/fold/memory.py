@@ -3,8 +3,6 @@
 from math import prod
 
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.errors import InputError
-from kvfold.quality.device import free_memory
 
 _FLOAT = 4
 _STATES = 2  # of all tokens: before and after a layer of the source's; where layers are fitted
@@ -40,19 +38,3 @@ def least_memory(checkpoint: Checkpoint, *, tokens: int, context: int, fitted: b
     ends = vocabulary * (size + (_ENDING * context if fitted else 0))
     states = min(tokens * size * _FLOAT, _SPILLED) * (_FITTED_STATES if fitted else _STATES)
     return states + max(_FLOAT * layer + _SOLVED * wide**2, _FLOAT * ends)
-
-
-def check_memory(needed: int, device: str) -> None:
-    """Refuse what needs more than is free on the device, as far as that can be known.
-
-    Raises:
-        InputError: with both sizes, and what needs less.
-    """
-    free = free_memory(device)
-    if free is not None and needed > free:
-        gib = 2**30
-        raise InputError(
-            f"this needs at least {needed / gib:.1f} GiB of memory on {device}, where "
-            f"{free / gib:.1f} GiB are free",
-            "fewer --calibration-tokens, a smaller --context and --fit none need less",
-        )

@@ -27,7 +27,7 @@ from kvfold.checkpoint.writer import (
 )
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.fold.candidates import heads_and_latents, latents_of
-from kvfold.fold.memory import check_memory, least_memory
+from kvfold.fold.memory import least_memory
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.record import geometry_record
 from kvfold.geometry import AttentionGeometry, divisors
@@ -43,7 +43,7 @@ from kvfold.numbers import (
     WINDOW,
     Real,
 )
-from kvfold.quality.device import COMPUTED_IN, pick_device
+from kvfold.quality.device import COMPUTED_IN, check_memory, pick_device
 from kvfold.quality.launched import launched_size
 from kvfold.quality.text import GivenText, builtin_calibration_text, read_given
 from kvfold.requests import (
@@ -388,7 +388,11 @@ def preview(
                 context=request.context,
                 fitted=request.fit != "none",
             )
-            check_memory(memory, str(device))
+            check_memory(
+                memory,
+                "fewer --calibration-tokens, a smaller --context and --fit none need less",
+                str(device),
+            )
         check_complete(checkpoint)
     return Preview(request, targets, geometry, config, text, output, needed, free, memory)
 

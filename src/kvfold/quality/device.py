@@ -88,6 +88,22 @@ def free_memory(device: str) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
+def check_memory(needed: int, hint: str, device: str = "cpu") -> None:
+    """Refuse what does not fit into a device's free memory, where the system tells.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        gib = 1 << 30
+        raise InputError(
+            f"this needs about {needed / gib:.1f} GiB of memory, {free / gib:.1f} GiB are free"
+            + ("" if device == "cpu" else f" on {device}"),
+            hint,
+        )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch says so of a device, or of the machine (known by name: no torch).
 

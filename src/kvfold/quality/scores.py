@@ -119,6 +119,11 @@ def _logits(model: "PreTrainedModel", window: "torch.Tensor") -> "torch.Tensor":
     return result
 
 
+def divergence(logits: "torch.Tensor", reference: "torch.Tensor") -> "torch.Tensor":
+    """KL(reference || logits) of every token, ``[…]`` of log-probabilities ``[…, vocabulary]``."""
+    return (reference.exp() * (reference - logits)).sum(-1)
+
+
 def score_window(
     logits: "torch.Tensor", reference: "torch.Tensor", targets: "torch.Tensor"
 ) -> "dict[str, torch.Tensor]":
@@ -130,7 +135,7 @@ def score_window(
     """
     targets = targets.to(logits.device)
     same = logits is reference
-    kl = (reference.exp() * (reference - logits)).sum(-1) if not same else logits.new_zeros(())
+    kl = divergence(logits, reference) if not same else logits.new_zeros(())
     return {
         "nll": -logits.gather(-1, targets[:, None])[:, 0].double().mean().cpu(),
         "kl": kl.double().expand(len(targets)).cpu(),

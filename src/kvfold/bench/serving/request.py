@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.arch.decoder import Decoder, describe
-from kvfold.bench.cases import TimedRequest, check_cases, check_memory
+from kvfold.bench.cases import TimedRequest, check_cases
 from kvfold.bench.serving.engine import check_python
 from kvfold.checkpoint.source import open_weights
 from kvfold.errors import InputError
 from kvfold.numbers import BATCH, BYTES, CONTEXT, LIMIT, OUTPUT, ROUNDS, STARTS, Wholes
 from kvfold.ops.formats import format_of
 from kvfold.plan.source import open_model, read_config
+from kvfold.quality.device import check_memory
 from kvfold.requests import Choice, Flag, Listed, Model, Place, Several, option
 
 VLLM, KVFOLD = "vLLM", "kvfold"
