@@ -48,7 +48,7 @@ def command(
     from kvfold.checkpoint.places import working_folder
     from kvfold.cli.progress import progress_bar
     from kvfold.fold.convert import run_request
-    from kvfold.fold.request import preview
+    from kvfold.fold.preview import preview
     from kvfold.quality.launched import launched_rank, launched_size
 
     if heal_tokens is not None and launched_size() > 1:

@@ -41,6 +41,7 @@ from kvfold.checkpoint.writer import (
     write_shards,
 )
 from kvfold.files import write_json, write_text
+from kvfold.fold.preview import Preview, calibration_text, preview
 from kvfold.fold.record import (
     BUILTIN_WARNING,
     constant_warnings,
@@ -49,13 +50,7 @@ from kvfold.fold.record import (
     read_folding,
     summary,
 )
-from kvfold.fold.request import (
-    NO_CALIBRATION,
-    ConvertRequest,
-    Preview,
-    calibration_text,
-    preview,
-)
+from kvfold.fold.request import NO_CALIBRATION, ConvertRequest
 from kvfold.fold.settle import compared, fold_layers, searched
 from kvfold.fold.windows import Cut, early_windows, windows_of
 from kvfold.progress import Progress, no_progress

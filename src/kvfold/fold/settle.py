@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.checkpoint.records import ComparedRow, HeldOut, TriedRow
 from kvfold.checkpoint.source import Checkpoint
-from kvfold.fold.request import ConvertRequest, Preview
+from kvfold.fold.preview import Preview
+from kvfold.fold.request import ConvertRequest
 from kvfold.fold.search import CLOSED, Limit, Search, measured
 from kvfold.fold.windows import Cut
 from kvfold.progress import Progress

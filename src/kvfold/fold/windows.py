@@ -10,7 +10,8 @@ from kvfold.checkpoint.gguf import describe, is_gguf
 from kvfold.checkpoint.pretrained import load_tokenizer
 from kvfold.checkpoint.source import resolve
 from kvfold.errors import InputError
-from kvfold.fold.request import LEAST_TOKENS, ConvertRequest, Preview
+from kvfold.fold.preview import Preview
+from kvfold.fold.request import LEAST_TOKENS, ConvertRequest
 from kvfold.geometry import AttentionGeometry
 from kvfold.quality.text import GivenText, spread, token_windows
 
