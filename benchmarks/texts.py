@@ -1,20 +1,25 @@
 """Prepare the texts of the quality and healing benchmarks.
 
     apt-get download debian-handbook debian-reference-en developers-reference debian-policy
+    apt-get download postgresql-doc-15 anarchism dict-jargon perl-doc
     for package in *.deb; do dpkg -x $package debian; done
     python benchmarks/texts.py debian texts
 
 writes ``calibration.txt`` and ``handbook.txt`` (chapters of the Debian handbook, every fifth
 held out), ``documentation.txt`` (Python's language reference, from the standard library), and
-for healing, where the packages are there, ``manuals.txt`` (the other three manuals) and
-``code.txt`` (source code of the standard library). The handbook is by Raphaël Hertzog and
-Roland Mas, CC BY-SA 3.0 or GPL 2+.
+for healing, where the packages are there, ``manuals.txt`` (the other three manuals),
+``code.txt`` (source code of the standard library), ``database.txt`` (PostgreSQL's manual) and
+``essays.txt`` (prose: An Anarchist FAQ).
+No step sees ``jargon.txt`` (prose: the Jargon File), to be scored on, and ``perl.txt`` (Perl's
+documentation), to choose by. The handbook is by Raphaël Hertzog and Roland Mas, CC BY-SA 3.0 or
+GPL 2+.
 """
 
 import argparse
 import gzip
 import re
 import sysconfig
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -27,7 +32,11 @@ MANUALS = (
     "usr/share/doc/debian-policy/policy.txt.gz",
     "usr/share/developers-reference/_sources/*.rst.txt",
 )
-CODE_CHARACTERS = 1_500_000
+ESSAYS = "usr/share/doc/anarchism/html/sec*.html"
+DATABASE = "usr/share/doc/postgresql-doc-*/html/*.html"
+JARGON = "usr/share/dictd/jargon.dict.dz"
+PERL = "usr/share/perl/*/pod/*.pod"
+CHARACTERS = 1_500_000  # at most, of what there is more of
 _BLOCKS = {"p", "pre", "li", "h1", "h2", "h3", "h4", "dt", "dd", "td", "th", "div"}
 _SKIPPED = {"head", "script", "style", "ul.docnav", "ol.docnav", "p#title", "div.toc"}
 _NAVIGATION = {"Download the ebook", "Prev", "Next", "The Debian Administrator's Handbook"}
@@ -75,32 +84,50 @@ def page_text(html: str) -> str:
 
 def manuals(root: Path) -> list[str]:
     """The Debian manuals that are there, as plain text."""
-    paths = [path for pattern in MANUALS for path in sorted(root.glob(pattern))]
-    return [
-        (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-        for path in paths
-    ]
+    return [plain(path) for pattern in MANUALS for path in sorted(root.glob(pattern))]
+
+
+def plain(path: Path) -> str:
+    """A text file's content, compressed or not."""
+    content = path.read_bytes()
+    packed = path.suffix in (".gz", ".dz")
+    return (gzip.decompress(content) if packed else content).decode(errors="replace")
+
+
+def some(texts: Iterable[str]) -> str:
+    """Those of the texts, every one whole, that CHARACTERS have room for."""
+    chosen = ""
+    for text in texts:
+        if len(chosen) + len(text) <= CHARACTERS:
+            chosen += text + "\n\n"
+    return chosen
+
+
+def spread(texts: list[str]) -> str:
+    """Every so manieth of the texts, so that CHARACTERS are of all parts of them."""
+    step = max(1, -(-sum(map(len, texts)) // CHARACTERS))
+    return some(texts[::step])
 
 
 def code() -> str:
-    """Modules of the standard library, every one whole, up to CODE_CHARACTERS."""
+    """Modules of the standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = ""
-    for path in files:
-        source = path.read_text(encoding="utf-8")
-        if len(text) + len(source) <= CODE_CHARACTERS:
-            text += source + "\n\n"
-    return text
+    return some(path.read_text(encoding="utf-8") for path in files)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("handbook", type=Path, help="the unpacked package")
+    parser.add_argument("packages", type=Path, help="the unpacked packages")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    pages = sorted(arguments.handbook.glob("usr/share/doc/debian-handbook/html/en-US/*.html"))
+    root = arguments.packages
+
+    def found(pattern: str) -> list[Path]:
+        return sorted(root.glob(pattern))
+
+    pages = found("usr/share/doc/debian-handbook/html/en-US/*.html")
     if not pages:
-        parser.error(f"no handbook pages below {arguments.handbook}")
+        parser.error(f"no handbook pages below {root}")
     texts = [page_text(page.read_text(encoding="utf-8")) for page in pages]
     arguments.out.mkdir(parents=True, exist_ok=True)
     held_out = texts[::HELD_OUT_EVERY]
@@ -109,8 +136,12 @@ def main() -> None:
         ("handbook", held_out),
         ("calibration", calibration),
         ("documentation", [topics[name] for name in sorted(topics)]),
-        ("manuals", manuals(arguments.handbook)),
+        ("manuals", manuals(root)),
         ("code", [code()]),
+        ("database", [spread([page_text(plain(page)) for page in found(DATABASE)])]),
+        ("essays", [spread([page_text(plain(page)) for page in found(ESSAYS)])]),
+        ("jargon", [plain(path) for path in found(JARGON)]),
+        ("perl", [spread([plain(page) for page in found(PERL)])]),
     ):
         write_text(arguments.out / f"{name}.txt", "\n\n".join(parts) + "\n")
 
