@@ -29,6 +29,7 @@ from kvfold.arch.family import Family
 from kvfold.checkpoint.stacked import stacked
 from kvfold.errors import CheckpointError
 from kvfold.fold.hidden import HiddenStates
+from kvfold.kernels.torch.trained import can_train, trained
 
 
 @dataclass
@@ -117,6 +118,11 @@ def _attention(
     if softcap is None:
         if s_aux is not None:
             call = call.with_sinks()
+        if call.mask is None or call.mask.dtype == torch.bool:
+            q, k, v = _multiplied_in(call.query, call.key, call.value)
+            if can_train(q, k, v):
+                out = trained(q, k, v, scale, call.mask)
+                return out.transpose(1, 2).contiguous(), None
         out, _ = sdpa_attention_forward(
             module, call.query, call.key, _widened(call.value, call.key), call.mask,
             scaling=scale, **kwargs,
@@ -125,6 +131,14 @@ def _attention(
     weights = call.probabilities().unflatten(1, (key.shape[1], -1))
     out = (weights @ value[:, :, None]).flatten(1, 2)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _multiplied_in(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """In autocast's dtype, which rotary embedding leaves queries and keys out of."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def _widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 from kvfold.kernels.backend import Backend, Call, Found
 from kvfold.kernels.torch.plain import Plain, plain, seen_rows
 from kvfold.kernels.torch.sink import LEAST_SCALE, with_sink
+from kvfold.kernels.torch.trained import can_train, trained
 from kvfold.ops.mask import seen_and_bias
 from kvfold.ops.options import Visibility
 from kvfold.ops.tracing import constant, decided
@@ -72,16 +73,20 @@ def _sdpa(call: Plain) -> torch.Tensor:
         # Of uneven heads PyTorch's only kernel repeats keys and values; zeros change nothing.
         width = max(v_head_dim, q.shape[3])
         q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=call.dropout,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=decided(q.shape[1] != k.shape[1]),
-    )
+    plainly = (mask is None and is_causal) or (mask is not None and mask.dtype == torch.bool)
+    if plainly and not call.dropout and scale > 0 and can_train(q, k, v):
+        out = trained(q, k, v, scale, mask)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=call.dropout,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=decided(q.shape[1] != k.shape[1]),
+        )
     out = out[..., :v_head_dim]
     if is_causal and scoring.sink_logits is not None:
         out = out[:, :, 1:]
