@@ -241,6 +241,9 @@ def test_fit_without_calibration(kvfold: Kvfold, llama_folder: Path, tmp_path: P
         ("--calibration-tokens", 10),
         ("--context", 3),
         ("--fit", "locl"),
+        ("--fit-steps", 0),
+        ("--fit-steps", 9, "--fit", "refit"),
+        ("--fit-steps", 9, "--method", "mean"),
         ("--calibration", "a.txt", "--no-calibration"),
     ],
 )

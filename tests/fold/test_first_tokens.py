@@ -125,7 +125,7 @@ def test_first_tokens_of_giant_norm_count_by_the_root_of_their_energy_less() -> 
     linear = torch.nn.Linear(2, 1, bias=False).requires_grad_(False)
     linear.weight.zero_()
     live: Any = SimpleNamespace(module=torch.nn.ModuleDict({"o": linear}))
-    task = FitTask(live, "o", None, states, states, states, states, 1.0, 1.0, True, 0)
+    task = FitTask(live, "o", None, states, states, states, states, 1.0, 1.0, True, 0, 1)
     inputs = torch.tensor([1.0, 0])  # one at all tokens, of which each kind wants something else
     pairs = {
         TEXT: (inputs.expand(8, 8, 2), torch.ones(8, 8, 1)),

@@ -10,6 +10,7 @@ from kvfold import convert
 from kvfold.checkpoint.source import Checkpoint, TensorDict
 from kvfold.fold import hidden
 from kvfold.fold.hidden import HiddenStates, Windows
+from kvfold.fold.model import fold_model
 from kvfold.fold.stream import AttentionCall, _attention
 from kvfold.healing.local import heal_layers
 from kvfold.progress import no_progress
@@ -17,6 +18,20 @@ from tests.toolbox import tiny
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"calibration_tokens": 1024, "context": 64}
+
+
+def test_more_steps_fit_better() -> None:
+    model, windows = tiny.make("llama"), tiny.tokens(16, 32, seed=5)
+
+    def error(steps: int) -> float:
+        folded = fold_model(model, 1, "pca", "local", windows, dtype="float32", fit_steps=steps)
+        stage = folded.record[0]["stages"][0]
+        assert stage["stage"] == "fit_attention"
+        return float(stage["error_after"])
+
+    errors = [error(steps) for steps in (1, 10, 100)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

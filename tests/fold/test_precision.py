@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kvfold.fold.passes import Calibration, FoldedPass, SourcePass, loader
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.stream import AttentionCall, LayerStream
+from kvfold.kernels.torch.trained import trained
 from kvfold.quality.device import has_bf16, pick_dtype
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
@@ -92,6 +94,21 @@ def test_a_task_is_given_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FoldedPass.fit.__globals__["FITS"], "refit", (stage,))
     fold_model(tiny.make("llama"), 1, "pca", "refit", tiny.tokens(8, 32, seed=5), dtype="bfloat16")
     assert seen == [(torch.float32, torch.float32)] * 2
+
+
+def test_gradients_in_it_are_made_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*given: Any) -> torch.Tensor:
+        seen.append({x.dtype for x in given[:3]})
+        return trained(*given)
+
+    monkeypatch.setattr("kvfold.fold.stream.trained", spy)
+    model, windows = tiny.make("llama"), tiny.tokens(4, 32, seed=5)
+    fold_model(model, 1, "pca", "local", windows, dtype="float32", fit_steps=2)
+    assert not seen
+    fold_model(model, 1, "pca", "local", windows, dtype="bfloat16", fit_steps=2)
+    assert seen == [{torch.bfloat16}] * 2 * model.config.num_hidden_layers  # not of first tokens
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def convert(
     pad: str | None = None,
     method: str = ConvertRequest.method,
     fit: str | None = None,
+    fit_steps: int | None = None,
     calibration: Sequence[str | Path] | None = None,
     calibrate: bool = True,
     calibration_tokens: int = ConvertRequest.calibration_tokens,
@@ -106,7 +107,8 @@ def convert(
         layout: what a latent is stored as: ``deepseek_v3``, ``portable`` or ``youtu``.
         pad: sizes that a latent is padded to with zeros, for engines that take no others.
         method: see ``kvfold methods``. fit: ``none``, ``refit`` or ``local``; by default
-            ``local``, and ``none`` for the GQA paper's data-free methods.
+            ``local``, and ``none`` for the GQA paper's data-free methods. fit_steps: of gradient
+            descent on each layer, with ``local``.
         calibration: UTF-8 text files; the small built-in text by default. ``calibrate=False``
             uses none at all.
         calibration_tokens: use at most so many, in windows of ``context``.
@@ -138,6 +140,7 @@ def convert(
         pad=pad,
         method=method,
         fit=fit,
+        fit_steps=fit_steps,
         calibration=NO_CALIBRATION.choose(texts, not flag(calibrate, "calibrate")),
         calibration_tokens=calibration_tokens,
         context=context,

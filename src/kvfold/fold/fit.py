@@ -16,7 +16,6 @@ from kvfold.quality.world import World
 
 RIDGE = 0.1  # towards the closed form; less fits the calibration text better and others worse
 _ERROR_WINDOWS = 16
-STEPS = 60
 STEP_TOKENS = 1024
 STEP_FIRST = 64  # first tokens that a step sees beside them, and
 _SHARES = {TEXT: 1.0, FIRST: STEP_FIRST / STEP_TOKENS}  # what they count
@@ -51,8 +50,8 @@ class FitTask:
     source_scale: float
     drift: bool
     seed: int
+    steps: int
     fixed: tuple[str, ...] = ()
-    steps: int = STEPS
     changed: set[str] = field(default_factory=set)
 
     @cached_property

@@ -15,6 +15,7 @@ from kvfold.fold.grouped import GroupedFold
 from kvfold.fold.heads import LayerHeads
 from kvfold.fold.latent import LatentFold
 from kvfold.fold.methods import Method, methods_for
+from kvfold.fold.request import DEFAULT_STEPS
 from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer, Tensors
 
@@ -26,7 +27,7 @@ class FoldPlan:
     Attributes:
         fit: ``none``, ``refit`` or ``local``; more than ``none`` needs calibration windows.
         measured: whether closed forms, too, are run on what is held out.
-        label: what progress calls it.
+        label: what progress calls it. steps: of ``local``, in each layer.
     """
 
     target: Target
@@ -35,6 +36,7 @@ class FoldPlan:
     seed: int
     measured: bool = False
     label: str = "folding layers"
+    steps: int = DEFAULT_STEPS
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kvfold.fold.held_out import compare_ends
 from kvfold.fold.layer import FoldedLayer, FoldPlan, fold_layer
 from kvfold.fold.layer_store import LayerStore
 from kvfold.fold.passes import Calibration, FoldedPass, Load, SourcePass, loader
+from kvfold.fold.request import DEFAULT_STEPS
 from kvfold.fold.statistics import LayerStatistics
 from kvfold.fold.stored_layer import StoredLayer
 from kvfold.fold.windows import first_tokens
@@ -36,8 +37,8 @@ class Making:
         make: makes a layer of one of ``base``; given statistics of ``source``'s layer where
             ``gathers`` says that it looks at them, and there is text to gather them from.
         latent: whether it makes a latent, which also looks at ``LayerStatistics.attended``.
-        fit: a name in ``fold.fit.FITS``. measured: whether the folded model is run, and compared
-            at its end, even if nothing is fitted.
+        fit: a name in ``fold.fit.FITS``. steps: of gradient descent on each layer. measured:
+            whether the folded model is run, and compared at its end, even if nothing is fitted.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Making:
     fit: str
     seed: int
     measured: bool = False
+    steps: int = DEFAULT_STEPS
 
     @property
     def runs(self) -> bool:
@@ -78,6 +80,7 @@ def fold_all(
         fit=plan.fit,
         seed=plan.seed,
         measured=plan.measured,
+        steps=plan.steps,
     )
     return go_down(making, calibration, store, progress)
 
@@ -130,7 +133,7 @@ class _SideBySide:
         if making.runs:
             self._folded = FoldedPass(
                 making.base, making.config, making.carrier, self._source, calibration, base_load,
-                fit=making.fit, seed=making.seed,
+                fit=making.fit, seed=making.seed, steps=making.steps,
             )  # fmt: skip
 
     def make(self, base: StoredLayer, progress: Progress) -> FoldedLayer:

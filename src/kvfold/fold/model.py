@@ -17,8 +17,8 @@ from kvfold.fold.layer import FoldPlan
 from kvfold.fold.loop import fold_all
 from kvfold.fold.methods import AUTO, check_method, methods_for
 from kvfold.fold.passes import Calibration
-from kvfold.fold.request import check_fit
-from kvfold.numbers import SEED
+from kvfold.fold.request import DEFAULT_STEPS, check_fit
+from kvfold.numbers import FIT_STEPS, SEED
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import COMPUTED_IN, pick_device, pick_dtype
 from kvfold.quality.given import check_model, check_windows
@@ -48,6 +48,7 @@ def fold_model(
     layout: str = "deepseek_v3",
     device: str | None = None,
     dtype: str | None = None,
+    fit_steps: int = DEFAULT_STEPS,
 ) -> FoldedModel:
     """Fold an in-memory causal language model to fewer KV heads or to a latent, in a copy.
 
@@ -57,7 +58,8 @@ def fold_model(
         latent, layout: in place of it, as of :func:`kvfold.convert`: ``latent="160+32"``.
         windows: token ids ``[N, T]`` (int64) for calibration. Without them the fold is
             data-free and ``fit`` must be ``none``.
-        device, dtype: as of :func:`kvfold.convert`; the folded model lies where ``model`` does.
+        device, dtype, fit_steps: as of :func:`kvfold.convert`; the folded model lies where
+            ``model`` does.
 
     Raises:
         InputError: for anything that cannot be folded as asked.
@@ -73,7 +75,7 @@ def fold_model(
     where = pick_device(device)
     dtype = None if dtype is None else choice(dtype, "dtype", COMPUTED_IN)
     target = _target(num_kv_heads, latent, layout)
-    seed = SEED.check(seed, "seed")
+    seed, steps = SEED.check(seed, "seed"), FIT_STEPS.check(fit_steps, "fit_steps")
     callback(progress, "progress")
     config = model.config.to_dict()
     family = family_of(config)
@@ -87,7 +89,7 @@ def fold_model(
         folded = target.config(family, config)
         others = {n: t for n, t in state.items() if n not in checkpoint.attention_names}
         state = carry(target, family, config, others)
-        plan = FoldPlan(target, method, fit, seed)
+        plan = FoldPlan(target, method, fit, seed, steps=steps)
         calibration = None
         if windows is not None:
             calibration = Calibration(windows, device=where, dtype=pick_dtype(dtype, where))

@@ -18,7 +18,7 @@ from kvfold.arch.carried import Carrier
 from kvfold.arch.families import BY_TYPE
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.checkpoint.writer import carried_from
-from kvfold.fold.fit import FITS, STEPS, FitTask
+from kvfold.fold.fit import FITS, FitTask
 from kvfold.fold.hidden import BATCH_TOKENS, TEXT, HiddenStates, Room, Windows, dealt, median
 from kvfold.fold.layer import FoldedLayer, as_stored
 from kvfold.fold.statistics import LayerStatistics, StatisticsCollector
@@ -208,7 +208,7 @@ def fit_task(
     attention: HiddenStates,
     inputs: HiddenStates,
     seed: int,
-    steps: int = STEPS,
+    steps: int,
 ) -> FitTask:
     """Fitting a folded layer to the source's, run just now.
 
@@ -240,7 +240,7 @@ class FoldedPass:
     Args:
         base: has the names of its tensors, and those that folding leaves as they are.
         config: the folded model's. carrier: what becomes of the base's other tensors.
-        fit: a name in ``fold.fit.FITS``.
+        fit: a name in ``fold.fit.FITS``. steps: of gradient descent on each layer.
 
     Attributes:
         attention: what the source's attention puts out, to be filled before a layer is fitted.
@@ -258,9 +258,11 @@ class FoldedPass:
         *,
         fit: str,
         seed: int,
+        steps: int,
     ) -> None:
         self._config, self._family = config, BY_TYPE[config["model_type"]]
         self._source, self._carrier, self._fit, self._seed = source, carrier, fit, seed
+        self._steps = steps
         self._base = base
         family = self._family
         self._stream = LayerStream(config, family, calibration.device, calibration.dtype)
@@ -275,7 +277,9 @@ class FoldedPass:
         tensors = folded.completed(base, self._carrier)
         with self._stream.layer(folded.index, tensors, copied=True) as live:
             seed = self._seed + folded.index
-            task = fit_task(live, self._config, self._source, self.attention, self.inputs, seed)
+            task = fit_task(
+                live, self._config, self._source, self.attention, self.inputs, seed, self._steps
+            )
             error = task.error()
             for stage in FITS[self._fit]:
                 stage(task, progress)

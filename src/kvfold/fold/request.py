@@ -19,6 +19,7 @@ from kvfold.geometry import AttentionGeometry
 from kvfold.names import shown
 from kvfold.numbers import (
     CALIBRATION,
+    FIT_STEPS,
     KL,
     KV_HEADS,
     LATENT_SIZE,
@@ -44,6 +45,7 @@ from kvfold.requests import (
 from kvfold.version import __version__
 
 FIT_NAMES = ("none", "refit", "local")
+DEFAULT_STEPS = 100  # of `local`, in each layer
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
 LEAST_TOKENS = 1024
 SELF = "self"  # in place of a text: what the model writes itself (a file of the name: ./self)
@@ -83,6 +85,7 @@ class ConvertRequest(Request):
     Attributes:
         fit: by default ``local`` where there is text to fit on, and ``none`` for the GQA paper's
             data-free methods.
+        fit_steps: of gradient descent on each layer; None where ``fit`` is not ``local``.
         calibration: text files, and ``self`` for text that the model writes itself; none at all
             for the built-in text; None to use no text.
         calibration_tokens: use at most so many, in windows of ``context``.
@@ -153,6 +156,12 @@ class ConvertRequest(Request):
         "After folding: solve each layer's output and MLP projections again (refit), or train "
         "its q, k, v, o before that (local).  [default: local; none for mean, first, random]",
     )
+    fit_steps: int | None = option(
+        "--fit-steps",
+        FIT_STEPS,
+        None,
+        f"Of gradient descent on each layer, with --fit local.  [default: {DEFAULT_STEPS}]",
+    )
     calibration: tuple[str, ...] | None = option(
         "--calibration",
         Several(Place()),
@@ -188,6 +197,10 @@ class ConvertRequest(Request):
             self.fill(fit="none" if data_free or not self.calibrates else "local")
         if self.fit != "none" and not self.calibrates:
             raise InputError(f"--fit {self.fit} needs calibration text", "drop --no-calibration")
+        if self.fit == "local":
+            self.fill_in("fit_steps", lambda: DEFAULT_STEPS)
+        elif self.fit_steps is not None:
+            raise InputError(f"--fit-steps is of --fit local, not {self.fit}", "drop one of them")
 
     def _check_target(self) -> None:
         names = {"--kv-heads": self.grouped, "--latent": self.latent, "--kv-bytes": self.kv_bytes}

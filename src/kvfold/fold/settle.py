@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.checkpoint.records import ComparedRow, HeldOut, TriedRow
 from kvfold.checkpoint.source import Checkpoint
 from kvfold.fold.preview import Preview
-from kvfold.fold.request import ConvertRequest
+from kvfold.fold.request import DEFAULT_STEPS, ConvertRequest
 from kvfold.fold.search import CLOSED, Limit, Search, measured
 from kvfold.fold.windows import Cut
 from kvfold.progress import Progress
@@ -62,12 +62,16 @@ def searched(
         Limit(request.max_ppl_ratio, request.max_kl),
         lambda target, fit, layers: measured(
             fold_layers(
-                checkpoint, replace(request.settled(target), fit=fit), cut, layers, alone, progress,
+                checkpoint, _fitted(request.settled(target), fit), cut, layers, alone, progress,
                 label=f"trying {target.label}" + (", fitted" if fit != CLOSED else ""),
             )[1]
         ),
     )  # fmt: skip
     return request.settled(search.run()), {"tried": search.rows}
+
+
+def _fitted(request: ConvertRequest, fit: str) -> ConvertRequest:
+    return replace(request, fit=fit, fit_steps=request.fit_steps if fit == request.fit else None)
 
 
 def fold_layers(
@@ -90,7 +94,8 @@ def fold_layers(
     from kvfold.fold.loop import fold_all
     from kvfold.fold.passes import Calibration
 
-    plan = FoldPlan(request.target, request.method, request.fit, request.seed)
+    steps = request.fit_steps or DEFAULT_STEPS
+    plan = FoldPlan(request.target, request.method, request.fit, request.seed, steps=steps)
     if label is not None:
         plan = replace(plan, measured=True, label=label)
     hidden = world.tell(None if kept is None else kept.with_name("hidden"))
