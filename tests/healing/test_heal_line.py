@@ -53,7 +53,7 @@ def test_no_model_is_worse_for_a_rate_that_was_far_too_high(
 ) -> None:
     if changes:
         pytest.importorskip("peft")
-    options = {**OPTIONS, **changes, "lr": 0.3, "held_out_tokens": 512}
+    options = {**OPTIONS, **changes, "train": "attention", "lr": 0.3, "held_out_tokens": 512}
     record = heal(folded, tmp_path / "out", source, [text], **options)
     before, after = (r for r in record["heal"]["quality"] if r["name"] != "source")
     rows = read_metrics(tmp_path / "out/healing.jsonl")

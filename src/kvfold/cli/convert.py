@@ -82,8 +82,7 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
     texts = " ".join(f"--text {quote(name)}" for name in request.files or ("TEXT.txt",))
     lines = [
         f"next: kvfold eval {source} {folded} --text YOUR.txt",
-        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 400k "
-        "--batch-tokens 1Ki --train all --lr 5e-4 --lr-rest 1e-4",
+        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 400k",
     ]
     if request.fit == "local":
         fitted, healed = FOLDED
@@ -99,17 +98,22 @@ def convert_and_heal(
     request: ConvertRequest, out: Path, tokens: int, resume: bool, force: bool, as_json: bool
 ) -> None:
     """Fold to OUT.folded (unless that is there from an interrupted run), heal it to OUT."""
+    from kvfold.checkpoint.gguf import is_gguf
+    from kvfold.checkpoint.language import language_config
     from kvfold.checkpoint.places import check_out, working_folder
+    from kvfold.checkpoint.source import read_config, resolve
     from kvfold.checkpoint.workspace import is_begun, opened
     from kvfold.cli.heal import heal_and_show
     from kvfold.cli.progress import progress_bar
     from kvfold.errors import InputError
     from kvfold.fold.convert import run_request
-    from kvfold.healing.request import HealRequest
+    from kvfold.healing.request import HealRequest, default_rate
 
     if not request.files:
         raise InputError("--heal needs text to train on", "give a file with --calibration")
     folded = out.with_name(out.name + ".folded")
+    # The folded model, whose size tells, is not there yet.
+    config = {} if is_gguf(request.source) else read_config(resolve(request.source))
     healing = HealRequest.asked(
         folded=folded,
         teacher=request.source,
@@ -117,6 +121,7 @@ def convert_and_heal(
         tokens=tokens,
         stages=("kl",) if request.fit == "local" else None,
         context=request.context,
+        lr=default_rate(language_config(config)),
         device=request.device,
         dtype=request.dtype,
         seed=request.seed,

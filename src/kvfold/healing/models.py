@@ -26,6 +26,15 @@ def load_teacher(request: HealRequest, dtype: torch.dtype) -> "PreTrainedModel":
     return _load(request.teacher, dtype).requires_grad_(False)
 
 
+def use_kvfold(model: Any) -> None:
+    """Have a model attend as kvfold does, whose gradients CPUs have sooner, if it takes that."""
+    import kvfold.transformers
+
+    if model.config._attn_implementation == "sdpa":
+        kvfold.transformers.enable()
+        model.set_attn_implementation(kvfold.transformers.NAME)
+
+
 def load_student(
     request: HealRequest, replaced: dict[str, torch.Tensor] | None = None
 ) -> "PreTrainedModel":

@@ -1,5 +1,6 @@
 """What healing is asked to do, and everything that can be checked before it starts. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ class HealRequest(Request):
             processes; context: tokens per sequence, 512 by default, or the model's number of
             positions if that is less; micro_batch: sequences per forward pass and process;
             see :meth:`at_once`.
-        train: ``attention`` (q, k, v, o) or ``all``. lr: peak learning rate of attention;
-            lr_rest: of everything else.
+        train: ``attention`` (q, k, v, o; by default with LoRA) or ``all``. lr: peak learning rate
+            of attention, by default 0.3 over the hidden size, at most 1e-3; lr_rest: of everything
+            else, by default a fifth of that.
         temperature: of the divergence; cross_entropy: the share of the loss that is plain
             next-token cross-entropy; hidden: the weight of matching hidden states.
         lora_rank: 0 trains the weights themselves.
@@ -109,16 +111,22 @@ class HealRequest(Request):
         metavar="local,kl",
     )
     context: int = option("--context", WINDOW, None, "Tokens per sequence.  [default: 512]")
-    batch_tokens: int = option("--batch-tokens", TOKENS, 4096, "Per update.")
+    batch_tokens: int = option(
+        "--batch-tokens", TOKENS, None, "Per update.  [default: for 512 updates, 1Ki to 4Ki]"
+    )
     micro_batch: int | None = option(
         "--micro-batch",
         MICRO_BATCH,
         None,
         "Sequences at once and process.  [default: what makes 64Mi logits, or 1]",
     )
-    train: str = option("--train", Choice(TRAINED), "attention")
-    lr: float = option("--lr", RATE, 5e-5, "Peak rate of attention.")
-    lr_rest: float = option("--lr-rest", RATE, 1e-5, "Of all else, with --train all.")
+    train: str = option(
+        "--train", Choice(TRAINED), None, "[default: all; attention with --lora-rank]"
+    )
+    lr: float = option(
+        "--lr", RATE, None, "Peak rate of attention.  [default: 0.3 / hidden size, at most 1e-3]"
+    )
+    lr_rest: float = option("--lr-rest", RATE, None, "Of all else.  [default: a fifth of --lr]")
     warm_up: float = option("--warm-up", FRACTION, 0.05, "Fraction of the steps.")
     clip: float = option("--clip", CLIP, 1.0, "Gradient norm; 0 for none.")
     temperature: float = option("--temperature", TEMPERATURE, 1.0, "Of the divergence.")
@@ -173,7 +181,13 @@ class HealRequest(Request):
         super().__post_init__()
         tenth = max(1, self.tokens // 10)
         self.fill_in("stages", lambda: _default_stages(self.folded))
-        self.fill_in("context", lambda: _default_context(self.folded))
+        folder = Path(self.folded).expanduser()
+        config = language_config(read_config(folder)) if (folder / "config.json").exists() else {}
+        self.fill_in("context", lambda: _default_context(config))
+        self.fill_in("train", lambda: "attention" if self.lora_rank else "all")
+        self.fill_in("lr", lambda: default_rate(config))
+        self.fill_in("lr_rest", lambda: self.lr / 5)
+        self.fill_in("batch_tokens", lambda: _default_batch(self.tokens))
         self.fill_in("save_tokens", lambda: tenth)
         self.fill_in("eval_tokens", lambda: tenth)
         _check_together(self)
@@ -223,12 +237,22 @@ def _default_stages(folded: str | Path) -> tuple[str, ...]:
     return ("kl",) if done else STAGES
 
 
-def _default_context(folded: str | Path) -> int:
-    folder = Path(folded).expanduser()
-    if not (folder / "config.json").exists():  # what is the matter is said later
-        return DEFAULT_CONTEXT
-    longest = language_config(read_config(folder)).get("max_position_embeddings")
+def _default_context(config: Mapping[str, Any]) -> int:
+    longest = config.get("max_position_embeddings")
     return min(DEFAULT_CONTEXT, longest) if longest else DEFAULT_CONTEXT
+
+
+def default_rate(config: Mapping[str, Any]) -> float:
+    """Of attention, by the language model's config: what a step of Adam changes grows with the
+    number of inputs (arXiv 2203.03466)."""
+    size = config.get("hidden_size") or config.get("n_embd")
+    return min(1e-3, 0.3 / size) if isinstance(size, int) and size > 0 else 5e-5
+
+
+def _default_batch(tokens: int) -> int:
+    """So many that there are 512 updates, as far as their gradients are neither all noise nor
+    better than they need be."""
+    return min(4096, max(1024, tokens // 512))
 
 
 def _check_together(request: HealRequest) -> None:

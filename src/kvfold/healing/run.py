@@ -26,6 +26,7 @@ from kvfold.healing.models import (
     load_student,
     load_teacher,
     parameter_groups,
+    use_kvfold,
     without_lora,
 )
 from kvfold.healing.packing import Batch, Tokens, TrainingStream, hold_out, pack
@@ -301,6 +302,8 @@ class _Run:
         r, peers, dtype = self.request, self.peers, self.dtype
         student = load_student(r, changed)
         family = family_of_model(student)
+        if peers.device.type == "cpu":
+            use_kvfold(student)
         student = distribute(student, peers, dtype, trained=True)
         teacher = distribute(load_teacher(r, dtype), peers, dtype, trained=False)
         return Distillation(
