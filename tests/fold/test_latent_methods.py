@@ -109,7 +109,7 @@ def test_keys_that_turned_are_met_by_phase_and_gain() -> None:
     seen = torch.polar(
         random(KV_HEADS * TIMES, DIM // 2, seed=7).abs(), random(KV_HEADS * TIMES, DIM // 2, seed=8)
     )
-    attended = AttendedKeys(covariance, seen[..., None, None] * still, still)
+    attended = AttendedKeys(seen[..., None, None] * still, still)
     shared = fold("latent", replace(heads, attended=attended), 2 * KV_HEADS * DIM, ())
     own = seen.unflatten(0, (KV_HEADS, TIMES))[..., None] * k[:, None]
     wanted = torch.cat([own.real, own.imag], -2).flatten(0, 1)

@@ -67,8 +67,10 @@ def test_attended_keys_are_covariances_within_attention() -> None:
     collector = StatisticsCollector(SIZE, PAIRS, torch.device("cpu"), rows)
     collector.attention_input(inputs)
     collector.call(call)
-    found = collector.result().attended
+    result = collector.result()
+    found = result.attended
     assert found is not None
+    assert result.covariance is not None
     x = torch.cat([inputs, torch.ones(WINDOWS, TOKENS, 1)], -1).double()
     k = PAIRS.split(torch.einsum("btx,gdx->bgdt", x, rows))[0]  # [B, Hkv, F, T]
     p = call.probabilities().double()
@@ -89,7 +91,9 @@ def test_attended_keys_are_covariances_within_attention() -> None:
     count = WINDOWS * TOKENS
     torch.testing.assert_close(found.turned, turned / count, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(found.still, still / count, rtol=TOLERANCE, atol=TOLERANCE)
-    torch.testing.assert_close(found.inputs, covariance / count, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        result.covariance, covariance / count, rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 def test_nothing_is_gathered_that_nobody_asked_for() -> None:

@@ -2,7 +2,8 @@
 
 Captured energy is 1 - (squared error) / (squared size), of each query head's output
 O V x and of its scores, with queries and keys taken at independent positions (so that rotary
-frequencies do not mix). 1 is exact; a value below 0 is worse than removing the head.
+frequencies do not mix), or of a sample of the layer's inputs, within attention. 1 is exact; a value
+below 0 is worse than removing the head.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.fold.heads import HeadGroup, SharedHead
+from kvfold.fold.sample import Projected
 from kvfold.fold.subspace import centred, energy, through
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -74,18 +76,18 @@ def output_errors(moment: torch.Tensor, values: "Both", outputs: "Both") -> tupl
 
 
 def _scores(group: HeadGroup, shared: SharedHead) -> tuple[float, float]:
-    """sum_r E|q . k|^2 and its error, frequency by frequency."""
+    """sum_r E|q . k|^2 and its error: of a sample within attention, else frequency by frequency."""
     k_old = _unit(group.k, group) if group.norm else group.k
-    k_new = (_unit(shared.k[None], group) if group.norm else shared.k[None]).expand_as(k_old)
+    k_new = _unit(shared.k[None], group) if group.norm else shared.k[None]
+    if group.sample is not None:
+        old, new = Projected(group.q, k_old), Projected(shared.q, k_new[0])
+        return group.sample.errors(old, new, group.pairs)
+    k_new = k_new.expand_as(k_old)
     q_old, q_rest = group.pairs.split(group.q)
     q_new, q_new_rest = group.pairs.split(shared.q)
     (k_old, k_rest), (k_new, k_new_rest) = group.pairs.split(k_old), group.pairs.split(k_new)
     still = still_errors(group.moment, (q_rest, q_new_rest), (k_rest, k_new_rest))
-    queries, rotating = (q_old, q_new), (k_old, k_new)
-    if group.key_moments is None:
-        size, error = rotating_errors(group.moment, queries, rotating)
-    else:
-        size, error = _attended_scores(group.moment, group.key_moments, queries, rotating)
+    size, error = rotating_errors(group.moment, (q_old, q_new), (k_old, k_new))
     return size + still[0], max(error, 0.0) + still[1]
 
 
@@ -106,36 +108,6 @@ def rotating_errors(moment: torch.Tensor, queries: Both, keys: Both) -> tuple[fl
     size = product(q_old, q_old, k_old, k_old)
     cross, new = product(q_old, q_new, k_old, k_new), product(q_new, q_new, k_new, k_new)
     return size, size - 2 * cross + new
-
-
-def _attended_scores(
-    moment: torch.Tensor, key_moments: torch.Tensor, queries: Both, keys: Both
-) -> tuple[float, float]:
-    """Complex pairs, with the keys' covariance within the attention of each head's queries.
-
-    The folded key is written as k' = sum_a b_a k_a plus a rest, and the folded queries as
-    conj(m_h) q_h; then head h errs by e_h - m_h b in the coordinates of ``key_moments``.
-    """
-    (q_old, q_new), (k_old, k_new) = queries, keys
-    if not k_old.shape[-2]:
-        return 0.0, 0.0
-    rows, new = k_old.transpose(0, 1), k_new[0][:, None]  # [F, g, X], [F, 1, X]
-    gram = through(rows, moment) @ rows.mH
-    floor = 1e-12 * gram.diagonal(dim1=1, dim2=2).real.sum(-1) + _TINY
-    eye = torch.eye(len(k_old), dtype=gram.dtype, device=gram.device)
-    gram = gram + floor[:, None, None] * eye
-    b = torch.linalg.solve(gram.mT, (through(new, moment) @ rows.mH).mT)[..., 0]  # [F, g]
-    rest = energy(new - b[:, None] @ rows, moment) / energy(new, moment).clamp_min(_TINY)
-    asked = (through(q_old, moment) * q_old.conj()).real.sum((1, 3))
-    agreed = (through(q_new, moment) * q_old.conj()).sum((1, 3))  # [g, F]
-    m = agreed.conj() / asked.clamp_min(_TINY)
-    moments = key_moments.transpose(0, 1)  # [F, h, g, g]
-    errors = eye - m.T[..., None] * b[:, None]  # [F, h, g]
-    error = torch.einsum("fha,fhab,fhb->fh", errors, moments, errors.conj()).real
-    used = torch.einsum("fa,fhab,fb->fh", b, moments, b.conj()).real * m.T.abs().square()
-    outside = used * (rest / (1 - rest).clamp_min(1e-6))[:, None]
-    size = moments.diagonal(dim1=2, dim2=3).diagonal(dim1=1, dim2=2).real.sum()
-    return float(size), float(error.sum() + outside.sum())
 
 
 def still_errors(moment: torch.Tensor, queries: Both, keys: Both) -> tuple[float, float]:

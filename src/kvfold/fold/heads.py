@@ -12,6 +12,7 @@ import torch
 from kvfold.arch.projections import AttentionWeights
 from kvfold.fold.norms import NormedRows, NormWeights, WideRows
 from kvfold.fold.pairs import Pairs
+from kvfold.fold.sample import Sample
 from kvfold.fold.statistics import AttendedKeys, LayerStatistics
 
 
@@ -25,7 +26,9 @@ class HeadGroup:
         value_moment: ``[X, X]``, the same after x~ has been averaged with the attention weights:
             what V really sees.
         key_moments: ``[g, F, g, g]`` complex, or None; see ``LayerStatistics``.
+        covariance: ``[X, X]``, or None; see ``LayerStatistics``.
         attended: of a group of all KV heads, or None; see ``LayerStatistics``.
+        sample: some of the layer's inputs, or None.
     """
 
     q: torch.Tensor
@@ -37,7 +40,9 @@ class HeadGroup:
     pairs: Pairs
     norm: NormWeights | None = None
     key_moments: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
     attended: AttendedKeys | None = None
+    sample: Sample | None = None
 
 
 @dataclass
@@ -123,6 +128,8 @@ class LayerHeads:
             pairs=self.pairs,
             norm=self.norm,
             key_moments=None if keys is None else keys[heads][:, :, heads][:, :, :, heads],
+            covariance=statistics.covariance,
+            sample=statistics.sample,
             attended=statistics.attended if len(heads) == self.num_kv_heads else None,
         )
 

@@ -139,8 +139,11 @@ class SourcePass:
         Args:
             attended: also gather what only latents look at.
         """
-        keys = layer.heads(self._device).k if attended else None
-        collector = StatisticsCollector(self._size, layer.pairs, self._device, keys)
+        keys = layer.heads(self._device).k
+        collector = StatisticsCollector(
+            self._size, layer.pairs, self._device,
+            keys=keys if attended else None, sampled=None if attended else keys,
+        )  # fmt: skip
         self.run(layer, attention, collector)
         return collector.result(self.inputs.world)
 

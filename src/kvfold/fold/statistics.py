@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.fold.pairs import Pairs
+from kvfold.fold.sample import Sample
 from kvfold.fold.stream import AttentionCall
 from kvfold.quality.world import ALONE, World
 
@@ -15,17 +16,14 @@ from kvfold.quality.world import ALONE, World
 class AttendedKeys:
     """Keys as queries see them, each query head's attention for itself. What a latent looks at.
 
-    Softmax sees only differences between keys, hence covariances within attention. A key that is
-    seen from a distance has turned by it, frequency by frequency.
+    A key that is seen from a distance has turned by it, frequency by frequency.
 
     Attributes:
-        inputs: ``[X, X]``, the covariance of inputs x~ within attention, over all query heads.
         turned: ``[Hq, F, Hkv, Hkv]`` complex, of all heads' keys turned as the query sees them,
             with the same keys as they are: E[turned k_a conj(k_b)].
         still: ``[Hq, F, Hkv, Hkv]`` complex, of the keys as they are: E[k_a conj(k_b)].
     """
 
-    inputs: torch.Tensor
     turned: torch.Tensor
     still: torch.Tensor
 
@@ -43,13 +41,16 @@ class LayerStatistics:
             heads' keys within the attention of head h's queries, weighted by the queries'
             energy, frequency by frequency. Softmax sees only differences between keys, hence a
             covariance.
-        attended: what only latents look at, or None.
+        covariance: ``[X, X]``, of inputs x~ within attention, over all query heads, or None.
+        attended: what only latents look at, or None. sample: some inputs, or None.
     """
 
     moment: torch.Tensor
     value_moment: torch.Tensor
     key_moments: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
     attended: AttendedKeys | None = None
+    sample: Sample | None = None
 
     @classmethod
     def without_data(cls, hidden_size: int) -> "LayerStatistics":
@@ -63,6 +64,7 @@ class StatisticsCollector:
 
     Args:
         keys: the rows ``[Hkv, D, X]`` that make its keys, to gather ``attended``; or None.
+        sampled: the same, to keep a ``sample``; or None.
     """
 
     _inputs: torch.Tensor  # of the batch that is heard
@@ -73,12 +75,16 @@ class StatisticsCollector:
         pairs: Pairs,
         device: torch.device,
         keys: torch.Tensor | None = None,
+        sampled: torch.Tensor | None = None,
     ) -> None:
         size = hidden_size + 1
+        self._sampled = sampled
+        self._sample: Sample | None = None
         self._keys = None if keys is None else pairs.split(keys)[0]
         self._attended: AttendedKeys | None = None
         self._moment = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._value_moment = torch.zeros_like(self._moment)
+        self._covariance = torch.zeros_like(self._moment)
         self._key_moments: torch.Tensor | None = None
         self._pairs = pairs
         self._tokens = self._turn = 0
@@ -113,31 +119,31 @@ class StatisticsCollector:
             moments = keys.by_energy()
             previous = self._key_moments
             self._key_moments = moments if previous is None else previous + moments
+        received = seen.sum(1).sqrt()[..., None]  # of each input, by all queries
+        self._covariance = self._covariance + _gram(received * inputs) - averaged
         if self._keys is not None:
-            received = seen.sum(1).sqrt()[..., None]  # of each input, by all queries
-            covariance = _gram(received * inputs) - averaged
-            self._attended = _added(
-                self._attended,
-                covariance,
-                *keys.attended(inputs, self._keys),
-            )
+            self._attended = _added(self._attended, *keys.attended(inputs, self._keys))
+        if self._sampled is not None and self._sample is None:
+            self._sample = Sample.of(inputs, call.key, self._sampled, self._pairs, call.scale)
 
     def result(self, world: World = ALONE) -> LayerStatistics:
         """Of what the collectors of all processes have heard."""
         tokens = round(world.sum([self._tokens])[0])
-        world.add(self._moment, self._value_moment)
+        world.add(self._moment, self._value_moment, self._covariance)
         keys = self._summed(world, self._key_moments)
         attended = self._attended
-        parts = (None, None, None) if attended is None else vars(attended).values()
-        inputs, turned, still = (self._summed(world, part) for part in parts)
+        parts = (None, None) if attended is None else vars(attended).values()
+        turned, still = (self._summed(world, part) for part in parts)
         seen = None
-        if inputs is not None and turned is not None and still is not None:
-            seen = _scaled(AttendedKeys(inputs, turned, still), 1 / tokens)
+        if turned is not None and still is not None:
+            seen = AttendedKeys(turned / tokens, still / tokens)
         return LayerStatistics(
             self._moment / tokens,
             self._value_moment / tokens,
             None if keys is None else keys / tokens,
+            self._covariance / tokens,
             seen,
+            self._sample,
         )
 
     def _summed(self, world: World, own: torch.Tensor | None) -> torch.Tensor | None:
@@ -160,16 +166,10 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
     return (flat.mT @ flat).double()
 
 
-def _added(
-    sums: AttendedKeys | None, inputs: torch.Tensor, turned: torch.Tensor, still: torch.Tensor
-) -> AttendedKeys:
+def _added(sums: AttendedKeys | None, turned: torch.Tensor, still: torch.Tensor) -> AttendedKeys:
     if sums is None:
-        return AttendedKeys(inputs, turned, still)
-    return AttendedKeys(sums.inputs + inputs, sums.turned + turned, sums.still + still)
-
-
-def _scaled(sums: AttendedKeys, factor: float) -> AttendedKeys:
-    return AttendedKeys(sums.inputs * factor, sums.turned * factor, sums.still * factor)
+        return AttendedKeys(turned, still)
+    return AttendedKeys(sums.turned + turned, sums.still + still)
 
 
 def _one_head_each(probabilities: torch.Tensor, first: int) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _joint(
     asked = through(q, group.moment) @ q.mT
     read = torch.einsum("hrcd,hrce->hde", group.o, group.o)
     averaged = centred(group.value_moment)
-    attended = centred(group.moment) if group.attended is None else group.attended.inputs
+    attended = centred(group.moment) if group.covariance is None else group.covariance
     k_rows, v_rows = _weighed(k, asked), _weighed(group.v, read)
     k_size, v_size = energy(k_rows, attended), energy(v_rows, averaged)
     # where the rotary key leaves nothing, what is left is rounding, and is not to be scaled up

@@ -5,20 +5,26 @@ A_h = sum_r O_{h,r}^T O_{h,r}. K without rotary: the score error is one with the
 W_h = sum_r E[q_{h,r} q_{h,r}^T], and with centred inputs, because what all keys have in common
 cancels in the softmax. K with rotary: each frequency is a problem of its own in one complex
 dimension, since only phases commute with the rotation. With calibration text, keys are compared
-by their covariance within each query's attention instead of over all tokens. See
-``fold.subspace`` for the solution.
+by their covariance within each query's attention instead of over all tokens, and the lowest
+frequencies may be folded together (``fold.bands``): so many as change attention least, in windows
+and at a distance. See ``fold.subspace`` for the solution.
 """
 
 import torch
 
 from kvfold.arch.target import Grouped
+from kvfold.fold.bands import lowest, shared_band, widths
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.methods import method
+from kvfold.fold.sample import Projected, Sample
 from kvfold.fold.subspace import centred, energy, shared_subspace, through
 
 Shared = tuple[torch.Tensor, torch.Tensor]  # queries and the key rows they now read
 _ROUNDS = 30
 _WORST_CONDITION = 100.0
+_WORSE = 2.0
+_ROUNDING = 1e-6  # nats
+_GAIN = 0.99  # of the attention's divergence, at most, that a band must leave
 
 
 @method("pca", targets=(Grouped,), candidate=True)
@@ -35,9 +41,34 @@ def principal_keys(group: HeadGroup) -> Shared:
     """Shared key rows ``[D, X]`` and the queries ``[g, R, D, X]`` that go with them."""
     q_pairs, q_rest = group.pairs.split(group.q)
     k_pairs, k_rest = group.pairs.split(group.k)
-    q_pairs, k_pairs = rotating_keys(q_pairs, k_pairs, group.moment, group.key_moments)
+    q_own, k_own = rotating_keys(q_pairs, k_pairs, group.moment, group.key_moments)
     q_rest, k_rest = _still(q_rest, k_rest, group.moment)
-    return group.pairs.join(q_pairs, q_rest), group.pairs.join(k_pairs, k_rest)
+
+    def whole(q: torch.Tensor, k: torch.Tensor) -> Shared:
+        return group.pairs.join(q, q_rest), group.pairs.join(k, k_rest)
+
+    found, sample = whole(q_own, k_own), group.sample
+    if sample is None or group.norm is not None or group.covariance is None:
+        return found
+    least = _GAIN * _divergence(group, sample, found) - _ROUNDING
+    for width in widths(k_own.shape[0]):
+        band = lowest(sample.frequencies, width)
+        q_new, k_new = q_own.clone(), k_own.clone()
+        q_new[..., band, :], k_new[band] = shared_band(
+            q_pairs[..., band, :], k_pairs[:, band], group.moment, group.covariance,
+            sample.frequencies[band],
+        )  # fmt: skip
+        tried = whole(q_new, k_new)
+        divergence = _divergence(group, sample, tried)
+        if divergence < least:
+            found, least = tried, divergence
+        elif divergence > _WORSE * least:  # wider ones turn too far as well
+            break
+    return found
+
+
+def _divergence(group: HeadGroup, sample: Sample, shared: Shared) -> float:
+    return sample.divergence(Projected(group.q, group.k), Projected(*shared), group.pairs)
 
 
 def rotating_keys(
