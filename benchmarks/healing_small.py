@@ -33,6 +33,7 @@ MAIN_SHARE = 0.05
 BATCH_SEQUENCES = 1
 RATE = 1e-3
 CROSS_ENTROPY = 0.2
+HELD_OUT = 4096  # of which a quarter decides how much of what training changed is kept
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
@@ -63,7 +64,7 @@ def healed(folded: Path, demo: Path, text: Path, tokens: int, work: Path) -> Pat
     heal(
         folded, out, demo / "source", [text], stages=["kl"], tokens=tokens, context=CONTEXT,
         batch_tokens=BATCH_SEQUENCES * CONTEXT, micro_batch=BATCH_SEQUENCES, train="all", lr=RATE,
-        lr_rest=0.3 * RATE, cross_entropy=CROSS_ENTROPY, held_out_tokens=0, eval_texts=[],
+        lr_rest=0.3 * RATE, cross_entropy=CROSS_ENTROPY, held_out_tokens=HELD_OUT, eval_texts=[],
         force=True,
     )  # fmt: skip
     return out
