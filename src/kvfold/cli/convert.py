@@ -82,14 +82,14 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
     texts = " ".join(f"--text {quote(name)}" for name in request.files or ("TEXT.txt",))
     lines = [
         f"next: kvfold eval {source} {folded} --text YOUR.txt",
-        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 400k",
+        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 760k",
     ]
     if request.fit == "local":
         fitted, healed = FOLDED
         lines.append(
             f"{MODEL} with a third of its heads lost {fitted.similar:.2f} nats on text like the "
             f"calibration's and {fitted.other:.2f} on other text; {healed.similar:.2f} and "
-            f"{healed.other:.2f} once healed like that, on text of three kinds"
+            f"{healed.other:.2f} once healed like that, on text of five kinds"
         )
     return lines
 
