@@ -46,8 +46,6 @@ def shared_band(
     roots = matrix_roots(metrics)[0] @ mixes  # [g, b, b], columns over g b orthogonal
     speeds = frequencies.abs().to(roots.real.dtype)[:, None]
     turning = torch.einsum("hji,hjk->ik", roots.conj(), speeds * roots)
-    size = torch.einsum("hji,hji->", roots.conj(), roots).real / len(frequencies)
-    _, basis = torch.linalg.eigh((turning + turning.mH) / (2 * size))
-    basis = basis.flip(-1)  # fastest first
+    basis = torch.linalg.eigh(turning + turning.mH)[1].flip(-1)  # fastest first
     shared, mixes = basis.mH @ shared, mixes @ basis
     return torch.einsum("hrjx,hji->hrix", q, mixes.conj()), shared

@@ -250,8 +250,7 @@ def default_rate(config: Mapping[str, Any]) -> float:
 
 
 def _default_batch(tokens: int) -> int:
-    """So many that there are 512 updates, as far as their gradients are neither all noise nor
-    better than they need be."""
+    """So many that there are 512 updates, within what was tried."""
     return min(4096, max(1024, tokens // 512))
 
 
