@@ -2,7 +2,8 @@
 
 PyTorch's fused backward pass for CPUs takes some 7 times as long as its forward pass in bfloat16
 (benchmarks/LOG.md, "Gradients of attention"). The same gradients come out of five matrix products
-for some queries at a time (FlashAttention-2, arXiv 2307.08691, algorithm 2, without its tiles). With P = exp(S - L), L the rows' log-sum-exp:
+for some queries at a time (FlashAttention-2, arXiv 2307.08691, algorithm 2, without its tiles).
+With P = exp(S - L), L the rows' log-sum-exp:
 
     dV = P^T dO,   dS = P (dO V^T - D),  D = rowsum(dO O),   dQ = dS K,   dK = dS^T Q
 
