@@ -68,7 +68,7 @@ def test_plans_tell_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers in ``kvfold.plan.evidence`` are those of the results."""
     results = script("pages.rows", monkeypatch).results
     healing = {(row["name"], row["text"]): row for row in results("healing", "name", "text")}
-    for told, name in zip(evidence.FOLDED, ("folded", "healed"), strict=True):
+    for told, name in zip(evidence.FOLDED, ("converted", "finished", "healed"), strict=True):
         texts = (healing[name, f"{text}.txt"] for text in ("handbook", "documentation"))
         assert (told.similar, told.other) == tuple(round(row["nats_lost"], 2) for row in texts)
     caches = results("cache_quality", "text", "cache")

@@ -85,11 +85,12 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
         f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 760k",
     ]
     if request.fit == "local":
-        fitted, healed = FOLDED
+        fitted, shortly, healed = FOLDED
         lines.append(
             f"{MODEL} with a third of its heads lost {fitted.similar:.2f} nats on text like the "
-            f"calibration's and {fitted.other:.2f} on other text; {healed.similar:.2f} and "
-            f"{healed.other:.2f} once healed like that, on text of five kinds"
+            f"calibration's and {fitted.other:.2f} on other text; {shortly.similar:.2f} and "
+            f"{shortly.other:.2f} once healed with 60k tokens, {healed.similar:.2f} and "
+            f"{healed.other:.2f} with 760k of five kinds of text"
         )
     return lines
 
@@ -107,7 +108,7 @@ def convert_and_heal(
     from kvfold.cli.progress import progress_bar
     from kvfold.errors import InputError
     from kvfold.fold.convert import run_request
-    from kvfold.healing.request import HealRequest, default_rate
+    from kvfold.healing.request import HealRequest, default_rate, default_updates
 
     if not request.files:
         raise InputError("--heal needs text to train on", "give a file with --calibration")
@@ -121,7 +122,7 @@ def convert_and_heal(
         tokens=tokens,
         stages=("kl",) if request.fit == "local" else None,
         context=request.context,
-        lr=default_rate(language_config(config)),
+        lr=default_rate(language_config(config), default_updates(tokens, request.context)),
         device=request.device,
         dtype=request.dtype,
         seed=request.seed,

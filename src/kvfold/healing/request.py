@@ -61,6 +61,8 @@ PARALLEL = ("ddp", "fsdp")
 # What a resumed run may change: everything that does not change which batch comes next.
 CHANGEABLE = ("lr", "lr_rest", "clip", "keep", "save_tokens", "eval_tokens", "device", "parallel")
 _LOGITS = 2**26  # that are computed at once by default
+_WORTH_EVALUATING = 32_768  # tokens of training: they take ten times as long as an evaluation
+_ENOUGH_UPDATES = 240  # from which on the rate is not lowered
 _STATE_BYTES_PER_WEIGHT = 12  # a float32 weight and Adam's two moments
 
 
@@ -158,7 +160,10 @@ class HealRequest(Request):
     )
     local_tokens: int = option("--local-tokens", CALIBRATION, 50_000, "Of stage local.")
     held_out_tokens: int = option(
-        "--held-out-tokens", HELD_OUT, 16_384, "Kept from training, to evaluate on."
+        "--held-out-tokens",
+        HELD_OUT,
+        None,
+        "Kept from training, to evaluate on.  [default: an eighth, 4,096 to 16,384]",
     )
     eval_texts: tuple[str, ...] | None = option(
         "--eval-text",
@@ -169,7 +174,7 @@ class HealRequest(Request):
         off=Switch("--no-eval-text", (), "--eval-text", "Evaluate on no text of another kind."),
     )
     eval_tokens: int = option(
-        "--eval-tokens", TOKENS, None, "Evaluate every N.  [default: a tenth]"
+        "--eval-tokens", TOKENS, None, "Evaluate every N.  [default: a tenth, at least 32,768]"
     )
     save_tokens: int = option(
         "--save-tokens", TOKENS, None, "Checkpoint every N.  [default: a tenth]"
@@ -185,18 +190,19 @@ class HealRequest(Request):
         config = language_config(read_config(folder)) if (folder / "config.json").exists() else {}
         self.fill_in("context", lambda: _default_context(config))
         self.fill_in("train", lambda: "attention" if self.lora_rank else "all")
-        self.fill_in("lr", lambda: default_rate(config))
-        self.fill_in("lr_rest", lambda: self.lr / 5)
         self.fill_in("batch_tokens", lambda: _default_batch(self.tokens))
+        self.fill_in("lr", lambda: default_rate(config, self.steps))
+        self.fill_in("lr_rest", lambda: self.lr / 5)
         self.fill_in("save_tokens", lambda: tenth)
-        self.fill_in("eval_tokens", lambda: tenth)
+        self.fill_in("eval_tokens", lambda: max(tenth, _WORTH_EVALUATING))
+        self.fill_in("held_out_tokens", lambda: min(16_384, max(4096, self.tokens // 8)))
         _check_together(self)
         self.fill(batch_tokens=max(self.batch_tokens, self.context))
 
     @property
     def sequences(self) -> int:
         """Sequences per optimizer step, over all processes."""
-        return max(1, self.batch_tokens // self.context)
+        return _sequences(self.batch_tokens, self.context)
 
     def at_once(self, vocabulary: int | None) -> int:
         """Sequences per forward pass and process, of models of so many words.
@@ -208,7 +214,7 @@ class HealRequest(Request):
     @property
     def steps(self) -> int:
         """Optimizer steps of the ``kl`` stage."""
-        return max(1, self.tokens // (self.sequences * self.context))
+        return _updates(self.tokens, self.batch_tokens, self.context)
 
     def every(self, tokens: int) -> int:
         """How many steps ``tokens`` are."""
@@ -242,16 +248,34 @@ def _default_context(config: Mapping[str, Any]) -> int:
     return min(DEFAULT_CONTEXT, longest) if longest else DEFAULT_CONTEXT
 
 
-def default_rate(config: Mapping[str, Any]) -> float:
+def default_rate(config: Mapping[str, Any], updates: int) -> float:
     """Of attention, by the language model's config: what a step of Adam changes grows with the
-    number of inputs (arXiv 2203.03466)."""
+    number of inputs (arXiv 2203.03466). Few updates cannot average out what large ones overshoot.
+
+    >>> default_rate({"hidden_size": 600}, updates=1000), default_rate({"hidden_size": 600}, 60)
+    (0.0005, 0.00025)
+    """
     size = config.get("hidden_size") or config.get("n_embd")
-    return min(1e-3, 0.3 / size) if isinstance(size, int) and size > 0 else 5e-5
+    most = min(1e-3, 0.3 / size) if isinstance(size, int) and size > 0 else 5e-5
+    return most * min(1.0, (updates / _ENOUGH_UPDATES) ** 0.5)
+
+
+def default_updates(tokens: int, context: int) -> int:
+    """How often weights are changed by so many tokens, where nobody says what a batch is."""
+    return _updates(tokens, _default_batch(tokens), context)
 
 
 def _default_batch(tokens: int) -> int:
     """So many that there are 512 updates, within what was tried."""
     return min(4096, max(1024, tokens // 512))
+
+
+def _sequences(batch_tokens: int, context: int) -> int:
+    return max(1, batch_tokens // context)
+
+
+def _updates(tokens: int, batch_tokens: int, context: int) -> int:
+    return max(1, tokens // (_sequences(batch_tokens, context) * context))
 
 
 def _check_together(request: HealRequest) -> None:
