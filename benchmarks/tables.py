@@ -37,6 +37,7 @@ from pages.quality import (
     qk_norm,
 )
 from pages.rows import FOLDER
+from pages.selection import selection_needles, selection_quality, selection_steps
 from pages.serving import serving, serving_in_short, serving_memory, serving_starts
 
 ROOT = FOLDER.parent
@@ -71,6 +72,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-starts": serving_starts,
     "whole-step": whole_step,
     "latent-step": whole_latent_step,
+    "selection-steps": selection_steps,
+    "selection-quality": selection_quality,
+    "selection-needles": selection_needles,
     "planning": planning,
     "planning-cases": planning_cases,
     "caches": caches,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvfold.kernels.dispatch import attention, explain
     from kvfold.kernels.varlen import attention_varlen
     from kvfold.ops.reference import merge
+    from kvfold.ops.select import Select
     from kvfold.quality.run import evaluate
     from kvfold.quality.scores import Quality, compare
 
@@ -35,6 +36,7 @@ _HOMES = {
     "KVFoldError": "kvfold.errors",
     "LatentCache": "kvfold.cache.latent",
     "Quality": "kvfold.quality.scores",
+    "Select": "kvfold.ops.select",
     "Verification": "kvfold.engines.run",
     "attention": "kvfold.kernels.dispatch",
     "attention_varlen": "kvfold.kernels.varlen",
@@ -60,6 +62,7 @@ __all__ = [
     "KVFoldError",
     "LatentCache",
     "Quality",
+    "Select",
     "Verification",
     "__version__",
     "attention",

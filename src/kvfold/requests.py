@@ -154,7 +154,9 @@ class Listed:
         """The values between a text's commas."""
         if self.none and text.strip() == "none":
             return ()
-        return self.check(parts(text, name), name)
+        read = getattr(self.each, "read", None)  # of numbers
+        values = parts(text, name)
+        return self.check([read(value, name) for value in values] if read else values, name)
 
     def written(self, values: Collection[Any]) -> str:
         """The values with commas between."""

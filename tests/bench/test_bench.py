@@ -166,6 +166,19 @@ def test_a_wrong_result_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best.median == 1
 
 
+def test_selecting_caches_take_part() -> None:
+    """Held to attention over what they select; they read less, and are weighed as such."""
+    asked = replace(TINY, contexts=(1024,), dtypes=("bf16", "int8"), selects=(0.5,))
+    found = {row.implementation: row for row in run_attention(asked, min_time=0).rows}
+    for dtype in asked.dtypes:
+        whole, half = found[f"kvfold {dtype}"], found[f"kvfold {dtype}, 0.5 read"]
+        assert half.status == "ok", half.reason
+        assert 0.5 < half.kv_bytes / whole.kv_bytes < 0.55
+        assert half.error is not None
+        assert half.allowed is not None
+        assert half.vs_own_bf16 is not None
+
+
 def test_rotations_share_their_turns() -> None:
     turns = Rotation("abc")
     assert "".join(turns.take() for _ in range(7)) == "abcabca"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvfold import Select
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.cache.kv import KVCache
 from kvfold.cache.latent import LatentCache
@@ -77,8 +78,9 @@ def arguments(function: Any, *, beside: tuple[str, ...] = ("self",)) -> dict[str
 
 
 def small(kind: str = "paged", dtype: str = "int8") -> KVCache:
-    window = 24 if kind == "sliding" else None
-    return filled(KVCache(2, 16, batch=2, dtype=dtype, kind=kind, window=window), 20)
+    window, select = (24 if kind == "sliding" else None), (Select() if kind == "paged" else None)
+    cache = KVCache(2, 16, batch=2, dtype=dtype, kind=kind, window=window, select=select)
+    return filled(cache, 20)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged", "sliding"])
@@ -104,17 +106,15 @@ def test_methods_of_caches(kind: str) -> None:
         "reorder": {"sequences": [1, 0]},
     }
     public = {n for n in vars(KVCache) if not n.startswith("_") and callable(getattr(KVCache, n))}
-    assert public == set(calls) | {"trim"}  # which takes nothing
+    if kind == "paged":
+        calls["selected"] = {"q": noise(2, 4, 1, 16)}
+    assert public == {*calls, "trim", "selected"}  # trim takes nothing
     cache = small(kind)
     for name, needed in calls.items():
 
         def call(name: str = name, **given: Any) -> None:
-            cache.lengths, cache._freed, cache._storage = state()
+            vars(cache).update(vars(small(kind)))
             getattr(cache, name)(**given)
-
-        def state() -> tuple[Any, ...]:
-            new = small(kind)
-            return new.lengths, new._freed, new._storage
 
         given = arguments(getattr(KVCache, name)) | needed
         wrong = tried(call, given, method=name)

@@ -16,6 +16,7 @@ from kvfold.arch.families import family_of
 from kvfold.arch.target import Latent
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError
+from kvfold.ops.select import Select
 from kvfold.plan import evidence
 from kvfold.plan.hardware import TABLE, hardware_of
 from kvfold.plan.model import Model, read_model
@@ -33,6 +34,7 @@ from kvfold.plan.roofline import (
 from kvfold.plan.source import open_model
 from tests.conftest import Kvfold
 from tests.toolbox import tiny
+from tests.toolbox.cache_cases import PLAIN
 from tests.toolbox.published import (
     DEEPSEEK_V3,
     GEMMA2_9B,
@@ -118,6 +120,33 @@ def test_bits_of_a_format_are_what_the_cache_takes(dtype: str) -> None:
     cache = KVCache(2, 128, dtype=dtype, max_length=4096, exact_first=0, exact_recent=0)
     predicted = 4096 * 2 * (128 + 128) * KV_BITS[dtype] / 8
     assert cache.nbytes == pytest.approx(predicted, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", sorted(KV_BITS))
+def test_selection_is_counted_as_a_cache_counts_it(dtype: str) -> None:
+    """A step's bytes and the memory, of heads of 128 in pages of 64 tokens, far from the ends."""
+    model = read_model(LLAMA3_8B, "x")
+    layers, context = len(model.layers), 1 << 16
+    whole, read = (Load(context, 1, dtype, select=share) for share in (None, 0.25))
+    select = Select(budget=0.25, sinks=0, recent=0)
+    cache = KVCache(8, 128, dtype=dtype, kind="paged", select=select, **PLAIN)
+    k = torch.zeros(1, 8, 4096, 128)
+    cache.append(k, k)
+    told = cache._storage.main.summary_bytes / 64 * context * layers
+    assert kv_cache_bytes(model, read) - kv_cache_bytes(model, whole) == pytest.approx(
+        told, rel=0.02
+    )  # scales
+    machine = replace(H100, flops=None)
+    weights = decode_step(model, replace(whole, context=0), machine).seconds
+    step = (decode_step(model, read, machine).seconds - weights) * machine.bandwidth
+    assert step == pytest.approx(cache.bytes_per_step * layers * context / 4096, rel=0.01)
+
+
+def test_what_selection_costs_is_told() -> None:
+    chosen = plan(LLAMA3_8B, context=32_768, batch=16, select=0.25).recommendation.reasons
+    assert any(reason.startswith("quality, selection: measured is") for reason in chosen)
+    dense = plan(LLAMA3_8B, context=64, batch=1).recommendation.reasons
+    assert not any("selection" in reason for reason in dense)
 
 
 def test_a_step_reads_weights_and_cache_once() -> None:
@@ -334,6 +363,8 @@ def test_the_command_needs_no_weights(kvfold: Kvfold, config_folder: Path) -> No
         (["--gpu", "h100", "--kv-heads", 5], "does not divide"),
         (["--gpu", "h100", "--kv-dtype", "int3"], "--kv-dtype int3: no such choice"),
         (["--gpu", "h100", "--context", "long"], "expected a whole number"),
+        (["--gpu", "h100", "--select", 0], "--select 0: expected a number, above 0"),
+        (["--gpu", "here", "--probe", "--select", 0.5], "--probe times caches that are read as"),
         (["--gpu", "h100", "--gpus", 0], "--gpus 0: expected a whole number, at least 1"),
     ],
 )

@@ -89,6 +89,22 @@ def test_needles_from_the_command_line(
     assert kvfold("eval", llama_folder).code == 2  # neither text nor needle nor task
 
 
+def test_needles_by_caches_that_select(kvfold: Kvfold, llama_folder: Path) -> None:
+    """Texts so short are read as a whole: step by step, the answer has the same nats."""
+    select = "--select", "1,0.25"
+    run: Any = kvfold("eval", llama_folder, "--needle", 100, *select, "--json").json()
+    by_name: dict[str, list[float]] = {}
+    for each in run["needles"]:
+        by_name.setdefault(each["name"], []).append(each["nats"])
+    whole = by_name.pop(str(llama_folder))
+    assert list(by_name) == [f"{llama_folder}, {share} read" for share in ("1", "0.25")]
+    for nats in by_name.values():
+        assert nats == pytest.approx(whole, rel=1e-4)  # float32, in another order
+    refused = kvfold("eval", llama_folder, "--text", llama_folder / "config.json", *select)
+    assert refused.code == 2
+    assert "--select is of --needle" in refused.err
+
+
 def test_tasks_are_the_harnesss_numbers(
     kvfold: Kvfold, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def test_attention(
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["contiguous", "paged", "sliding"])
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "sliding", "selecting"])
 @pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize("compiled", [True, False])
 def test_caches(
@@ -98,17 +98,23 @@ def test_caches(
 ) -> None:
     if not compiled:
         without_kernels(monkeypatch)
-    own: dict[str, Any] = {"window": 30, "sinks": 2} if kind == "sliding" else {}
+    own: dict[str, Any] = {"kind": kind}
+    if kind == "sliding":
+        own |= {"window": 30, "sinks": 2}
+    if kind == "selecting":
+        select = kvfold.Select(budget=40, sinks=0, recent=8, dense_below=0)
+        own = {"kind": "paged", "select": select}
     k, v = noise(2, 2, 130, 40, dtype=source), noise(2, 2, 130, 24, dtype=source, seed=1)
     q = noise(2, 4, 2, 40, dtype=source, seed=2)
     mask = noise(2, 4, 2, 130, seed=3) > -1
 
     def use() -> list[torch.Tensor]:
-        cache = KVCache(2, 40, v_head_dim=24, batch=2, dtype=name, kind=kind, **own)
+        cache = KVCache(2, 40, v_head_dim=24, batch=2, dtype=name, **own)
         found = [*cache.read(0), *cache.tensors(torch.float32)]
         for low, high in ((0, 80), (80, 81), (81, 130)):
             cache.append(k[:, :, low:high], v[:, :, low:high])
         found += cache.attend(q, mask=mask, return_lse=True)
+        found += cache.attend(q, return_lse=True)
         found += [*cache.read(1), *cache.tensors(source)]
         return found
 

@@ -15,6 +15,7 @@ from kvfold.bench.this_machine import described, is_cold
 from kvfold.bench.timing import DEFAULT_MIN_TIME, Timing, measure, ratio
 from kvfold.cache.kv import KVCache
 from kvfold.errors import KVFoldError
+from kvfold.ops.select import Select
 from kvfold.progress import Progress, no_progress
 from kvfold.record import command_line
 
@@ -70,7 +71,11 @@ def run_attention(
 def _run_case(case: AttentionCase, request: AttentionRequest, min_time: float) -> list[Row]:
     rows = Rows(case, request.working_set)
     plain = Truth(rows.q, rows.k, rows.v) if request.against else None
-    competitors = [_own(case, dtype, rows, request.working_set) for dtype in request.dtypes]
+    competitors = [
+        _own(case, dtype, share, rows, request.working_set)
+        for dtype in request.dtypes
+        for share in (None, *request.selects)
+    ]
     if plain is not None:
         competitors += [_against(PEERS[name], rows, plain) for name in request.against]
     steps: dict[str, Callable[[], object]] = {
@@ -81,12 +86,19 @@ def _run_case(case: AttentionCase, request: AttentionRequest, min_time: float) -
     return _rows(case, competitors, timings, read_bytes)
 
 
-def _own(case: AttentionCase, dtype: str, rows: Rows, working_set: int) -> Competitor:
-    """kvfold's cache of a dtype, filled with the same keys and values as the peers' tensors."""
-    name = _OWN + dtype
-    first = _filled(case, dtype, rows)
+def _own(
+    case: AttentionCase, dtype: str, share: float | None, rows: Rows, working_set: int
+) -> Competitor:
+    """kvfold's cache of a dtype, filled with the same keys and values as the peers' tensors.
+
+    Args:
+        share: of the pages that it reads.
+    """
+    name = _OWN + dtype + ("" if share is None else f", {share:.4g} read")
+    first = _filled(case, dtype, share, rows)
     size = round(first.bytes_per_step)
-    caches = [first, *(_filled(case, dtype, rows) for _ in range(copies(size, working_set) - 1))]
+    count = copies(first.nbytes, working_set)
+    caches = [first, *(_filled(case, dtype, share, rows) for _ in range(count - 1))]
     turns = Rotation(caches)
 
     def step() -> torch.Tensor:
@@ -94,20 +106,23 @@ def _own(case: AttentionCase, dtype: str, rows: Rows, working_set: int) -> Compe
         out: torch.Tensor = cache.attend(rows.q)  # a pair only if the log-sum-exp is asked for
         return out
 
-    # The truth is what the cache holds: quantization is not the kernel's error.
+    # The truth is what the cache holds: quantization is not the kernel's error. Nor is it an error
+    # not to read what was not selected; every KV head reads as much.
     held = zip(*(first.read(b) for b in range(case.batch)), strict=True)
     k, v = (torch.stack(side) for side in held)
+    if share is not None:
+        read = first.selected(rows.q)
+        k, v = (x[read].view(*x.shape[:2], -1, x.shape[3]) for x in (k, v))
     verdict = Truth(rows.q, k, v).judge(step())
-    return Competitor(name, step, size, verdict, verdict.reason, size * len(caches))
+    return Competitor(name, step, size, verdict, verdict.reason, first.nbytes * len(caches))
 
 
-def _filled(case: AttentionCase, dtype: str, rows: Rows) -> KVCache:
+def _filled(case: AttentionCase, dtype: str, share: float | None, rows: Rows) -> KVCache:
+    options: dict[str, Any] = {"max_length": case.context}
+    if share is not None:
+        options |= {"kind": "paged", "select": Select(budget=share, dense_below=0)}
     cache = KVCache(
-        case.num_kv_heads,
-        case.head_dim,
-        batch=case.batch,
-        dtype=dtype_of(dtype),
-        max_length=case.context,
+        case.num_kv_heads, case.head_dim, batch=case.batch, dtype=dtype_of(dtype), **options
     )
     cache.append(rows.k, rows.v)
     return cache

@@ -11,7 +11,7 @@ from kvfold.bench.timing import DEFAULT_ROUNDS
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
 from kvfold.names import shown
-from kvfold.numbers import BATCH, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes
+from kvfold.numbers import BATCH, BUDGET, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes
 from kvfold.ops.formats import FORMATS
 from kvfold.quality.device import check_memory
 from kvfold.requests import Listed, Request, Text, option
@@ -100,7 +100,7 @@ class AttentionRequest(TimedRequest):
 
     Attributes:
         dtypes: of kvfold's caches; ``int8/int4`` for INT8 keys and INT4 values.
-        against: names of peers.
+        against: names of peers. selects: shares of their pages that caches read.
 
     Raises:
         InputError: for what cannot be measured.
@@ -127,6 +127,14 @@ class AttentionRequest(TimedRequest):
         ("sdpa", "sdpa-grouped", "matmul"),
         "Peers, all in bf16: sdpa (enable_gqa), sdpa-grouped (heads that share K and V as "
         "rows), repeat (K and V repeated, then sdpa), matmul, flex (compiles, slowly); or none.",
+    )
+
+    selects: Sequence[float] = option(
+        "--select",
+        Listed(BUDGET, none=True),
+        (),
+        "Also kvfold's caches that read such a share of their pages: 0.5,0.25.",
+        metavar="SHARE,...",
     )
 
     def __post_init__(self) -> None:
@@ -164,7 +172,8 @@ class AttentionRequest(TimedRequest):
             )
         largest = max(case.kv_bytes for case in self.cases())
         # One set for PyTorch's peers and one per cache dtype, and float32 rows for the gate.
-        sets = max(self.working_set, largest) * (1 + len(self.dtypes)) + 2 * largest
+        caches = len(self.dtypes) * (1 + len(self.selects))
+        sets = max(self.working_set, largest) * (1 + caches) + 2 * largest
         check_memory(sets, "a smaller --working-set, --context or --batch needs less")
 
 

@@ -12,6 +12,7 @@ from kvfold.names import shown
 from kvfold.ops.format import Format
 from kvfold.ops.formats import format_of
 from kvfold.ops.rope import Rotary
+from kvfold.ops.select import Select
 
 KINDS = ("contiguous", "paged", "sliding")
 _RANGES = {
@@ -102,6 +103,20 @@ def check_device(device: object) -> torch.device:
     if found.type == "meta":
         raise InputError("device='meta' has no memory for a cache", 'for instance "cpu"')
     return found
+
+
+def check_select(select: object, kind: str = "paged", window: object = None) -> None:
+    """Refuse what chooses no pages, and caches without pages that could be chosen."""
+    if select is None:
+        return
+    if not isinstance(select, Select):
+        raise InputError(f"select={shown(select)}: expected kvfold.Select(...) or None")
+    if kind != "paged" or window is not None:
+        given = f"kind={kind!r}" if window is None else f"window={window}"
+        raise InputError(
+            f"select reads some pages of a whole sequence, which {given} does not keep",
+            'use kind="paged" without a window',
+        )
 
 
 def check_sequences(sequences: object, batch: int) -> list[int]:

@@ -4,6 +4,8 @@ import torch
 
 from kvfold.kernels.layout import Layout
 from kvfold.kernels.view import Rows
+from kvfold.ops.format import Format
+from kvfold.ops.formats import encode
 
 CPU = torch.device("cpu")
 
@@ -37,7 +39,7 @@ class Half:
         """A copy with more or longer pages."""
         old = self.layout
         layout = Layout(old.fmt, old.dim, page_size, old.packed, old.key)
-        new = Half(layout, self.heads, pages, self.device)
+        new = type(self)(layout, self.heads, pages, self.device)
         count = self.data.shape[0]
         new.data[:count, :, : old.page_bytes] = self.data
         new.scales[:count, :, : old.page_scales] = self.scales
@@ -45,7 +47,7 @@ class Half:
 
     def only(self, pages: torch.Tensor) -> "Half":
         """A copy with some of the pages ``[n]``."""
-        new = Half(self.layout, self.heads, len(pages), self.device)
+        new = type(self)(self.layout, self.heads, len(pages), self.device)
         new.data.copy_(self.data[pages])
         new.scales.copy_(self.scales[pages])
         return new
@@ -59,3 +61,23 @@ class Half:
                 scales = scales.unflatten(-1, (layout.page_size, fmt.groups(layout.dim)))
         data = data if dim is None else data[..., :dim]
         return Rows(fmt, data, scales, dim or layout.dim, layout.packed, self.rotation)
+
+
+class Summaries(Half):
+    """Two rows for each page, which tell of its keys (``ops.select``)."""
+
+    ROWS = 2
+
+    @classmethod
+    def of(cls, fmt: Format, dim: int, heads: int, pages: int, device: torch.device) -> "Summaries":
+        return cls(Layout(fmt, dim, cls.ROWS, packed=False, key=False), heads, pages, device)
+
+    def resized(self, pages: int, page_size: int) -> "Half":
+        """A copy with more pages, however long they are."""
+        return super().resized(pages, self.ROWS)
+
+    def keep(self, pages: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write float32 ``[n, Hkv, 2, D]`` for pages ``[n]``."""
+        data, scales = encode(rows, self.layout.fmt)
+        self.data[pages] = data.flatten(-2)
+        self.scales[pages] = scales.flatten(-2)

@@ -11,11 +11,13 @@ from kvfold.cache.checks import (
     check_heads,
     check_kind,
     check_rows,
+    check_select,
     check_sequences,
     check_sizes,
     check_switches,
     refuse_gradients,
 )
+from kvfold.cache.selection import Selection, summary_format
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
@@ -26,7 +28,8 @@ from kvfold.kernels.registry import attend
 from kvfold.kernels.view import readable
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
-from kvfold.ops.options import Accepted, CacheOptions, check_options, declared
+from kvfold.ops.options import Accepted, CacheOptions, Options, check_options, declared
+from kvfold.ops.select import Select
 from kvfold.ops.signatures import with_options
 
 _EXACT_FIRST = 16  # attention sinks live there, and quantize badly
@@ -59,6 +62,9 @@ class KVCache:
         page_size: tokens per page; multiples of 16 are read fastest.
         exact_first, exact_recent: tokens kept in bfloat16 at both ends when keys or values are
             of four bits; 0 switches that off. At most 32 tokens more than ``exact_recent`` are.
+        select: read only the pages that promise most (:class:`kvfold.Select`); ``paged`` only, with
+            pages of 16, 32, 48 or 64 tokens. What tells of a page takes at most a twentieth of its
+            bytes.
         device: where keys and values are kept; the CPU by default.
 
     Raises:
@@ -69,6 +75,8 @@ class KVCache:
     >>> cache.attend(torch.randn(1, 8, 1, 64)).shape
     torch.Size([1, 8, 1, 64])
     """
+
+    _within = False  # whether values are the first numbers of their keys
 
     def __init__(
         self,
@@ -86,11 +94,13 @@ class KVCache:
         slack: int = 0,
         exact_first: int | None = None,
         exact_recent: int | None = None,
+        select: Select | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         formats = check_formats(dtype)
         check_kind(kind, window)
+        check_select(select, kind, window)
         check_sizes(
             num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, batch=batch,
             page_size=page_size, max_length=max_length, window=window, sinks=sinks, slack=slack,
@@ -107,7 +117,10 @@ class KVCache:
         if kind == "contiguous":
             page_size = _round_up(max_length or _START_CAPACITY)
             self._capacity = page_size
-        main = self._store(formats, page_size, batch if kind == "contiguous" else 0)
+        summary = None
+        if select is not None:
+            summary = summary_format(formats, (head_dim, v_head_dim), page_size)
+        main = self._store(formats, page_size, batch if kind == "contiguous" else 0, summary)
         self._storage = Uniform(main)
         coarse = any(fmt.keeps_exact_ends for fmt in formats)
         first = (_EXACT_FIRST if coarse else 0) if exact_first is None else exact_first
@@ -116,10 +129,26 @@ class KVCache:
             half = FORMATS["bf16"]
             ends = self._store((half, half), EXACT_PAGE, 0)
             self._storage = ExactEnds(main, ends, max(first, sinks), recent, batch)
+        self._selection = None if select is None else Selection(select, self._storage, batch)
 
-    def _store(self, formats: tuple[Format, Format], page_size: int, reserve: int) -> Store:
-        sizes = self.num_kv_heads, self.head_dim, self.v_head_dim
-        return Store(Shape(len(self.lengths), *sizes, *formats, page_size, reserve, self.device))
+    def _store(
+        self,
+        formats: tuple[Format, Format],
+        page_size: int,
+        reserve: int,
+        summary: Format | None = None,
+    ) -> Store:
+        return Store(
+            Shape(
+                len(self.lengths), self.num_kv_heads, self.head_dim, self.v_head_dim, *formats,
+                page_size, reserve, self.device, self._within, summary,
+            )
+        )  # fmt: skip
+
+    @property
+    def select(self) -> Select | None:
+        """What a step of decoding reads; None is everything."""
+        return None if self._selection is None else self._selection.select
 
     @property
     def batch(self) -> int:
@@ -137,7 +166,13 @@ class KVCache:
 
     @property
     def bytes_per_step(self) -> float:
-        """Bytes of keys, values and scales that one step of attention reads, all sequences."""
+        """Bytes of keys, values and scales that one step of attention reads, all sequences.
+
+        Where pages are selected, what tells of them is counted, too.
+        """
+        if self._selection is not None:
+            chosen = self._selection
+            return sum(chosen.step_bytes(b, length) for b, length in enumerate(self.lengths))
         total = 0.0
         for b, length in enumerate(self.lengths):
             seen = length if self.window is None else min(length, self.sinks + self.window)
@@ -212,8 +247,10 @@ class KVCache:
                 self._storage.append(k[:, :, cut], v[:, :, cut], rows, low, high, old)
             else:
                 self._storage.append(k, v, rows, low, high, old)
-        for b in rows:
+        for i, b in enumerate(rows):
             self.lengths[b] = new
+            if self._selection is not None:
+                self._selection.note(k[i], b, old, new)
 
     def _kept(self, old: int, new: int, queries: int) -> list[tuple[int, int]]:
         """Which of the positions ``old <= j < new`` queries to come can see."""
@@ -267,18 +304,13 @@ class KVCache:
         Raises:
             InputError: for shapes that do not fit.
         """
-        rows = check_sequences(sequences, self.batch)
-        check_rows("q", q, len(rows), None, self.head_dim, self.device)
-        check_heads(q, self.num_kv_heads)
         check_switches(return_lse=return_lse)
-        lengths = [self.lengths[b] for b in rows]
+        rows, lengths, checked = self._checked(q, sequences, options)
         shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
-        checked = self._plain
-        if options:
-            checked = check_options(shape, self._asked(options), _OPTIONS)
-        self._check_start(checked.visibility.start)
         self._check_window(rows, q.shape[2])
         views = self._storage.views(rows, lengths)
+        if self._selection is not None:
+            views = self._selection.views(q, rows, lengths, checked, views)
         call = Call(
             q, None, views, lengths, checked, self.num_kv_heads, self.v_head_dim, shape[3],
             torch.is_grad_enabled() and need_gradients(q, *checked.tensors().values()),
@@ -286,6 +318,50 @@ class KVCache:
         )  # fmt: skip
         out, lse = attend(call)
         return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+    def _checked(
+        self, q: torch.Tensor, sequences: list[int] | None, options: CacheOptions
+    ) -> tuple[list[int], list[int], Options]:
+        """Sequences, their lengths, and the options of a call."""
+        rows = check_sequences(sequences, self.batch)
+        check_rows("q", q, len(rows), None, self.head_dim, self.device)
+        check_heads(q, self.num_kv_heads)
+        lengths = [self.lengths[b] for b in rows]
+        checked = self._plain
+        if options:
+            shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
+            checked = check_options(shape, self._asked(options), _OPTIONS)
+        self._check_start(checked.visibility.start)
+        return rows, lengths, checked
+
+    @python_state
+    @with_options
+    def selected(
+        self,
+        q: torch.Tensor,
+        *,
+        sequences: list[int] | None = None,
+        **options: Unpack[CacheOptions],
+    ) -> torch.Tensor:
+        """What ``attend`` would read of keys and values: bool ``[B, Hkv, S]``.
+
+        Args:
+            q: ``[B, Hq, T, D]``. options: of attention; see the signature.
+            sequences: which ones, B indices; all of them by default.
+
+        Raises:
+            InputError: for shapes that do not fit, and for a cache that reads everything.
+
+        >>> cache = KVCache(2, 64, kind="paged", select=Select(budget=0.25))
+        >>> cache.append(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
+        >>> cache.selected(torch.randn(1, 8, 1, 64)).float().mean()
+        tensor(0.2500)
+        """
+        if self._selection is None:
+            raise InputError("this cache reads everything", "give it select=kvfold.Select(...)")
+        rows, lengths, checked = self._checked(q, sequences, options)
+        views = self._storage.views(rows, lengths)
+        return self._selection.positions(q, rows, lengths, checked, views)
 
     def _asked(self, options: CacheOptions) -> CacheOptions:
         """The options with the cache's own window and sinks; ``sinks=None`` is no sinks."""
@@ -356,6 +432,8 @@ class KVCache:
         for b in rows:
             self._storage.truncate(b, length)
             self.lengths[b] = length
+            if self._selection is not None:
+                self._selection.truncate(b, length)
             self._freed[b] = self._freed[b] if length > self.sinks else 0
 
     def can_truncate(self, length: int, sequences: list[int] | None = None) -> bool:
@@ -376,6 +454,8 @@ class KVCache:
         for b in check_sequences(sequences, self.batch):
             self._storage.clear(b)
             self.lengths[b] = self._freed[b] = 0
+            if self._selection is not None:
+                self._selection.truncate(b, 0)
 
     @python_state
     def fork(self, source: int, target: int) -> None:
@@ -392,6 +472,8 @@ class KVCache:
         self._storage.share(source, target, self.lengths[source])
         self.lengths[target] = self.lengths[source]
         self._freed[target] = self._freed[source]
+        if self._selection is not None:
+            self._selection.described[target] = self._selection.described[source]
 
     @python_state
     def reorder(self, sequences: list[int]) -> None:
@@ -403,6 +485,8 @@ class KVCache:
         self._storage.select(rows)
         self.lengths = [self.lengths[b] for b in rows]
         self._freed = [self._freed[b] for b in rows]
+        if self._selection is not None:
+            self._selection.described = [self._selection.described[b] for b in rows]
 
 
 def _round_up(n: int, to: int = 16) -> int:

@@ -12,7 +12,6 @@ from kvfold.cache.checks import (
     check_sizes,
 )
 from kvfold.cache.kv import KVCache
-from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
 from kvfold.kernels.limits import MAX_DIM
 from kvfold.ops.format import Format
@@ -204,10 +203,7 @@ class LatentCache:
 class _Within(KVCache):
     """A cache of one KV head whose values are the first numbers of its keys."""
 
-    def _store(self, formats: tuple[Format, Format], page_size: int, reserve: int) -> Store:
-        sizes = self.num_kv_heads, self.head_dim, self.v_head_dim
-        shape = len(self.lengths), *sizes, *formats, page_size, reserve, self.device
-        return Store(Shape(*shape, within=True))
+    _within = True
 
 
 def check_format(dtype: object) -> None:

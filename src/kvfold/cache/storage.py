@@ -63,7 +63,7 @@ class Uniform:
 
     def step_bytes(self, b: int, seen: int) -> float:
         """Bytes that attention over ``seen`` tokens reads."""
-        return seen * self.main.bytes_per_token
+        return seen * self.main.row_bytes
 
 
 class ExactEnds(Uniform):
@@ -148,7 +148,7 @@ class ExactEnds(Uniform):
     def step_bytes(self, b: int, seen: int) -> float:
         quantized = min(seen, max(0, self.tails[b] - self.first))
         exact = seen - quantized
-        return quantized * self.main.bytes_per_token + exact * self.ends.bytes_per_token
+        return quantized * self.main.row_bytes + exact * self.ends.bytes_per_token
 
 
 def write(

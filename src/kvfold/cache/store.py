@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvfold.cache.half import CPU, Half, normal_tensors
+from kvfold.cache.half import CPU, Half, Summaries, normal_tensors
 from kvfold.errors import RunError
 from kvfold.kernels import pages
 from kvfold.kernels.layout import Layout
@@ -36,6 +36,7 @@ class Shape:
         reserve: pages to allocate at once, or 0 to grow as needed.
         device: where the pages are; their table is always on the CPU.
         within: values are the first numbers of the keys, and stored with them.
+        summary: the format of what is kept to tell of each page's keys, if anything is.
     """
 
     batch: int
@@ -48,6 +49,7 @@ class Shape:
     reserve: int = 0
     device: torch.device = CPU
     within: bool = False
+    summary: Format | None = None
 
 
 class Store:
@@ -61,16 +63,27 @@ class Store:
         self.halves = [self._half(shape.k_format, shape.head_dim, packed, key=True)]
         if not shape.within:
             self.halves.append(self._half(shape.v_format, shape.v_head_dim, packed, key=False))
+        self.summaries: Summaries | None = None
+        if shape.summary is not None:
+            sizes = shape.head_dim, shape.num_kv_heads, shape.reserve, shape.device
+            self.summaries = Summaries.of(shape.summary, *sizes)
         self.references = [0] * shape.reserve
         self._free = list(range(shape.reserve - 1, -1, -1))
         self.table = _empty_table(shape.batch, 0)
         self._all = list(range(shape.batch))  # the sequences
         self._sides: tuple[Rows, Rows] | None = None
         self._none: Rows | None = None
+        self._told: Rows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: everything but views of this store's memory."""
-        return {**vars(self), "_sides": None, "_none": None, "kernels": self.kernels.name}
+        return {
+            **vars(self),
+            "_sides": None,
+            "_none": None,
+            "_told": None,
+            "kernels": self.kernels.name,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, kernels=named(state["kernels"]))
@@ -89,16 +102,41 @@ class Store:
         return self.halves[-1]
 
     @property
+    def _parts(self) -> list[Half]:
+        """All that pages have memory in."""
+        return self.halves if self.summaries is None else [*self.halves, self.summaries]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, used or not, tables included."""
-        return sum(half.nbytes for half in self.halves) + self.table.nbytes
+        return sum(half.nbytes for half in self._parts) + self.table.nbytes
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of a token of one sequence, all heads, scales included."""
-        layouts = [half.layout for half in self.halves]
+        layouts = [half.layout for half in self._parts]
         size = sum(layout.page_bytes + 2 * layout.page_scales for layout in layouts)
         return self.shape.num_kv_heads * size / self.page_size
+
+    @property
+    def row_bytes(self) -> float:
+        """The same without what tells of whole pages."""
+        return self.bytes_per_token - self.summary_bytes / self.page_size
+
+    @property
+    def key_bytes(self) -> float:
+        """Bytes of a token's keys alone, scales included."""
+        layout = self.keys.layout
+        size = layout.page_bytes + 2 * layout.page_scales
+        return self.shape.num_kv_heads * size / self.page_size
+
+    @property
+    def summary_bytes(self) -> float:
+        """Bytes that tell of a page's keys."""
+        if self.summaries is None:
+            return 0.0
+        layout = self.summaries.layout
+        return float(self.shape.num_kv_heads * (layout.page_bytes + 2 * layout.page_scales))
 
     @property
     def pages_in_use(self) -> int:
@@ -110,10 +148,14 @@ class Store:
         self._resize(len(self.references))
 
     def _resize(self, pages: int) -> None:
-        self._replace([half.resized(pages, self.page_size) for half in self.halves])
+        self._replace([half.resized(pages, self.page_size) for half in self._parts])
 
-    def _replace(self, halves: list[Half]) -> None:
-        self.halves, self._sides, self._none = halves, None, None
+    def _replace(self, parts: list[Half]) -> None:
+        last = parts[-1]
+        if isinstance(last, Summaries):
+            self.summaries = last
+            parts = parts[:-1]
+        self.halves, self._sides, self._none, self._told = parts, None, None, None
 
     def _take_page(self) -> int:
         if not self._free:
@@ -154,7 +196,7 @@ class Store:
     def _own_copy(self, page: int) -> int:
         """Copy a shared page before it is written to."""
         copy = self._take_page()
-        for half in self.halves:
+        for half in self._parts:
             half.data[copy] = half.data[page]
             half.scales[copy] = half.scales[page]
         self._drop_page(page)
@@ -181,7 +223,7 @@ class Store:
         moved[pages] = torch.arange(len(used), dtype=torch.int32, device=CPU)
         self.table.copy_(moved[self.table.long()])  # -1 reads the last one, which is -1
         pages = pages.to(self.shape.device)
-        self._replace([half.only(pages) for half in self.halves])
+        self._replace([half.only(pages) for half in self._parts])
         self.references = [self.references[page] for page in used]
         self._free = []
 
@@ -252,8 +294,16 @@ class Store:
         most = table.shape[1] * self.page_size if most is None else most
         return KVView(*self._sides, table, self.page_size, begin, end, most)
 
+    @property
+    def told(self) -> Rows:
+        """What tells of pages' keys, as kernels read it."""
+        if self._told is None:
+            assert self.summaries is not None
+            self._told = self.summaries.rows()
+        return self._told
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The tensors that hold the store."""
-        for half in self.halves:
+        for half in self._parts:
             yield half.data
             yield half.scales

@@ -1,12 +1,17 @@
 """``kvfold eval``"""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvfold.cli.output import emit
 from kvfold.cli.parse import asks
 from kvfold.quality.request import EvalRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvfold.quality.needle import MakeCache
 
 
 @click.command("eval")
@@ -18,7 +23,8 @@ def command(request: EvalRequest, as_json: bool) -> None:
     Perplexity with its standard error; the perplexity ratio to SRC, paired window by window;
     KL(SRC || OUT) per token; how often both agree on the most likely token. Use text that was
     not used for calibration, and some of another kind. --needle asks for pass keys hidden at five
-    depths of long texts; --tasks runs lm-evaluation-harness on every model.
+    depths of long texts, with --select also by caches that read part of themselves (texts of 2,048
+    tokens and more); --tasks runs lm-evaluation-harness on every model.
     """
     from kvfold.cli.progress import progress_bar
     from kvfold.quality.run import (
@@ -32,7 +38,8 @@ def command(request: EvalRequest, as_json: bool) -> None:
     check_eval(request)
     with progress_bar() as progress:
         results = score_texts(request, progress) if request.texts else []
-        found = score_needles(request, progress) if request.lengths else []
+        caches = _selecting(request.selects)
+        found = score_needles(request, progress, caches) if request.lengths else []
     scores = score_tasks(request) if request.tasks else []
 
     def show() -> None:
@@ -55,3 +62,20 @@ def command(request: EvalRequest, as_json: bool) -> None:
         }
     emit(as_json, document, show)
     check_thresholds(results, request.max_kl, request.max_ppl_ratio)
+
+
+def _selecting(shares: "Sequence[float]") -> "dict[str, MakeCache]":
+    """Caches that read such a share of their pages, by name."""
+    if not shares:
+        return {}
+    import kvfold.transformers as drop_in
+    from kvfold.ops.select import Select
+
+    def of(share: float) -> "MakeCache":
+        def make(model: Any) -> Any:
+            model.set_attn_implementation("kvfold")
+            return drop_in.KVCache(model.config, select=Select(budget=share))
+
+        return make
+
+    return {f"{share:.4g} read": of(share) for share in shares}

@@ -99,7 +99,9 @@ def _print(plan: "Plan", fit: bool) -> None:
     chosen = plan.recommendation.option
     rows = [_row(option, fit, probed, option is chosen) for option in plan.options]
     print_table(
-        f"{load.batch:,} x {load.context:,} tokens" + (", each GPU" if load.gpus > 1 else ""),
+        f"{load.batch:,} x {load.context:,} tokens"
+        + (", each GPU" if load.gpus > 1 else "")
+        + (f", {load.select:.4g} of the cache read" if load.select is not None else ""),
         columns,
         rows,
         caption="> recommended. Times are the least possible, bound by bytes read or FLOPs.\n"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvfold.kernels.limits import MAX_TOKENS
+from kvfold.kernels.selection import Chosen, Question, choose_by_pytorch
 from kvfold.kernels.view import Angles, KVView, Positions
 from kvfold.ops.options import FIELDS, Options
 
@@ -135,6 +136,10 @@ class Kernels(Backend):
             kept: as in ``Call``, for calls that differ in k, v and the rows of the view.
         """
         raise NotImplementedError
+
+    def choose(self, question: Question) -> Chosen:
+        """Which pages a step of decoding reads."""
+        return choose_by_pytorch(question)
 
 
 def need_gradients(*tensors: torch.Tensor | None) -> bool:

@@ -8,8 +8,8 @@ from kvfold.arch.target import Latent
 from kvfold.arguments import choice, several
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
-from kvfold.numbers import BATCH, CONTEXT, GPUS, HEADS, Wholes
-from kvfold.plan.evidence import cache_risk, heads_risk, latent_risk
+from kvfold.numbers import BATCH, BUDGET, CONTEXT, GPUS, HEADS, Wholes
+from kvfold.plan.evidence import cache_risk, heads_risk, latent_risk, select_risk
 from kvfold.plan.hardware import Hardware
 from kvfold.plan.model import Model
 from kvfold.plan.roofline import (
@@ -134,6 +134,8 @@ def make_plan(
     CONTEXT.check(load.context, "--context")
     BATCH.check(load.batch, "--batch")
     GPUS.check(load.gpus, "--gpus")
+    if load.select is not None:
+        BUDGET.check(load.select, "--select")
     kinds: list[tuple[Model, Latent | None]] = [(model.with_kv_heads(n), None) for n in heads]
     kinds += [(model.with_latent(latent, config or {}), latent) for latent in latents]
     options = tuple(
@@ -229,6 +231,8 @@ def recommend(model: Model, load: Load, options: Sequence[Option]) -> Recommenda
         risk = f"latent: {latent_risk()}"
     reasons = [why, f"quality, {risk}"]
     reasons.append(f"quality, cache: {cache_risk(chosen.kv_dtype)}")
+    if load.select is not None:
+        reasons.append(f"quality, selection: {select_risk(load.select)}")
     if model.foldable:
         quarter = model.num_heads // 4
         reasons.append(

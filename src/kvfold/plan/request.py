@@ -7,6 +7,7 @@ from kvfold.errors import InputError
 from kvfold.numbers import (
     BANDWIDTH,
     BATCH,
+    BUDGET,
     CONTEXT,
     FLOPS,
     GIGABYTES,
@@ -26,7 +27,8 @@ class PlanRequest(Request):
         source: None where only the machines are asked for. gpu: a machine by name, ``here`` or
             ``list``. gpus: that share each layer. latents: as ``160+32``, beside the heads.
         memory: GB; bandwidth: GB/s; flops: TFLOP/s, in place of the machine's own.
-        probe: also time some layers. fit: show what fits rather than times.
+        probe: also time some layers. select: the share of the cache that steps read.
+        fit: show what fits rather than times.
 
     Raises:
         InputError: naming the option and what it expects.
@@ -63,6 +65,12 @@ class PlanRequest(Request):
     kv_dtypes: tuple[str, ...] = option(
         "--kv-dtype", Listed(Choice(KV_BITS)), ("bf16", "int8", "int4")
     )
+    select: float | None = option(
+        "--select",
+        BUDGET,
+        None,
+        "Of a cache that reads such a share of its pages in each step, as 0.25.",
+    )
     fit: bool = option("--fit", Flag(), False, "Show the largest context and batch that fit.")
 
     def __post_init__(self) -> None:
@@ -73,6 +81,8 @@ class PlanRequest(Request):
             raise InputError("no model given", "kvfold plan SRC --gpu h100, or --gpu list")
         if self.probe and self.gpu != "here":
             raise InputError("--probe times layers on this machine", "use it with --gpu here")
+        if self.probe and self.select is not None:
+            raise InputError("--probe times caches that are read as a whole", "leave --select out")
         if self.probe and self.fit:
             raise InputError(
                 "--fit shows no times, which --probe would measure", "leave one of them out"
@@ -86,4 +96,4 @@ class PlanRequest(Request):
     @property
     def load(self) -> Load:
         """What is asked of the model."""
-        return Load(self.context, self.batch, gpus=self.gpus)
+        return Load(self.context, self.batch, gpus=self.gpus, select=self.select)

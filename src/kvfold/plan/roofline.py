@@ -7,8 +7,9 @@ larger of the two binds it (roofline; Williams et al., 2009). Real steps are slo
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvfold.arch.layers import LATENT
+from kvfold.arch.layers import FULL, LATENT, Layer
 from kvfold.ops.formats import FORMATS
+from kvfold.ops.select import MOST_SHARE, PAGES
 from kvfold.plan.hardware import Hardware
 from kvfold.plan.model import Model
 
@@ -25,12 +26,15 @@ class Load:
     Attributes:
         context: tokens of each sequence. batch: sequences. kv_dtype: of the cache.
         gpus: that share each layer (tensor parallelism).
+        select: the share of the cache that a step of decoding reads (``kvfold.Select``), in layers
+            of full attention.
     """
 
     context: int
     batch: int
     kv_dtype: str = "bf16"
     gpus: int = 1
+    select: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,30 @@ class Bound:
     binds: str
 
 
+def summary_bits(kv_dtype: str) -> float:
+    """Bits for each number of the cache that tell of pages: two rows of keys' size a page, in
+    bfloat16, or in bytes where that would be more than a twentieth of the cache."""
+    page = PAGES[-1]
+    return next(bits / page for bits in (16, 8) if bits / page <= MOST_SHARE * KV_BITS[kv_dtype])
+
+
+def _bits(layer: Layer, load: Load, *, read: bool = False) -> float:
+    """Bits of a cached number that are kept, or read in a step of decoding."""
+    bits = KV_BITS[load.kv_dtype]
+    if load.select is None or layer.kind != FULL:
+        return bits
+    return (load.select if read else 1) * bits + summary_bits(load.kv_dtype)
+
+
+def _cached_bytes(model: Model, load: Load, *, read: bool = False) -> float:
+    """Of all sequences on one GPU, kept or read; sliding layers keep their window only."""
+    bits = sum(
+        layer.kv_numbers(load.gpus) * layer.kept(load.context) * _bits(layer, load, read=read)
+        for layer in model.layers
+    )
+    return load.batch * bits / 8
+
+
 def kv_bytes_per_token(model: Model, kv_dtype: str, gpus: int = 1) -> float:
     """Bytes a token of full attention adds to the cache, all layers, per GPU."""
     return sum(layer.kv_numbers(gpus) for layer in model.layers) * KV_BITS[kv_dtype] / 8
@@ -64,8 +92,7 @@ def kv_bytes_per_token(model: Model, kv_dtype: str, gpus: int = 1) -> float:
 
 def kv_cache_bytes(model: Model, load: Load) -> float:
     """The KV cache of all sequences on one GPU; sliding layers keep their window only."""
-    numbers = sum(layer.kv_numbers(load.gpus) * layer.kept(load.context) for layer in model.layers)
-    return load.batch * numbers * KV_BITS[load.kv_dtype] / 8
+    return _cached_bytes(model, load)
 
 
 def memory(model: Model, load: Load) -> Memory:
@@ -86,9 +113,8 @@ def memory(model: Model, load: Load) -> Memory:
 
 
 def decode_step(model: Model, load: Load, hardware: Hardware) -> Bound:
-    """One token for every sequence: weights and cache are read once."""
-    read = sum(layer.kv_numbers(load.gpus) * layer.kept(load.context) for layer in model.layers)
-    cache = load.batch * read * KV_BITS[load.kv_dtype] / 8
+    """One token for every sequence: weights and cache are read once, or what is selected of it."""
+    cache = _cached_bytes(model, load, read=True)
     weights = model.weight_bytes * _share_met(model, load.batch) / load.gpus
     flops = load.batch * (2 * model.active_parameters + _attention_flops(model, 1, load.context))
     return _bound(cache + weights, flops / load.gpus, hardware)

@@ -6,7 +6,7 @@ nats of the key tell apart what yes and no do not. What a source can do, its fol
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+#: Makes an empty cache for a model, which it may tell how to attend.
+MakeCache = Callable[[Any], Any]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KEYS = 4  # different keys for each length and depth
 _FILLER = (
@@ -55,11 +57,14 @@ def retrieve(
     *,
     seed: int = 0,
     progress: Progress = no_progress,
+    caches: Mapping[str, MakeCache] | None = None,
 ) -> list[Retrieval]:
     """Ask every model for the same keys.
 
     Args:
         lengths: of the prompts, in tokens.
+        caches: by name, each of which every model also answers with: the text is read at once, the
+            question and the answer token by token.
 
     Raises:
         InputError: for lengths that hold no filler, or beyond a model's positions.
@@ -76,15 +81,23 @@ def retrieve(
                 f"use at most {longest}",
             )
     results = []
-    total = len(lengths) * len(DEPTHS) * len(models)
+    asked_ways: list[tuple[str, PreTrainedModel, MakeCache | None]] = []
+    for name, model in models:
+        asked_ways.append((name, model, None))
+        asked_ways += [(f"{name}, {way}", model, make) for way, make in (caches or {}).items()]
+    question = len(_ids(tokenizer, _QUESTION))
+    total = len(lengths) * len(DEPTHS) * len(asked_ways)
     for length in lengths:
         for depth in DEPTHS:
             prompts = [prompt(tokenizer, length, depth, key) for key in _keys(seed, length, depth)]
-            for name, model in models:
+            for name, model, make in asked_ways:
                 for asked, answer in prompts:
                     check_ids([*asked.tolist(), *answer.tolist()], vocabulary(model))
                 with torch.inference_mode():
-                    scores = [_score(model, *each) for each in prompts]
+                    if make is None:
+                        scores = [_score(model, *each) for each in prompts]
+                    else:
+                        scores = [_step(model, make, question, *each) for each in prompts]
                 found = sum(score[0] for score in scores) / len(scores)
                 nats = sum(score[1] for score in scores) / len(scores)
                 results.append(Retrieval(name, length, depth, found, nats))
@@ -107,24 +120,25 @@ def prompt(
     """
     import torch
 
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
-
     opening = opening_tokens(tokenizer)
-    needle, question = ids(_NEEDLE.format(key=key)), ids(_QUESTION)
+    needle, question = (_ids(tokenizer, x) for x in (_NEEDLE.format(key=key), _QUESTION))
     room = length - len(opening) - len(needle) - len(question)
     if room < 0:
         raise InputError(
             f"--needle {length}: expected at least {length - room} tokens", NEEDLE.hint
         )
-    one = ids(_FILLER)
+    one = _ids(tokenizer, _FILLER)
     filler = (one * (room // len(one) + 1))[:room]
     # Between sentences of the filler, not within one.
     at = min(round(depth * room / len(one)) * len(one), room)
     whole = [*opening, *filler[:at], *needle, *filler[at:], *question]
-    answer = ids(f" {key}")
+    answer = _ids(tokenizer, f" {key}")
     return torch.tensor(whole, dtype=torch.int64), torch.tensor(answer, dtype=torch.int64)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
 
 
 def _score(
@@ -135,6 +149,32 @@ def _score(
 
     ids = torch.cat([asked, answer])[None].to(model.device)
     logits = model(ids, use_cache=False).logits[0, len(asked) - 1 : -1].float()
-    target = answer.to(model.device)
+    return _right(logits, answer)
+
+
+def _step(
+    model: "PreTrainedModel",
+    make: MakeCache,
+    question: int,
+    asked: "torch.Tensor",
+    answer: "torch.Tensor",
+) -> tuple[bool, float]:
+    """The same, the last ``question`` tokens and the answer read one by one from a cache."""
+    import torch
+
+    ids, cache = torch.cat([asked, answer])[None].to(model.device), make(model)
+    read = len(asked) - question
+    model(ids[:, :read], past_key_values=cache, use_cache=True)
+    logits = [
+        model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1].float()
+        for at in range(read, ids.shape[1] - 1)
+    ]
+    return _right(torch.stack(logits[question - 1 :]), answer)
+
+
+def _right(logits: "torch.Tensor", answer: "torch.Tensor") -> tuple[bool, float]:
+    import torch
+
+    target = answer.to(logits.device)
     nats = torch.nn.functional.cross_entropy(logits, target)
     return bool((logits.argmax(-1) == target).all()), float(nats)

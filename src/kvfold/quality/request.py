@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvfold.arguments import text
 from kvfold.errors import InputError
 from kvfold.names import shown
-from kvfold.numbers import EVAL_WINDOW, KL, LIMIT, NEEDLE, RATIO, TOKENS, Wholes
+from kvfold.numbers import BUDGET, EVAL_WINDOW, KL, LIMIT, NEEDLE, RATIO, TOKENS, Wholes
 from kvfold.requests import DEVICE, Choice, Listed, Model, Place, Request, Several, Text, option
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,7 +23,8 @@ class EvalRequest(Request):
     """Checkpoints, the first of which is the reference, and what to measure of them.
 
     Attributes:
-        lengths: of texts to hide pass keys in, in tokens. tasks: of lm-evaluation-harness;
+        lengths: of texts to hide pass keys in, in tokens. selects: shares of their pages that
+            caches read when they are asked. tasks: of lm-evaluation-harness;
             limit: examples of each. task_folder: has tasks of the user's own.
         context: tokens per window. max_tokens: at most so many per text, spread over it.
         max_kl, max_ppl_ratio: what is not to be exceeded, on any text.
@@ -40,6 +41,13 @@ class EvalRequest(Request):
     texts: tuple[str, ...] = option("--text", Several(Place()), (), "UTF-8 file; repeatable.")
     lengths: tuple[int, ...] | None = option(
         "--needle", Wholes(NEEDLE), None, "Ask for pass keys in texts of N tokens."
+    )
+    selects: tuple[float, ...] = option(
+        "--select",
+        Listed(BUDGET, none=True),
+        (),
+        "Also with caches that read such a share of their pages; of --needle.",
+        metavar="SHARE,...",
     )
     tasks: tuple[str, ...] | None = option(
         "--tasks", Listed(Text(_task)), None, "Tasks of lm-evaluation-harness.", metavar="TASK,..."
@@ -70,6 +78,10 @@ class EvalRequest(Request):
         if not self.texts and (self.max_kl is not None or self.max_ppl_ratio is not None):
             raise InputError(
                 "--max-kl and --max-ppl-ratio are measured on text", "name it with --text"
+            )
+        if self.selects and not self.lengths:
+            raise InputError(
+                "--select is of --needle", "add it, or try kvfold.Select in a model's cache"
             )
         for name, value in (("--limit", self.limit), ("--task-folder", self.task_folder)):
             if value is not None and self.tasks is None:

@@ -1,7 +1,7 @@
 """``kvfold eval``: load checkpoints, score them on texts, check thresholds."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +18,7 @@ from kvfold.errors import InputError, ThresholdError
 from kvfold.numbers import iterated
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_device
-from kvfold.quality.needle import Retrieval, retrieve
+from kvfold.quality.needle import MakeCache, Retrieval, retrieve
 from kvfold.quality.request import EvalRequest
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.tasks import TaskScore, harness, run_tasks
@@ -103,10 +103,21 @@ def find_needles(
     return score_needles(request, progress)
 
 
-def score_needles(request: EvalRequest, progress: Progress = no_progress) -> list[Retrieval]:
-    """Ask a request's models for pass keys; see :func:`find_needles`."""
+def score_needles(
+    request: EvalRequest,
+    progress: Progress = no_progress,
+    caches: Mapping[str, MakeCache] | None = None,
+) -> list[Retrieval]:
+    """Ask a request's models for pass keys; see :func:`find_needles`.
+
+    Args:
+        caches: that they also answer with; see ``quality.needle.retrieve``.
+    """
     with _Opened(request) as opened:
-        return retrieve(opened.models(), opened.tokenizer, request.lengths or (), progress=progress)
+        return retrieve(
+            opened.models(), opened.tokenizer, request.lengths or (), progress=progress,
+            caches=caches,
+        )  # fmt: skip
 
 
 def score_tasks(request: EvalRequest) -> list[TaskScore]:

@@ -185,7 +185,24 @@ def _attend_stored(query: torch.Tensor, key: Stored, value: Stored, options: dic
         options["causal"] = options["causal"] and options["mask"] is None
         return attention(query, key.tensor(), value.tensor(), **options)
     del options["dropout"]
+    if cache.select is not None and options["mask"] is not None:
+        start = left_padding(options["mask"], cache.batch, tokens)
+        if start is not None:  # selected pages stand elsewhere than the mask has them
+            options |= {"mask": None, "causal": True, "start": start}
     return cache.attend(query, **options)
+
+
+def left_padding(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | None:
+    """How many first keys a mask ``[B or 1, 1, T, S]`` hides, int ``[B]``; None if it hides more
+    than these and, from each query, what comes after it."""
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    shown = _shown(mask)[:, 0].expand(-1, tokens, -1)
+    keys = torch.arange(shown.shape[2], device=mask.device)
+    start = shown[:, -1].int().argmax(-1)
+    own = keys[-tokens:, None]
+    wanted = (keys >= start[:, None, None]) & (keys <= own)
+    return start.expand(batch) if torch.equal(shown, wanted) else None
 
 
 def _check_window(mask: torch.Tensor | None, window: int) -> None:

@@ -8,9 +8,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvfold.arch.config import plain_config
 from kvfold.arch.decoder import typed_layers
 from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
+from kvfold.cache.checks import check_select
 from kvfold.cache.kv import Dtype
 from kvfold.cache.latent import check_format
 from kvfold.errors import UnsupportedError
+from kvfold.ops.select import Select
 from kvfold.transformers.latent import LatentLayer
 from kvfold.transformers.layer import KVLayer
 
@@ -22,6 +24,8 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         config: the model's; its sliding layers get sliding caches.
         dtype: of the cache, as for ``kvfold.KVCache``: ``bf16``, ``int8``, ``int4``,
             ``("int8", "int4")`` …; by default the model's own.
+        select: read only the pages that promise most in a step of decoding
+            (:class:`kvfold.Select`), in layers of full attention from ``select.dense_layers`` on.
         offloading: only False; transformers says so when it makes another cache of this class.
 
     Raises:
@@ -39,6 +43,7 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         config: PretrainedConfig,
         dtype: Dtype | tuple[Dtype, Dtype] | None = None,
         *,
+        select: Select | None = None,
         offloading: bool = False,
     ) -> None:
         if offloading:
@@ -47,9 +52,15 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         sizes = latent_sizes(text)
         if sizes is not None and dtype is not None:
             check_format(dtype)
+        if sizes is not None and select is not None:
+            raise UnsupportedError("latents are read as a whole", "leave select out")
+        check_select(select)
+        dense = 0 if select is None else select.dense_layers
         layers = [
-            KVLayer(dtype, window) if sizes is None or window else LatentLayer(dtype, sizes)
-            for window in windows_of(text)
+            LatentLayer(dtype, sizes)
+            if sizes is not None and not window
+            else KVLayer(dtype, window, select if index >= dense and not window else None)
+            for index, window in enumerate(windows_of(text))
         ]
         Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
 

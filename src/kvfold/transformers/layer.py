@@ -10,8 +10,10 @@ from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
+from kvfold.ops.select import Select
 
-PAGE, _SLIDING_PAGE = 256, 64  # longer pages read faster; shorter ones are freed sooner
+# Longer pages read faster; shorter ones are freed sooner, or chosen with less beside what counts.
+PAGE, _SHORT_PAGE = 256, 64
 _EVERYTHING = (1 << 31) - 1  # tokens of slack
 
 
@@ -162,8 +164,14 @@ def length_after_crop(length: int, tokens_to_remove: int) -> int:
 class KVLayer(HeldLayer):
     """One layer of ``KVCache``."""
 
-    def __init__(self, dtype: Dtype | tuple[Dtype, Dtype] | None, window: int | None) -> None:
+    def __init__(
+        self,
+        dtype: Dtype | tuple[Dtype, Dtype] | None,
+        window: int | None,
+        select: Select | None = None,
+    ) -> None:
         super().__init__(dtype, window)
+        self._select = select
         self.record_past = False
 
     def activate_past_recording(self) -> None:
@@ -187,8 +195,9 @@ class KVLayer(HeldLayer):
             batch=batch,
             dtype=self._dtype or self.dtypes,
             kind="paged" if self._window is None else "sliding",
-            page_size=PAGE if self._window is None else _SLIDING_PAGE,
+            page_size=PAGE if self._window is None and self._select is None else _SHORT_PAGE,
             window=self._window,
+            select=self._select,
             device=key_states.device,
         )
         self.is_initialized = True

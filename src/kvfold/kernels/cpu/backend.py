@@ -10,7 +10,9 @@ from kvfold.kernels.cpu.call import KNOWN, KernelCall, append
 from kvfold.kernels.cpu.fixed import append_fixed, attend_fixed
 from kvfold.kernels.cpu.library import Library, library, why_missing
 from kvfold.kernels.cpu.rows import attend_rows
+from kvfold.kernels.cpu.select import choose
 from kvfold.kernels.limits import BLOCK, MAX_DIM, MAX_TOKENS
+from kvfold.kernels.selection import Chosen, Question
 from kvfold.kernels.view import Angles, KVView
 
 # Products of numbers of queries and of keys from which many queries over tensors are faster here
@@ -80,6 +82,9 @@ class Cpu(Kernels):
             append_fixed(k, v, view)
         else:
             append(_library(), k, v, view, kept)
+
+    def choose(self, question: Question) -> Chosen:
+        return choose(_library(), question)
 
 
 def _pytorch_is_faster(call: Call) -> bool:

@@ -222,13 +222,13 @@ def sides_of(view: KVView) -> tuple[Side, Side]:
     """Keys and values as C has them; found once for all views of the same rows."""
     k, v = view.keys, view.values
     if not isinstance(k.known, Side):
-        k.known = _side(k, view.page_size, True)
+        k.known = side_of(k, view.page_size, True)
     if not isinstance(v.known, Side):
-        v.known = _side(v, view.page_size, False)
+        v.known = side_of(v, view.page_size, False)
     return k.known, v.known
 
 
-def _side(rows: Rows, page_size: int, key: bool) -> Side:
+def side_of(rows: Rows, page_size: int, key: bool) -> Side:
     """Where the rows of a view lie. Strides are in bytes."""
     if rows.packed:
         return _packed_side(rows, page_size, key)

@@ -7,6 +7,7 @@
 #include "read.h"
 #include "read_back.h"
 #include "recipe.h"
+#include "select.h"
 #include "table.h"
 
 namespace KVF_NAMESPACE {
@@ -28,4 +29,4 @@ extern const IsaTable KVF_TABLE;
 const IsaTable KVF_TABLE = {KVF_NAMESPACE::recipe,     KVF_NAMESPACE::block_bytes_of,
                             KVF_NAMESPACE::formats,    KVF_NAMESPACE::attend_any,
                             KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_back,
-                            KVF_NAMESPACE::read_lines};
+                            KVF_NAMESPACE::select,     KVF_NAMESPACE::read_lines};

@@ -86,6 +86,30 @@ struct KvfReadBack {
   int32_t threads;
 };
 
+// How the scores of a page's keys are estimated (select.h).
+enum KvfSummary : int32_t { KVF_SPREAD = 0, KVF_BOX = 1 };
+
+// Choose pages of each sequence and KV head: always[b] from its beginning, and of those up to
+// last[b] the keep[b] that promise most, or fewer that promise top_p of the weight.
+struct KvfSelect {
+  int32_t batch, num_heads, num_kv_heads, tokens, head_dim;
+  KvfTensor q;
+  KvfSide summary;  // two unpacked rows a page, bf16 or int8
+  const int32_t* table;
+  int64_t table_stride;
+  const int32_t* always;
+  const int32_t* last;
+  const int32_t* keep;
+  float scale, softcap, top_p, spreads;  // softcap, top_p 0: none
+  int32_t kind;                          // a KvfSummary
+  int32_t* chosen;                       // [B, Hkv, room]: pages by position
+  int32_t* count;                        // [B, Hkv]
+  int64_t room;
+  float* weights;  // [B, Hkv, weights_room] of the pages from always[b] on, or null
+  int64_t weights_room;
+  int32_t threads;
+};
+
 // Run body(data) on `threads` threads, as OpenMP's GOMP_parallel does.
 typedef void (*KvfParallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -106,6 +130,7 @@ void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
 int32_t kvf_attend(const KvfAttend* call);
 int32_t kvf_append(const KvfAppend* call);
 int32_t kvf_read_back(const KvfReadBack* call);
+int32_t kvf_select(const KvfSelect* call);
 double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads);  // sums; for bandwidth
 int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror
 }

@@ -161,6 +161,11 @@ int32_t kvf_read_back(const KvfReadBack* call) {
   return 0;
 }
 
+int32_t kvf_select(const KvfSelect* call) {
+  current().table->select(*call, parallel);
+  return 0;
+}
+
 double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads) {
   Reading r{data, bytes, threads, 0, 0};
   parallel(read_thread, &r, (unsigned)threads, 0);
@@ -174,7 +179,8 @@ int64_t kvf_sizeof(int32_t what) {
     case 2: return sizeof(KvfTensor);
     case 3: return sizeof(KvfAttend);
     case 4: return sizeof(KvfAppend);
-    default: return sizeof(KvfReadBack);
+    case 5: return sizeof(KvfReadBack);
+    default: return sizeof(KvfSelect);
   }
 }
 }

@@ -91,6 +91,12 @@ class ReadBack(Structure):
     _fields_ = fields_of("KvfReadBack", {"KvfTensor": Tensor, "KvfPart": Part})
 
 
+class Select(Structure):
+    """``KvfSelect``: pages to be chosen."""
+
+    _fields_ = fields_of("KvfSelect", {"KvfTensor": Tensor, "KvfSide": Side})
+
+
 class Choice(NamedTuple):
     """Which copy of the kernels takes calls of a kind (``CallKind`` of ``cpu/trial.h``)."""
 
@@ -138,16 +144,17 @@ class Library:
 
     def _is_of_these_sources(self) -> bool:
         """Whether it has the same structs and formats: it would misread others' memory."""
-        structs = Side, Part, Tensor, Attend, Append, ReadBack
+        structs = Side, Part, Tensor, Attend, Append, ReadBack, Select
         if any(self.c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
             return False
-        newer = "kvf_formats", "kvf_read_back", "kvf_choices", "kvf_set_timer"
+        newer = "kvf_formats", "kvf_read_back", "kvf_choices", "kvf_set_timer", "kvf_select"
         if not all(hasattr(self.c, name) for name in newer):
             return False
         self.c.kvf_choices.argtypes = [c_void_p, c_int64]
         self.c.kvf_choices.restype = c_int64
         self.c.kvf_set_timer.argtypes = [c_void_p]
         self.c.kvf_read_back.argtypes = [POINTER(ReadBack)]
+        self.c.kvf_select.argtypes = [POINTER(Select)]
         self.c.kvf_formats.restype = c_char_p
         formats: bytes = self.c.kvf_formats()
         return formats.decode().split() == list(FORMATS)
@@ -210,6 +217,10 @@ class Library:
     def read_back(self, call: ReadBack) -> None:
         call.threads = torch.get_num_threads()
         self.c.kvf_read_back(byref(call))
+
+    def select(self, call: Select) -> None:
+        call.threads = torch.get_num_threads()
+        self.c.kvf_select(byref(call))
 
     def read(self, data: torch.Tensor) -> None:
         """Read a tensor's memory once, as fast as the machine can; for measuring bandwidth."""

@@ -1,0 +1,69 @@
+"""Tables of caches that are read in part."""
+
+from collections.abc import Iterator
+
+from pages.rows import NOT_YET, Row, measured, results, table
+
+
+def selection_steps() -> str:
+    """A step of one layer, whole and in part."""
+    rows = results("select", "implementation")
+    if not rows:
+        return NOT_YET
+    found = {row["implementation"].removeprefix("kvfold "): row for row in rows}
+    dtypes = [name for name in found if "," not in name]
+    shares = sorted({float(name.split(", ")[1].split()[0]) for name in found if "," in name})[::-1]
+
+    def cells(dtype: str) -> Iterator[str]:
+        whole = found[dtype]
+        yield dtype
+        for share in shares:
+            part = found[f"{dtype}, {share:.4g} read"]
+            read = part["kv_bytes"] / whole["kv_bytes"]
+            time = part["seconds"]["median"] / whole["seconds"]["median"]
+            yield f"{read:.1%}, {time:.0%}"
+
+    heads = ("cache", *(f"budget {share:.1%}: bytes, time" for share in shares))
+    return table(heads, map(cells, dtypes)) + measured(rows)
+
+
+def selection_quality() -> str:
+    """Perplexity ratio and divergence at each budget, on two texts."""
+    rows = results("select_quality", "text", "dtype", "by", "budget", only=lambda r: "text" in r)
+    if not rows:
+        return NOT_YET
+    found = {(r["text"], r["dtype"], r["by"], r["budget"]): r for r in rows}
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    ways = dict.fromkeys((r["budget"], r["by"]) for r in rows if r["by"] != "dense")
+
+    def cells(way: tuple[float, str]) -> Iterator[str]:
+        budget, by = way
+        yield f"{budget:.1%}"
+        yield f"`{by}`" if by != "window" else "first 64 and last tokens only"
+        for text in texts:
+            row = found.get((text, "bf16", by, budget))
+            yield f"{row['ratio']:.3f}, {row['kl']:.4f}" if row else "–"
+        row = found.get((texts[0], "bf16", by, budget))
+        yield f"{row['bytes']:.1%}" if row else "–"
+
+    heads = ("budget", "by", *(f"{text}: ratio, KL" for text in texts), "bytes read")
+    return table(heads, map(cells, ways), 2) + measured(rows)
+
+
+def selection_needles() -> str:
+    """Pass keys found, of as many as were asked for."""
+    rows = results("select_quality", "needle", "by", "budget", only=lambda r: "needle" in r)
+    if not rows:
+        return NOT_YET
+    found = {(r["needle"], r["by"], r["budget"]): r for r in rows}
+    lengths = list(dict.fromkeys(row["needle"] for row in rows))
+
+    def cell(row: Row | None) -> str:
+        return f"{row['found']} of {row['asked']}" if row else "–"
+
+    ways = dict.fromkeys((row["budget"], row["by"]) for row in rows)
+    body = (
+        (f"{budget:.1%}", f"`{by}`", *(cell(found.get((n, by, budget))) for n in lengths))
+        for budget, by in ways
+    )
+    return table(("budget", "by", *(f"{n:,} tokens" for n in lengths)), body, 2) + measured(rows)
