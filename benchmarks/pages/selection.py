@@ -29,25 +29,32 @@ def selection_steps() -> str:
 
 def selection_quality() -> str:
     """Perplexity ratio and divergence at each budget, on two texts."""
-    rows = results("select_quality", "text", "dtype", "by", "budget", only=lambda r: "text" in r)
+    case = ("text", "page_size", "by", "budget")
+    rows = results("select_quality", *case, only=lambda r: "text" in r)
     if not rows:
         return NOT_YET
-    found = {(r["text"], r["dtype"], r["by"], r["budget"]): r for r in rows}
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-    ways = dict.fromkeys((r["budget"], r["by"]) for r in rows if r["by"] != "dense")
+    found = {tuple(row[name] for name in case): row for row in rows}
+    texts = ("handbook", "code")
+    pages = sorted({row["page_size"] for row in rows}, reverse=True)
+    ways = sorted({(r["budget"], r["by"]) for r in rows if r["by"] != "dense"}, key=_order)
 
     def cells(way: tuple[float, str]) -> Iterator[str]:
         budget, by = way
         yield f"{budget:.1%}"
         yield f"`{by}`" if by != "window" else "first 64 and last tokens only"
         for text in texts:
-            row = found.get((text, "bf16", by, budget))
-            yield f"{row['ratio']:.3f}, {row['kl']:.4f}" if row else "–"
-        row = found.get((texts[0], "bf16", by, budget))
+            for page in pages:
+                row = found.get((text, page, by, budget))
+                yield f"{row['ratio']:.3f}, {row['kl']:.4f}" if row else "–"
+        row = found.get((texts[0], pages[-1], by, budget))
         yield f"{row['bytes']:.1%}" if row else "–"
 
-    heads = ("budget", "by", *(f"{text}: ratio, KL" for text in texts), "bytes read")
-    return table(heads, map(cells, ways), 2) + measured(rows)
+    heads = (f"{text}, pages of {page}: ratio, KL" for text in texts for page in pages)
+    return table(("budget", "by", *heads, "bytes read"), map(cells, ways), 2) + measured(rows)
+
+
+def _order(way: tuple[float, str]) -> tuple[float, int]:
+    return -way[0], ("spread", "box", "exact", "window").index(way[1])
 
 
 def selection_needles() -> str:
@@ -61,7 +68,8 @@ def selection_needles() -> str:
     def cell(row: Row | None) -> str:
         return f"{row['found']} of {row['asked']}" if row else "–"
 
-    ways = dict.fromkeys((row["budget"], row["by"]) for row in rows)
+    ways = sorted({(r["budget"], r["by"]) for r in rows if r["by"] != "dense"}, key=_order)
+    ways = [(1.0, "dense"), *ways]
     body = (
         (f"{budget:.1%}", f"`{by}`", *(cell(found.get((n, by, budget))) for n in lengths))
         for budget, by in ways

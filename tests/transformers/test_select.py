@@ -93,6 +93,19 @@ def test_first_layers_may_read_everything() -> None:
     assert [layer._select for layer in layers] == [None] + [select] * (len(layers) - 1)
 
 
+def test_pages_are_short_where_summaries_allow_it() -> None:
+    model = model_of("llama")
+    for dtype, given, found in (("bf16", None, 32), ("int4", None, 64), ("bf16", 16, 16)):
+        cache = drop_in.KVCache(model.config, dtype=dtype, select=SMALL, page_size=given)
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+        assert {layer.cache._storage.main.page_size for layer in cache.layers} == {found}
+    with pytest.raises(InputError, match="page_size is of select"):
+        drop_in.KVCache(model.config, page_size=32)
+    with pytest.raises(InputError, match="page_size=128"):
+        drop_in.KVCache(model.config, select=SMALL, page_size=128)
+
+
 def test_layers_with_a_window_read_it(asked: list[tuple[torch.Tensor, Any]]) -> None:
     model = model_of("gemma3_text")
     _, cache = generate(model, prompt(), SMALL)

@@ -74,6 +74,7 @@ def calls(
         "inspect": ([llama_folder], {}),
         "verify": ([llama_folder], {"prompts": ["w3 w4"], "tokens": 2}),
         "fold_model": ([MODEL, 2, "mean", "none"], {}),
+        "Select": ([], {}),
         "compare": ([[("a", MODEL)], tiny.tokens(2, 8)], {}),
     }
 

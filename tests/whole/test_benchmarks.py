@@ -71,6 +71,12 @@ def test_plans_tell_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for told, name in zip(evidence.FOLDED, ("converted", "finished", "healed"), strict=True):
         texts = (healing[name, f"{text}.txt"] for text in ("handbook", "documentation"))
         assert (told.similar, told.other) == tuple(round(row["nats_lost"], 2) for row in texts)
+    selected = results("select_quality", "text", "page_size", "by", "budget")
+    for budget, kl in evidence.SELECTED.items():
+        asked = {"by": "spread", "page_size": 32, "budget": budget}
+        rows = [row for row in selected if asked.items() <= row.items()]
+        assert {row["text"] for row in rows} == {"handbook", "code"}
+        assert kl == round(max(row["kl"] for row in rows), 4)
     caches = results("cache_quality", "text", "cache")
     for name, said in evidence.CACHES.items():
         rows = [row for row in caches if row["cache"] == f"kvfold {name}"]

@@ -110,7 +110,10 @@ def check_select(select: object, kind: str = "paged", window: object = None) -> 
     if select is None:
         return
     if not isinstance(select, Select):
-        raise InputError(f"select={shown(select)}: expected kvfold.Select(...) or None")
+        raise InputError(
+            f"select={shown(select)}: expected kvfold.Select(...) or None",
+            "kvfold.Select(budget=0.25) reads a quarter",
+        )
     if kind != "paged" or window is not None:
         given = f"kind={kind!r}" if window is None else f"window={window}"
         raise InputError(

@@ -69,11 +69,17 @@ class Select:
     def __post_init__(self) -> None:
         _check_budget(self.budget)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"top_p={shown(self.top_p)}: expected a share in (0, 1], or None")
+            raise InputError(
+                f"top_p={shown(self.top_p)}: expected a share in (0, 1], or None",
+                "top_p=0.9 reads what promises nine tenths of the attention's weight",
+            )
         for name in ("sinks", "recent", "dense_below", "dense_layers"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= _MOST_TOKENS:
-                raise InputError(f"{name}={shown(value)}: expected a whole number, 0 or more")
+                raise InputError(
+                    f"{name}={shown(value)}: expected a whole number, 0 or more",
+                    "tokens, or layers; the default is good for most",
+                )
         if self.by not in KINDS:
             raise InputError(f"by={shown(self.by)}", f"choose one of {', '.join(KINDS)}")
 

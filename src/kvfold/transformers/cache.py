@@ -11,8 +11,9 @@ from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
 from kvfold.cache.checks import check_select
 from kvfold.cache.kv import Dtype
 from kvfold.cache.latent import check_format
-from kvfold.errors import UnsupportedError
-from kvfold.ops.select import Select
+from kvfold.errors import InputError, UnsupportedError
+from kvfold.names import shown
+from kvfold.ops.select import PAGES, Select
 from kvfold.transformers.latent import LatentLayer
 from kvfold.transformers.layer import KVLayer
 
@@ -26,6 +27,8 @@ class KVCache(DynamicCache):  # type: ignore[misc]
             ``("int8", "int4")`` …; by default the model's own.
         select: read only the pages that promise most in a step of decoding
             (:class:`kvfold.Select`), in layers of full attention from ``select.dense_layers`` on.
+        page_size: tokens of the pages that are selected: 16, 32, 48 or 64. Shorter ones tell more,
+            and take longer to choose from; 32 by default, 64 with four bits.
         offloading: only False; transformers says so when it makes another cache of this class.
 
     Raises:
@@ -44,6 +47,7 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         dtype: Dtype | tuple[Dtype, Dtype] | None = None,
         *,
         select: Select | None = None,
+        page_size: int | None = None,
         offloading: bool = False,
     ) -> None:
         if offloading:
@@ -55,11 +59,15 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         if sizes is not None and select is not None:
             raise UnsupportedError("latents are read as a whole", "leave select out")
         check_select(select)
+        if page_size is not None:
+            _check_page(page_size, select)
         dense = 0 if select is None else select.dense_layers
         layers = [
             LatentLayer(dtype, sizes)
             if sizes is not None and not window
-            else KVLayer(dtype, window, select if index >= dense and not window else None)
+            else KVLayer(
+                dtype, window, select if index >= dense and not window else None, page_size
+            )
             for index, window in enumerate(windows_of(text))
         ]
         Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
@@ -74,6 +82,16 @@ class KVCache(DynamicCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of memory that keys and values take, allocated but unused pages included."""
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+
+
+def _check_page(page_size: object, select: Select | None) -> None:
+    if select is None:
+        raise InputError(
+            "page_size is of select", "leave it out, or give select=kvfold.Select(...)"
+        )
+    if page_size not in PAGES:
+        sizes = ", ".join(map(str, PAGES))
+        raise InputError(f"page_size={shown(page_size)}", f"choose one of {sizes}")
 
 
 def windows_of(config: PretrainedConfig) -> Iterable[int | None]:

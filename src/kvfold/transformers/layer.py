@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from kvfold.cache.checks import check_formats
 from kvfold.cache.kv import Dtype
 from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
@@ -12,8 +13,8 @@ from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
 from kvfold.ops.select import Select
 
-# Longer pages read faster; shorter ones are freed sooner, or chosen with less beside what counts.
-PAGE, _SHORT_PAGE = 256, 64
+PAGE, _SLIDING_PAGE = 256, 64
+_CHOSEN_PAGE, _COARSE_PAGE = 32, 64  # of four bits, to which summaries would add too much
 _EVERYTHING = (1 << 31) - 1  # tokens of slack
 
 
@@ -169,9 +170,10 @@ class KVLayer(HeldLayer):
         dtype: Dtype | tuple[Dtype, Dtype] | None,
         window: int | None,
         select: Select | None = None,
+        page_size: int | None = None,
     ) -> None:
         super().__init__(dtype, window)
-        self._select = select
+        self._select, self._page = select, page_size
         self.record_past = False
 
     def activate_past_recording(self) -> None:
@@ -188,19 +190,27 @@ class KVLayer(HeldLayer):
         """Make the cache for keys ``[B, Hkv, T, D]`` and values of these sizes and dtypes."""
         batch, heads, _, head_dim = key_states.shape
         self._note(key_states, value_states)
+        dtype = self._dtype or self.dtypes
         self.cache = LayerCache(
             heads,
             head_dim,
             v_head_dim=value_states.shape[3],
             batch=batch,
-            dtype=self._dtype or self.dtypes,
+            dtype=dtype,
             kind="paged" if self._window is None else "sliding",
-            page_size=PAGE if self._window is None and self._select is None else _SHORT_PAGE,
+            page_size=self._page_size(dtype),
             window=self._window,
             select=self._select,
             device=key_states.device,
         )
         self.is_initialized = True
+
+    def _page_size(self, dtype: Any) -> int:
+        """Longer pages read faster; shorter ones are freed sooner, and chosen better."""
+        if self._select is None:
+            return PAGE if self._window is None else _SLIDING_PAGE
+        coarse = any(fmt.bits == 4 for fmt in check_formats(dtype))
+        return self._page or (_COARSE_PAGE if coarse else _CHOSEN_PAGE)
 
     @python_state
     def update(
