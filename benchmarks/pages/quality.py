@@ -84,7 +84,8 @@ def kept() -> str:
             for r in _folded()]  # fmt: skip
     rows = [row for row in results("healing", "name", "text") if row["text"] in _SHORT]
     made = {name: [row for row in rows if row["name"] == name] for name in MADE}
-    for name, before in (("converted", ""), ("finished", "+ "), ("healed", "18 min + ")):
+    folded = took(made["folded"][0]["seconds"])
+    for name, before in (("converted", ""), ("finished", "+ "), ("healed", f"{folded} + ")):
         time = before + took(made[name][0]["seconds"])
         body.append(cells(MADE[name], made[name], time))
     return table(("", "handbook", "documentation", "time"), body)

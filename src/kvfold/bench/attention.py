@@ -114,7 +114,7 @@ def _own(
         read = first.selected(rows.q)
         k, v = (x[read].view(*x.shape[:2], -1, x.shape[3]) for x in (k, v))
     verdict = Truth(rows.q, k, v).judge(step())
-    return Competitor(name, step, size, verdict, verdict.reason, first.nbytes * len(caches))
+    return Competitor(name, step, size, verdict, verdict.reason, size * len(caches))
 
 
 def _filled(case: AttentionCase, dtype: str, share: float | None, rows: Rows) -> KVCache:

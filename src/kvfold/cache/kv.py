@@ -17,7 +17,7 @@ from kvfold.cache.checks import (
     check_switches,
     refuse_gradients,
 )
-from kvfold.cache.selection import Selection, summary_format
+from kvfold.cache.selection import Selection, Step, summary_format
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
 from kvfold.errors import InputError
@@ -129,7 +129,7 @@ class KVCache:
             half = FORMATS["bf16"]
             ends = self._store((half, half), EXACT_PAGE, 0)
             self._storage = ExactEnds(main, ends, max(first, sinks), recent, batch)
-        self._selection = None if select is None else Selection(select, self._storage, batch)
+        self._selection = None if select is None else Selection(select, self._storage)
 
     def _store(
         self,
@@ -236,6 +236,7 @@ class KVCache:
         old = self.lengths[rows[0]]
         new = old + tokens
         kept = self._kept(old, new, queries)
+        whole = 0 if self._selection is None else self._selection.whole_pages(rows[0], old)
         if self.window is not None and self.kind == "sliding":
             skipped = kept[-1][0] if kept[-1][0] > old else 0
             for b in rows:
@@ -250,7 +251,7 @@ class KVCache:
         for i, b in enumerate(rows):
             self.lengths[b] = new
             if self._selection is not None:
-                self._selection.note(k[i], b, old, new)
+                self._selection.note(k[i], b, old, new, whole)
 
     def _kept(self, old: int, new: int, queries: int) -> list[tuple[int, int]]:
         """Which of the positions ``old <= j < new`` queries to come can see."""
@@ -310,7 +311,7 @@ class KVCache:
         self._check_window(rows, q.shape[2])
         views = self._storage.views(rows, lengths)
         if self._selection is not None:
-            views = self._selection.views(q, rows, lengths, checked, views)
+            views = self._selection.views(Step(q, rows, lengths, checked, views))
         call = Call(
             q, None, views, lengths, checked, self.num_kv_heads, self.v_head_dim, shape[3],
             torch.is_grad_enabled() and need_gradients(q, *checked.tensors().values()),
@@ -361,7 +362,7 @@ class KVCache:
             raise InputError("this cache reads everything", "give it select=kvfold.Select(...)")
         rows, lengths, checked = self._checked(q, sequences, options)
         views = self._storage.views(rows, lengths)
-        return self._selection.positions(q, rows, lengths, checked, views)
+        return self._selection.positions(Step(q, rows, lengths, checked, views))
 
     def _asked(self, options: CacheOptions) -> CacheOptions:
         """The options with the cache's own window and sinks; ``sinks=None`` is no sinks."""
@@ -432,8 +433,6 @@ class KVCache:
         for b in rows:
             self._storage.truncate(b, length)
             self.lengths[b] = length
-            if self._selection is not None:
-                self._selection.truncate(b, length)
             self._freed[b] = self._freed[b] if length > self.sinks else 0
 
     def can_truncate(self, length: int, sequences: list[int] | None = None) -> bool:
@@ -454,8 +453,6 @@ class KVCache:
         for b in check_sequences(sequences, self.batch):
             self._storage.clear(b)
             self.lengths[b] = self._freed[b] = 0
-            if self._selection is not None:
-                self._selection.truncate(b, 0)
 
     @python_state
     def fork(self, source: int, target: int) -> None:
@@ -472,8 +469,6 @@ class KVCache:
         self._storage.share(source, target, self.lengths[source])
         self.lengths[target] = self.lengths[source]
         self._freed[target] = self._freed[source]
-        if self._selection is not None:
-            self._selection.described[target] = self._selection.described[source]
 
     @python_state
     def reorder(self, sequences: list[int]) -> None:
@@ -485,8 +480,6 @@ class KVCache:
         self._storage.select(rows)
         self.lengths = [self.lengths[b] for b in rows]
         self._freed = [self._freed[b] for b in rows]
-        if self._selection is not None:
-            self._selection.described = [self._selection.described[b] for b in rows]
 
 
 def _round_up(n: int, to: int = 16) -> int:

@@ -1,6 +1,7 @@
 """What a step of decoding reads of a cache: the summaries of its pages, and views of the chosen."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from kvfold.kernels.view import KVView
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import Options
-from kvfold.ops.select import EVERYTHING, MOST_SHARE, PAGES, Reading, Select, enclosing, summarised
+from kvfold.ops.select import MOST_SHARE, PAGES, Reading, Select, enclosing, summarised
 
 #: The options of a call that do not ask where keys stand.
 _PLACELESS = frozenset({"right", "start", "scale", "softcap", "sink_logits"})
@@ -40,42 +41,51 @@ def summary_format(formats: tuple[Format, Format], dims: tuple[int, int], page_s
     )
 
 
+class Step(NamedTuple):
+    """A call of attention over sequences ``rows``; the first view is the main store's."""
+
+    q: torch.Tensor
+    rows: list[int]
+    lengths: list[int]
+    options: Options
+    views: list[KVView]
+
+
 class Selection:
-    """Chooses what is read, for a cache whose main store has summaries.
+    """Chooses what is read, for a cache whose main store has summaries of all whole pages."""
 
-    Attributes:
-        described: of each sequence, how many whole pages from the first one have a summary.
-    """
-
-    def __init__(self, select: Select, storage: Uniform, batch: int) -> None:
+    def __init__(self, select: Select, storage: Uniform) -> None:
         self.select, self._storage = select, storage
-        self.described = [0] * batch
 
     @property
     def _main(self) -> Store:
         return self._storage.main
 
-    def _end(self, b: int, length: int) -> int:
-        """Where the main store's positions end."""
+    @property
+    def _first(self) -> int:
+        """Positions before it are elsewhere than in the main store."""
+        return self._storage.first if isinstance(self._storage, ExactEnds) else 0
+
+    def whole_pages(self, b: int, length: int) -> int:
+        """How many pages of a sequence lie before the end of what the main store has of it."""
         ends = self._storage
-        return ends.tails[b] if isinstance(ends, ExactEnds) else length
+        end = ends.tails[b] if isinstance(ends, ExactEnds) else length
+        return end // self._main.page_size
 
     # -- summaries --------------------------------------------------------------------------
 
-    def note(self, k: torch.Tensor, b: int, low: int, length: int) -> None:
-        """Summarise the pages that have become whole.
+    def note(self, k: torch.Tensor, b: int, low: int, length: int, first: int) -> None:
+        """Summarise the pages that have become whole, from page ``first`` on.
 
         Args:
             k: ``[Hkv, T, D]``, the sequence's keys from position ``low`` on.
         """
-        size = self._main.page_size
-        first, last = self.described[b], self._end(b, length) // size
+        size, last = self._main.page_size, self.whole_pages(b, length)
         new = min(max(-(-low // size), first), last)  # the first page of which k has every key
         if first < new:
             self._describe(b, first, self._main.read(b, first * size, new * size)[0])
         if new < last:
             self._describe(b, new, k[:, new * size - low : last * size - low])
-        self.described[b] = max(first, last)
 
     def _describe(self, b: int, first: int, keys: torch.Tensor) -> None:
         """Keep what tells of pages from ``first`` on: their keys ``[Hkv, n * page_size, D]``."""
@@ -86,11 +96,6 @@ class Selection:
             rows = enclosing(rows, summaries.layout.fmt)
         pages = self._main.table[b, first : first + rows.shape[1]]
         summaries.keep(pages.to(rows.device, torch.long), rows.transpose(0, 1))
-
-    def truncate(self, b: int, length: int) -> None:
-        """Of pages that are no longer whole there is nothing to tell."""
-        whole = self._end(b, length) // self._main.page_size
-        self.described[b] = min(self.described[b], whole)
 
     # -- choosing ---------------------------------------------------------------------------
 
@@ -106,30 +111,17 @@ class Selection:
         size, found = self._main.page_size, []
         for b, length, padding in zip(rows, lengths, starts, strict=True):
             reading = self.select.pages(length, queries, size, padding, self._first)
-            last = min(reading.last, self.described[b])
-            keep = min(reading.keep, last - reading.always)
-            found.append(reading._replace(last=last, keep=keep) if keep >= 0 else EVERYTHING)
+            last = min(reading.last, self.whole_pages(b, length))
+            found.append(self.select.fitted(reading._replace(last=last)))
         return found
 
-    @property
-    def _first(self) -> int:
-        """Positions before it are elsewhere than in the main store."""
-        return self._storage.first if isinstance(self._storage, ExactEnds) else 0
-
-    def views(
-        self,
-        q: torch.Tensor,
-        rows: list[int],
-        lengths: list[int],
-        options: Options,
-        views: list[KVView],
-    ) -> list[KVView]:
-        """Views of what is read in place of all; the main store's is the first of those given."""
-        readings = self._asked(q, rows, lengths, options)
-        if readings is None:
-            return views
-        main, *others = views
-        chosen = self._chosen(q, readings, lengths, options, views)
+    def views(self, step: Step) -> list[KVView]:
+        """Views of what is read in place of all."""
+        found = self._choose(step)
+        if found is None:
+            return step.views
+        readings, chosen = found
+        main, *others = step.views
         size = main.page_size
         ends = (chosen.counts * size).flatten().tolist()
         # What is chosen stands at other positions than its own, all of them before the queries'.
@@ -141,67 +133,47 @@ class Selection:
         rest = main._replace(begin=[max(r.last * size, self._first) for r in readings])
         return [selected, rest, *others]
 
-    def positions(
-        self,
-        q: torch.Tensor,
-        rows: list[int],
-        lengths: list[int],
-        options: Options,
-        views: list[KVView],
-    ) -> torch.Tensor:
+    def positions(self, step: Step) -> torch.Tensor:
         """Which are read: bool ``[B, Hkv, S]``."""
-        heads, size, most = self._main.shape.num_kv_heads, self._main.page_size, max(lengths)
+        rows, lengths, most = step.rows, step.lengths, max(step.lengths)
+        heads, size = self._main.shape.num_kv_heads, self._main.page_size
         read = torch.ones(len(rows), heads, most, dtype=torch.bool, device="cpu")
-        readings = self._asked(q, rows, lengths, options)
-        if readings is not None:
-            chosen = self._chosen(q, readings, lengths, options, views)
+        found = self._choose(step)
+        if found is not None:
+            readings, chosen = found
             for b, reading in enumerate(readings):
-                pages = views[0].table[b, : reading.last]
+                pages = step.views[0].table[b, : reading.last]
                 for head, count in enumerate(chosen.counts[b].tolist()):
                     among = torch.isin(pages, chosen.table[b, head, :count])
                     read[b, head, : len(pages) * size] = among.repeat_interleave(size)
                 read[b, :, : self._first] = True
         inside = torch.arange(most, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
-        start = options.visibility.start
+        start = step.options.visibility.start
         if start is not None:
             inside &= torch.arange(most, device="cpu") >= start.cpu()[:, None]
         return read & inside[:, None]
 
-    def _asked(
-        self,
-        q: torch.Tensor,
-        rows: list[int],
-        lengths: list[int],
-        options: Options,
-    ) -> list[Reading] | None:
-        """What is read of each sequence; None where nothing is left out."""
+    def _choose(self, step: Step) -> tuple[list[Reading], Chosen] | None:
+        """What is read of each sequence, and its pages; None where nothing is left out."""
+        q, options, views = step.q, step.options, step.views
         if q.shape[2] > MAX_TOKENS or options.beyond(_PLACELESS):
             return None
-        if not any(self.described[b] for b in rows):  # nothing need be in the main store yet
+        start = options.visibility.start
+        readings = self.readings(step.lengths, step.rows, q.shape[2], start)
+        if all(reading.whole for reading in readings):
             return None
-        readings = self.readings(lengths, rows, q.shape[2], options.visibility.start)
-        return None if all(reading.whole for reading in readings) else readings
-
-    def _chosen(
-        self,
-        q: torch.Tensor,
-        readings: list[Reading],
-        lengths: list[int],
-        options: Options,
-        views: list[KVView],
-    ) -> Chosen:
-        scoring = options.scoring
+        scoring, by = options.scoring, self.select.by
         scale = q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
         question = Question(
-            q, self._main.told, views[0].table, readings, self.select.by, scale,
-            scoring.softcap, self.select.top_p,
+            q, self._main.told, views[0].table, readings, by, scale, scoring.softcap,
+            self.select.top_p,
         )  # fmt: skip
-        if self.select.by != "exact":
-            return self._main.kernels.choose(question)
-        keys = decoded(views, max(lengths), torch.float32)[0]
+        if by != "exact":
+            return readings, self._main.kernels.choose(question)
+        keys = decoded(views, max(step.lengths), torch.float32)[0]
         size, heads = self._main.page_size, keys.shape[1]
         logits = [exact_logits(question, b, keys[b], size) for b in range(len(keys))]
-        return chosen_of(question, logits, heads)
+        return readings, chosen_of(question, logits, heads)
 
     def step_bytes(self, b: int, length: int) -> float:
         """Bytes that one query reads of a sequence, summaries included; at most, with ``top_p``."""

@@ -17,8 +17,8 @@ Torch is imported where numbers are, so that the planner starts without it.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvfold.errors import InputError
-from kvfold.names import shown
+from kvfold.arguments import choice
+from kvfold.numbers import BUDGET, Whole
 from kvfold.ops.format import Format
 from kvfold.ops.formats import decode, encode
 
@@ -29,7 +29,7 @@ KINDS = ("spread", "box", "exact")
 PAGES = (16, 32, 48, 64)  # tokens of a page that can be selected
 MOST_SHARE = 0.05  # of a page's bytes that may tell of its keys
 SPREADS = 3.0  # standard deviations
-_MOST_TOKENS = 1 << 30
+_TOKENS, _COUNT = (Whole(least, 1 << 30, "for instance 64") for least in (1, 0))
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,15 @@ class Select:
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(
-                f"top_p={shown(self.top_p)}: expected a share in (0, 1], or None",
-                "top_p=0.9 reads what promises nine tenths of the attention's weight",
-            )
+        if type(self.budget) is not int or self.budget == 1:
+            BUDGET.check(self.budget, "budget")
+        else:
+            _TOKENS.check(self.budget, "budget")
+        if self.top_p is not None:
+            BUDGET.check(self.top_p, "top_p")
         for name in ("sinks", "recent", "dense_below", "dense_layers"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value <= _MOST_TOKENS:
-                raise InputError(
-                    f"{name}={shown(value)}: expected a whole number, 0 or more",
-                    "tokens, or layers; the default is good for most",
-                )
-        if self.by not in KINDS:
-            raise InputError(f"by={shown(self.by)}", f"choose one of {', '.join(KINDS)}")
+            _COUNT.check(getattr(self, name), name)
+        choice(self.by, "by", KINDS)
 
     def tokens(self, length: int) -> int:
         """Tokens to be read of a sequence of ``length``."""
@@ -102,9 +96,16 @@ class Select:
         last = max(0, length - max(self.recent, queries)) // page_size
         rest = length - last * page_size + (always - begin) * page_size
         keep = (self.tokens(length - start) - rest) // page_size
-        if last <= always or length - start < self.dense_below or keep >= last - always:
+        if length - start < self.dense_below:
             return EVERYTHING
-        return Reading(always, last, max(keep, 0), begin)
+        return self.fitted(Reading(always, last, max(keep, 0), begin))
+
+    def fitted(self, reading: "Reading") -> "Reading":
+        """The same, or everything where no page can be left out."""
+        pages = reading.last - reading.always
+        if pages <= 0 or (reading.keep >= pages and self.top_p is None):
+            return EVERYTHING
+        return reading._replace(keep=min(reading.keep, pages))
 
 
 class Reading(NamedTuple):
@@ -123,23 +124,10 @@ class Reading(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether everything is read."""
-        return self.keep >= self.last - self.always
+        return self.last == 0
 
 
 EVERYTHING = Reading(0, 0, 0)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and x == x
-
-
-def _check_budget(budget: object) -> None:
-    share = _is_number(budget) and 0 < budget <= 1  # type: ignore[operator]
-    if not share and not (type(budget) is int and 1 <= budget <= _MOST_TOKENS):
-        raise InputError(
-            f"budget={shown(budget)}: expected a share in (0, 1] or a whole number of tokens",
-            "budget=0.25 reads a quarter",
-        )
 
 
 def summarised(keys: "torch.Tensor", by: str) -> "torch.Tensor":

@@ -2,7 +2,7 @@
 //
 // A page's summary is two rows, a centre c and a spread r (kvfold/ops/select.py). Of each query q
 // the page's scores are estimated as
-//   KVF_SPREAD: q.c + KVF_SPREADS * sqrt(sum_d q_d^2 r_d^2)
+//   KVF_SPREAD: q.c + spreads * sqrt(sum_d q_d^2 r_d^2)
 //   KVF_BOX:    q.c + sum_d |q_d| r_d
 // so both are a product with c, and one with r or r^2. What a KV head's queries make of all pages
 // is turned into weights that sum to 1 for each query; a page counts with their mean.
