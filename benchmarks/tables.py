@@ -24,6 +24,7 @@ from pages.decoding import (
     whole_step,
 )
 from pages.engines import engines
+from pages.eviction import eviction_needles, eviction_quality
 from pages.planning import planning, planning_cases
 from pages.quality import (
     caches,
@@ -72,6 +73,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-starts": serving_starts,
     "whole-step": whole_step,
     "latent-step": whole_latent_step,
+    "eviction-quality": eviction_quality,
+    "eviction-needles": eviction_needles,
     "selection-steps": selection_steps,
     "selection-quality": selection_quality,
     "selection-needles": selection_needles,

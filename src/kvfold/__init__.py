@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvfold.healing.run import heal
     from kvfold.kernels.dispatch import attention, explain
     from kvfold.kernels.varlen import attention_varlen
+    from kvfold.ops.evict import Evict
     from kvfold.ops.reference import merge
     from kvfold.ops.select import Select
     from kvfold.quality.run import evaluate
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttentionGeometry": "kvfold.geometry",
+    "Evict": "kvfold.ops.evict",
     "FixedKVCache": "kvfold.cache.fixed",
     "FoldedModel": "kvfold.fold.model",
     "KVCache": "kvfold.cache.kv",
@@ -56,6 +58,7 @@ _ROOMS = ("nn", "transformers")
 
 __all__ = [
     "AttentionGeometry",
+    "Evict",
     "FixedKVCache",
     "FoldedModel",
     "KVCache",

@@ -182,7 +182,8 @@ def test_kernels_choose_as_pytorch_does(by: str, summary: str, top_p: float | No
         store = cache._storage.main
         assert store.summaries is not None
         assert store.summaries.layout.fmt.name == summary
-        readings = cache._selection.readings(cache.lengths, [0, 1], 2)  # type: ignore[union-attr]
+        assert cache._selection is not None
+        readings = [cache._selection.readings(b, n, 2)[0] for b, n in enumerate(cache.lengths)]
         q = noise(2, 6, 2, dim, seed=seed + 9)
         for softcap in (None, 30.0):
             asked = Question(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold import Select
+from kvfold import Evict, Select
 from kvfold.cache.fixed import FixedKVCache
 from kvfold.cache.kv import KVCache
 from kvfold.cache.latent import LatentCache
@@ -97,6 +97,7 @@ def test_methods_of_caches(kind: str) -> None:
     calls: dict[str, dict[str, Any]] = {
         "append": {"k": k, "v": k},
         "attend": {"q": noise(2, 4, 1, 16)},
+        "scores": {"q": noise(2, 4, 1, 16)},
         "read": {},
         "tensors": {"dtype": torch.float32},
         "truncate": {"length": 18},
@@ -108,7 +109,9 @@ def test_methods_of_caches(kind: str) -> None:
     public = {n for n in vars(KVCache) if not n.startswith("_") and callable(getattr(KVCache, n))}
     if kind == "paged":
         calls["selected"] = {"q": noise(2, 4, 1, 16)}
-    assert public == {*calls, "trim", "selected"}  # trim takes nothing
+        calls["evict"] = {"budget": 0.5, "sinks": 2, "recent": 4, "floor": 0.5}
+        calls["evict_as"] = {"how": Evict(sinks=2, recent=4), "q": noise(2, 4, 1, 16)}
+    assert public == {*calls, "trim", "selected", "evict", "evict_as"}  # trim takes nothing
     cache = small(kind)
     for name, needed in calls.items():
 

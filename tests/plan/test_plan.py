@@ -142,6 +142,35 @@ def test_selection_is_counted_as_a_cache_counts_it(dtype: str) -> None:
     assert step == pytest.approx(cache.bytes_per_step * layers * context / 4096, rel=0.01)
 
 
+def test_eviction_is_counted_as_a_cache_counts_it() -> None:
+    """Kept and read; while a prompt goes through it, one layer is there as a whole."""
+    model = read_model(LLAMA3_8B, "x")
+    whole, kept, both = (
+        Load(4096, 1, "int8", evict=evict, select=select)
+        for evict, select in ((None, None), (0.25, None), (0.25, 0.5))
+    )
+    cache = KVCache(8, 128, dtype="int8", kind="paged")
+    k = torch.randn(1, 8, 4096, 128)
+    cache.append(k, k)
+    cache.evict(0.25)
+    layers = len(model.layers)
+    assert kv_cache_bytes(model, kept) == pytest.approx(cache.nbytes * layers, rel=0.01)
+    assert kv_cache_bytes(model, kept) == kv_cache_bytes(model, whole) / 4
+    beside = memory(model, kept).activations - memory(model, whole).activations
+    assert beside == pytest.approx(0.75 * kv_cache_bytes(model, whole) / layers)
+    machine = replace(H100, flops=None)
+    weights = decode_step(model, replace(whole, context=0), machine).seconds
+    read = (decode_step(model, kept, machine).seconds - weights) * machine.bandwidth
+    assert read == pytest.approx(kv_cache_bytes(model, kept))
+    assert decode_step(model, both, machine).seconds < decode_step(model, kept, machine).seconds
+    assert prefill(model, kept, machine) == prefill(model, whole, machine)
+
+
+def test_what_eviction_costs_is_told() -> None:
+    chosen = plan(LLAMA3_8B, context=32_768, batch=16, evict=0.5).recommendation.reasons
+    assert any(reason.startswith("quality, eviction: measured is") for reason in chosen)
+
+
 def test_what_selection_costs_is_told() -> None:
     chosen = plan(LLAMA3_8B, context=32_768, batch=16, select=0.25).recommendation.reasons
     assert any(reason.startswith("quality, selection: measured is") for reason in chosen)

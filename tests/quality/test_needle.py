@@ -148,3 +148,17 @@ def test_tasks_are_the_harnesss_numbers(
     missing = kvfold("eval", llama_folder, "--tasks", "arc_easy")
     assert missing.code == 2
     assert "kvfold[tasks]" in missing.err
+
+
+def test_needles_by_caches_that_evict(kvfold: Kvfold, llama_folder: Path) -> None:
+    """Asked with the question in the prompt, and after it; what keeps all is as the model."""
+    evict = "--evict", "1,0.25"
+    run: Any = kvfold("eval", llama_folder, "--needle", 100, *evict, "--json").json()
+    ways = {each["name"].partition(", ")[2]: each for each in run["needles"] if not each["depth"]}
+    kept = [f"{share} kept{then}" for share in ("1", "0.25") for then in ("", ", then asked")]
+    assert set(ways) == {"", *kept}
+    for way in kept[:2]:
+        assert ways[way]["nats"] == pytest.approx(ways[""]["nats"], rel=0.02)
+    refused = kvfold("eval", llama_folder, "--text", llama_folder / "config.json", *evict)
+    assert refused.code == 2
+    assert "--evict is of --needle" in refused.err

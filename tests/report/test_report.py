@@ -125,7 +125,19 @@ def test_more_than_texts_may_have_been_evaluated(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(whole, indent=2))
     write_report([tmp_path / "eval.json"], tmp_path / "r.html")
     assert "folded keeps 25% " in (tmp_path / "r.html").read_text()
-    for wrong in ("[{}]", '{"texts": 3}', "[", ""):
+    key = {"tokens": 4096, "depth": 0.5, "nats": 0.25}
+    whole["needles"] = [
+        {**key, "name": name, "found": found}
+        for name, found in (("source", 1.0), ("source, 0.25 read", 0.75), ("source, 0.5 kept", 0.5))
+    ]
+    for name, texts in (("n", []), ("both", rows)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**whole, "texts": texts}))
+        write_report([tmp_path / f"{name}.json"], tmp_path / f"{name}.html")
+        page = (tmp_path / f"{name}.html").read_text()
+        assert "Pass keys hidden in 4,096 tokens" in page
+        assert "75%, 0.25" in page
+        assert ("nats lost" in page) == bool(texts)
+    for wrong in ("[{}]", '{"texts": 3}', '{"texts": [], "needles": [{}]}', "[", ""):
         (tmp_path / "wrong.json").write_text(wrong)
         with pytest.raises(InputError, match=r"wrong\.json"):
             write_report([tmp_path / "wrong.json"], tmp_path / "w.html")

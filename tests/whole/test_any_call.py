@@ -75,6 +75,7 @@ def calls(
         "verify": ([llama_folder], {"prompts": ["w3 w4"], "tokens": 2}),
         "fold_model": ([MODEL, 2, "mean", "none"], {}),
         "Select": ([], {}),
+        "Evict": ([], {}),
         "compare": ([[("a", MODEL)], tiny.tokens(2, 8)], {}),
     }
 

@@ -85,7 +85,7 @@ def test_attention(
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["contiguous", "paged", "sliding", "selecting"])
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "sliding", "selecting", "evicting"])
 @pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize("compiled", [True, False])
 def test_caches(
@@ -104,6 +104,8 @@ def test_caches(
     if kind == "selecting":
         select = kvfold.Select(budget=40, sinks=0, recent=8, dense_below=0)
         own = {"kind": "paged", "select": select}
+    if kind == "evicting":
+        own = {"kind": "paged", "page_size": 16}
     k, v = noise(2, 2, 130, 40, dtype=source), noise(2, 2, 130, 24, dtype=source, seed=1)
     q = noise(2, 4, 2, 40, dtype=source, seed=2)
     mask = noise(2, 4, 2, 130, seed=3) > -1
@@ -114,6 +116,9 @@ def test_caches(
         for low, high in ((0, 80), (80, 81), (81, 130)):
             cache.append(k[:, :, low:high], v[:, :, low:high])
         found += cache.attend(q, mask=mask, return_lse=True)
+        if kind == "evicting":
+            found.append(cache.evict(0.5, by=cache.scores(q), sinks=2, recent=8))
+            cache.append(k[:, :, :1], v[:, :, :1])
         found += cache.attend(q, return_lse=True)
         found += [*cache.read(1), *cache.tensors(source)]
         return found

@@ -9,8 +9,10 @@ from kvfold.errors import InputError
 from kvfold.kernels.backend import need_gradients
 from kvfold.kernels.limits import MAX_DIM
 from kvfold.names import shown
+from kvfold.ops.evict import Evict
 from kvfold.ops.format import Format
 from kvfold.ops.formats import format_of
+from kvfold.ops.options import PLACELESS, Options
 from kvfold.ops.rope import Rotary
 from kvfold.ops.select import Select
 
@@ -37,6 +39,7 @@ _RANGES = {
     "queries": (0, (1 << 31) - 1),
     "length": (0, (1 << 31) - 1),
     "splits": (1, 1 << 16),
+    "spare": (0, 1 << 24),
 }
 
 
@@ -120,6 +123,77 @@ def check_select(select: object, kind: str = "paged", window: object = None) -> 
             f"select reads some pages of a whole sequence, which {given} does not keep",
             'use kind="paged" without a window',
         )
+
+
+def check_policy(how: object) -> None:
+    """Refuse what says nothing of eviction."""
+    if not isinstance(how, Evict):
+        raise InputError(
+            f"evict: {shown(how)}: expected kvfold.Evict(...)",
+            "kvfold.Evict(budget=0.5) keeps half",
+        )
+
+
+def check_evict(kind: str, rows: list[int]) -> None:
+    """Refuse to forget what cannot be freed."""
+    if kind != "paged":
+        raise InputError(f"evict frees pages, which kind={kind!r} does not have", 'kind="paged"')
+    if len(set(rows)) < len(rows):
+        raise InputError(f"sequences={rows}: each can be named once", "for instance [0, 2]")
+
+
+def check_budget_of(how: Evict, length: int) -> None:
+    """Refuse to forget what is always kept."""
+    kept, least = how.tokens(length), how.sinks + how.recent
+    if kept < min(least, length):
+        raise InputError(
+            f"budget={how.budget} of {length} tokens is {kept}, less than sinks + recent: {least}",
+            "keep more, or fewer sinks and recent tokens",
+        )
+
+
+def check_placeless(options: Options) -> None:
+    """Refuse options that ask where keys stand, of a cache that does not know it of all."""
+    names = ["window" if name == "left" else name for name in options.beyond(PLACELESS)]
+    if names:
+        raise InputError(
+            f"{' and '.join(names)}: a cache that evicts does not know where keys stood",
+            "leave that out; start= is for padding on the left",
+        )
+
+
+def check_scores(by: object, shape: tuple[int, int, int]) -> torch.Tensor:
+    """What positions are kept by: numbers ``[B, Hkv, S]``, or where they stand."""
+    batch, heads, most = shape
+    if isinstance(by, str):
+        if by != "recent":
+            raise InputError(
+                f"by={by!r}: expected scores [{batch}, {heads}, {most}] or 'recent'",
+                "by=cache.scores(q) goes by the attention of queries",
+            )
+        return torch.arange(most, dtype=torch.float64, device="cpu").expand(shape)
+    check_tensor("by", by)
+    assert isinstance(by, torch.Tensor)
+    if by.shape != shape or not by.is_floating_point() or bool(by.isnan().any()):
+        given = f"{by.dtype} {list(by.shape)}" + (", with NaN" if by.shape == shape else "")
+        raise InputError(
+            f"by is {given}: expected float numbers {list(shape)}", "cache.scores(q) gives them"
+        )
+    return by.detach()
+
+
+def check_starts(start: object, lengths: list[int]) -> list[int]:
+    """How many first positions of each sequence are padding; none of them for None."""
+    if start is None:
+        return [0] * len(lengths)
+    check_tensor("start", start)
+    assert isinstance(start, torch.Tensor)
+    if start.shape != (len(lengths),) or start.is_floating_point():
+        raise InputError(f"start is {start.dtype} {list(start.shape)}: int [{len(lengths)}]")
+    found: list[int] = start.tolist()
+    if any(not 0 <= first <= length for first, length in zip(found, lengths, strict=True)):
+        raise InputError(f"start={found} for sequences of {lengths} tokens")
+    return found
 
 
 def check_sequences(sequences: object, batch: int) -> list[int]:

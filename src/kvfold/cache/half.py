@@ -1,5 +1,7 @@
 """The pages of one side of a store, keys or values, as bytes and scales."""
 
+from copy import copy
+
 import torch
 
 from kvfold.kernels.layout import Layout
@@ -45,11 +47,21 @@ class Half:
         new.scales[:count, :, : old.page_scales] = self.scales
         return new
 
-    def only(self, pages: torch.Tensor) -> "Half":
-        """A copy with some of the pages ``[n]``."""
-        new = type(self)(self.layout, self.heads, len(pages), self.device)
-        new.data.copy_(self.data[pages])
-        new.scales.copy_(self.scales[pages])
+    def only(self, pages: torch.Tensor, spare: int = 0) -> "Half":
+        """A copy with some of the pages ``[n]``, and so many empty ones."""
+        new = type(self)(self.layout, self.heads, len(pages) + spare, self.device)
+        torch.index_select(self.data, 0, pages, out=new.data[: len(pages)])
+        torch.index_select(self.scales, 0, pages, out=new.scales[: len(pages)])
+        return new
+
+    def by_head(self) -> "Half":
+        """The same memory as pages of one head each: those of a page's heads follow each other."""
+        new = copy(self)
+        new.heads = 1
+        pages = self.data.shape[0] * self.heads
+        with normal_tensors():
+            new.data = self.data.view(pages, 1, self.data.shape[2])
+            new.scales = self.scales.view(pages, 1, self.scales.shape[2])
         return new
 
     def rows(self, dim: int | None = None) -> Rows:

@@ -5,18 +5,25 @@ from typing import Unpack
 import torch
 
 from kvfold.cache.checks import (
+    check_budget_of,
     check_device,
     check_dtype,
+    check_evict,
     check_formats,
     check_heads,
     check_kind,
+    check_placeless,
+    check_policy,
     check_rows,
+    check_scores,
     check_select,
     check_sequences,
     check_sizes,
+    check_starts,
     check_switches,
     refuse_gradients,
 )
+from kvfold.cache.eviction import Eviction, attention_given
 from kvfold.cache.selection import Selection, Step, summary_format
 from kvfold.cache.storage import EXACT_PAGE, ExactEnds, Uniform
 from kvfold.cache.store import Shape, Store
@@ -26,6 +33,7 @@ from kvfold.kernels.outside import python_state
 from kvfold.kernels.pages import decoded
 from kvfold.kernels.registry import attend
 from kvfold.kernels.view import readable
+from kvfold.ops.evict import Evict, pooled
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
 from kvfold.ops.options import Accepted, CacheOptions, Options, check_options, declared
@@ -112,7 +120,8 @@ class KVCache:
         self.formats, self.device = formats, check_device(device)
         self.lengths = [0] * batch
         self._plain = check_options((0, 0, 0, 0), self._asked({}))  # as for most steps
-        self._freed = [0] * batch  # positions below, but for sinks, are gone (sliding)
+        # Of positions below all are gone but for sinks (sliding), or some (evicted).
+        self._freed = [0] * batch
         self._capacity = 0
         if kind == "contiguous":
             page_size = _round_up(max_length or _START_CAPACITY)
@@ -130,6 +139,7 @@ class KVCache:
             ends = self._store((half, half), EXACT_PAGE, 0)
             self._storage = ExactEnds(main, ends, max(first, sinks), recent, batch)
         self._selection = None if select is None else Selection(select, self._storage)
+        self._eviction: Eviction | None = None  # from the first time on that tokens are evicted
 
     def _store(
         self,
@@ -155,6 +165,25 @@ class KVCache:
         return len(self.lengths)
 
     @property
+    def held(self) -> torch.Tensor:
+        """Tokens that each KV head holds: int64 ``[B, Hkv]`` on the CPU; all but those evicted.
+
+        (Those that a window freed are counted.)
+        """
+        main, first = self._storage.main, self._storage.first
+        found = torch.zeros(self.batch, self.num_kv_heads, dtype=torch.int64, device="cpu")
+        for b, length in enumerate(self.lengths):
+            gone = [max(0, begin - min(first, length)) for begin in main.begins_of(b)]
+            found[b] = length - torch.tensor(gone, dtype=torch.int64, device="cpu")
+        return found
+
+    @property
+    def mean_held(self) -> float:
+        """The mean of ``held``."""
+        held = [self._storage.held(b, length) for b, length in enumerate(self.lengths)]
+        return sum(held) / max(1, len(held))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory the cache has allocated, used or not."""
         return sum(store.nbytes for store in self._storage.stores)
@@ -175,7 +204,8 @@ class KVCache:
             return sum(chosen.step_bytes(b, length) for b, length in enumerate(self.lengths))
         total = 0.0
         for b, length in enumerate(self.lengths):
-            seen = length if self.window is None else min(length, self.sinks + self.window)
+            held = self._storage.held(b, length)
+            seen = held if self.window is None else min(held, self.sinks + self.window)
             total += self._storage.step_bytes(b, seen)
         return total
 
@@ -333,6 +363,8 @@ class KVCache:
             shape = (len(rows), q.shape[1], q.shape[2], max(lengths, default=0))
             checked = check_options(shape, self._asked(options), _OPTIONS)
         self._check_start(checked.visibility.start)
+        if self._eviction is not None and any(self._freed[b] for b in rows):
+            check_placeless(checked)
         return rows, lengths, checked
 
     @python_state
@@ -363,6 +395,144 @@ class KVCache:
         rows, lengths, checked = self._checked(q, sequences, options)
         views = self._storage.views(rows, lengths)
         return self._selection.positions(Step(q, rows, lengths, checked, views))
+
+    @python_state
+    @with_options
+    def scores(
+        self,
+        q: torch.Tensor,
+        *,
+        pool: int = Evict.pool,
+        sequences: list[int] | None = None,
+        **options: Unpack[CacheOptions],
+    ) -> torch.Tensor:
+        """The attention that the last T tokens give every position: float32 ``[B, Hkv, S]``.
+
+        The mean over the query heads that share a KV head and over these queries, of which the
+        last count more (``kvfold.ops.evict``), then over ``pool`` positions next to each other
+        (SnapKV, arXiv 2404.14469); what ``evict`` may go by.
+
+        Args:
+            q: ``[B, Hq, T, D]``; the last query stands at the last token appended.
+            options: of attention; see the signature.
+            pool: an odd number; 1 leaves weights as they are.
+            sequences: which ones, B indices; all of them by default.
+
+        Raises:
+            InputError: for shapes that do not fit, and options that ask where keys stand.
+        """
+        rows, lengths, checked = self._checked(q, sequences, options)
+        check_placeless(checked)
+        pool = Evict(pool=pool).pool
+        return pooled(attention_given(self._storage, q, rows, lengths, checked), pool)
+
+    @python_state
+    def evict(
+        self,
+        budget: float,
+        *,
+        by: torch.Tensor | str = "recent",
+        sinks: int = Evict.sinks,
+        recent: int = Evict.recent,
+        floor: float = Evict.floor,
+        start: torch.Tensor | None = None,
+        sequences: list[int] | None = None,
+        spare: int = 0,
+    ) -> torch.Tensor:
+        """Forget tokens, of each KV head its own, and free their memory.
+
+        What is kept fills whole pages, which are ``page_size`` tokens of one KV head from now on.
+        Kept tokens move together, right before those that all heads have: positions below these
+        are then no longer those they were appended at. A cache of which nothing is forgotten, as
+        the budget allows for all, stays as it is.
+
+        Args:
+            budget: tokens to be kept of each KV head, on average: a share of all that were
+                appended, in (0, 1], or, as a whole number, how many.
+            by: float ``[B, Hkv, S]``, for instance what ``scores`` gives: positions with the
+                largest are kept; or ``recent``: the last.
+            sinks, recent: first and last tokens that are kept in any case.
+            floor: the least share of its even part that each KV head keeps; 1 gives all the same.
+            start: int ``[B]``; positions before it are padding, and forgotten first.
+            sequences: which ones, B indices; all of them by default.
+            spare: tokens of each sequence to keep memory for.
+
+        Returns:
+            which positions were kept: bool ``[B, Hkv, S]``, on the CPU.
+
+        Raises:
+            InputError: for budgets below ``sinks + recent``, and caches that are not ``paged``.
+
+        >>> cache = KVCache(2, 64, kind="paged")
+        >>> k = v = torch.randn(1, 2, 4096, 64)
+        >>> cache.append(k, v)
+        >>> kept = cache.evict(0.5, by=cache.scores(torch.randn(1, 8, 32, 64)))
+        >>> kept.float().mean(), cache.nbytes / (k.nbytes // 2 * 2)
+        (tensor(0.5000), 0.50...)
+        """
+        how = Evict(budget, sinks=sinks, recent=recent, floor=floor)
+        rows = check_sequences(sequences, self.batch)
+        lengths = [self.lengths[b] for b in rows]
+        check_evict(self.kind, rows)
+        for length in lengths:
+            check_budget_of(how, length)
+        check_sizes(spare=spare)
+        shape = len(rows), self.num_kv_heads, max(lengths, default=0)
+        scores = check_scores(by, shape)
+        starts = check_starts(start, lengths)
+        return self._evict(how, scores, rows, starts, spare)
+
+    @python_state
+    @with_options
+    def evict_as(
+        self, how: Evict, q: torch.Tensor, **options: Unpack[CacheOptions]
+    ) -> torch.Tensor:
+        """``evict`` by a policy, which keeps sinks and recent tokens whatever its budget is.
+
+        Memory for ``how.every`` more tokens is kept. ``how.dense_layers`` is not looked at.
+
+        Args:
+            q: ``[B, Hq, T, D]``, the last queries; the very last stands at the last token.
+            options: of attention; see the signature. Of ``start`` the padding is forgotten.
+
+        Raises:
+            InputError: for what cannot be.
+
+        >>> cache = KVCache(2, 64, kind="paged")
+        >>> cache.append(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
+        >>> cache.evict_as(Evict(budget=1024), torch.randn(1, 8, 32, 64)).sum(-1)
+        tensor([[1024, 1024]])
+        """
+        check_policy(how)
+        rows = list(range(self.batch))
+        check_evict(self.kind, rows)
+        start = options.get("start")
+        starts = check_starts(start, self.lengths)
+        if how.by == "recent":
+            shape = self.batch, self.num_kv_heads, max(self.lengths, default=0)
+            scores = check_scores("recent", shape)
+        else:
+            scores = self.scores(q, pool=how.pool, **options)
+        return self._evict(how, scores, rows, starts, how.every)
+
+    def _evict(
+        self,
+        how: Evict,
+        scores: torch.Tensor,
+        rows: list[int],
+        starts: list[int],
+        spare: int,
+    ) -> torch.Tensor:
+        if self._eviction is None:
+            self._eviction = Eviction(self._storage, self._selection)
+        most = max((self.lengths[b] for b in rows), default=0)
+        kept = torch.zeros(len(rows), self.num_kv_heads, most, dtype=torch.bool, device="cpu")
+        for i, (b, start) in enumerate(zip(rows, starts, strict=True)):
+            length = self.lengths[b]
+            kept[i, :, :length], end = self._eviction.forget(b, length, scores[i], how, start)
+            self._freed[b] = max(self._freed[b], end)
+        self._eviction.fit(spare)
+        return kept
 
     def _asked(self, options: CacheOptions) -> CacheOptions:
         """The options with the cache's own window and sinks; ``sinks=None`` is no sinks."""
@@ -420,27 +590,33 @@ class KVCache:
         """Forget all tokens from position ``length`` on, as speculative decoding must.
 
         Raises:
-            InputError: if a sliding cache would need tokens that it has freed; nothing changes.
+            InputError: if a cache would need tokens that it has freed; nothing changes.
         """
         check_sizes(length=length)
         rows = [b for b in check_sequences(sequences, self.batch) if length < self.lengths[b]]
         if not self.can_truncate(length, rows):
             longest = max(self.lengths[b] for b in rows)
+            said = f"cannot go back from {longest} to {length} tokens"
+            if self.window is None:
+                raise InputError(f"{said}: of these some were evicted", "evict with more recent=")
             raise InputError(
-                f"cannot go back from {longest} to {length} tokens: the window's keys are freed",
+                f"{said}: the window's keys are freed",
                 "it can forget the tokens of its last append, and slack= tokens before",
             )
         for b in rows:
-            self._storage.truncate(b, length)
+            if length:
+                self._storage.truncate(b, length)
+            else:
+                self._storage.clear(b)
             self.lengths[b] = length
             self._freed[b] = self._freed[b] if length > self.sinks else 0
 
     def can_truncate(self, length: int, sequences: list[int] | None = None) -> bool:
-        """Whether ``truncate`` can: a sliding cache still holds what the next token will see."""
+        """Whether ``truncate`` can: what the next token would have seen is still held."""
         check_sizes(length=length)
-        if self.window is None:
-            return True
         rows = [b for b in check_sequences(sequences, self.batch) if length < self.lengths[b]]
+        if self.window is None:
+            return not length or all(length >= self._freed[b] for b in rows)
         return not any(self._lacks(b, length - self.window + 1, length) for b in rows)
 
     def _lacks(self, b: int, low: int, high: int) -> bool:

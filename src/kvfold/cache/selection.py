@@ -1,24 +1,21 @@
 """What a step of decoding reads of a cache: the summaries of its pages, and views of the chosen."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from kvfold.cache.storage import ExactEnds, Uniform
+from kvfold.cache.heads import by_head
+from kvfold.cache.storage import Uniform
 from kvfold.cache.store import Store
 from kvfold.errors import InputError
 from kvfold.kernels.limits import MAX_TOKENS
-from kvfold.kernels.pages import decoded
+from kvfold.kernels.pages import decoded, listed
 from kvfold.kernels.selection import Chosen, Question, chosen_of, exact_logits
 from kvfold.kernels.view import KVView
 from kvfold.ops.format import Format
 from kvfold.ops.formats import FORMATS
-from kvfold.ops.options import Options
+from kvfold.ops.options import PLACELESS, Options
 from kvfold.ops.select import MOST_SHARE, PAGES, Reading, Select, enclosing, summarised
-
-#: The options of a call that do not ask where keys stand.
-_PLACELESS = frozenset({"right", "start", "scale", "softcap", "sink_logits"})
 
 
 def summary_format(formats: tuple[Format, Format], dims: tuple[int, int], page_size: int) -> Format:
@@ -63,14 +60,11 @@ class Selection:
 
     @property
     def _first(self) -> int:
-        """Positions before it are elsewhere than in the main store."""
-        return self._storage.first if isinstance(self._storage, ExactEnds) else 0
+        return self._storage.first
 
     def whole_pages(self, b: int, length: int) -> int:
         """How many pages of a sequence lie before the end of what the main store has of it."""
-        ends = self._storage
-        end = ends.tails[b] if isinstance(ends, ExactEnds) else length
-        return end // self._main.page_size
+        return self._storage.tail(b, length) // self._main.page_size
 
     # -- summaries --------------------------------------------------------------------------
 
@@ -89,29 +83,28 @@ class Selection:
 
     def _describe(self, b: int, first: int, keys: torch.Tensor) -> None:
         """Keep what tells of pages from ``first`` on: their keys ``[Hkv, n * page_size, D]``."""
-        summaries = self._main.summaries
-        assert summaries is not None
+        self._main.tell(b, first, self._summaries(keys))
+
+    def again(self, row: int, begin: int, end: int) -> None:
+        """Summarise anew what a row of the main store's table holds, all of it whole pages."""
+        main, size = self._main, self._main.page_size
+        first = begin // size
+        keys = main.read_row(row, first * size, end)[0]
+        main.tell_row(row, first, self._summaries(keys))
+
+    def _summaries(self, keys: torch.Tensor) -> torch.Tensor:
         rows = summarised(keys.unflatten(1, (-1, self._main.page_size)), self.select.by)
-        if self.select.by == "box":
-            rows = enclosing(rows, summaries.layout.fmt)
-        pages = self._main.table[b, first : first + rows.shape[1]]
-        summaries.keep(pages.to(rows.device, torch.long), rows.transpose(0, 1))
+        return enclosing(rows, self._main.summary) if self.select.by == "box" else rows
 
     # -- choosing ---------------------------------------------------------------------------
 
-    def readings(
-        self,
-        lengths: Sequence[int],
-        rows: Sequence[int],
-        queries: int,
-        start: torch.Tensor | None = None,
-    ) -> list[Reading]:
-        """What is read of sequences of these lengths."""
-        starts = [0] * len(rows) if start is None else start.tolist()
-        size, found = self._main.page_size, []
-        for b, length, padding in zip(rows, lengths, starts, strict=True):
-            reading = self.select.pages(length, queries, size, padding, self._first)
-            last = min(reading.last, self.whole_pages(b, length))
+    def readings(self, b: int, length: int, queries: int, start: int = 0) -> list[Reading]:
+        """What is read of a sequence of that length, for every row of the table that is its own."""
+        size, whole = self._main.page_size, self.whole_pages(b, length)
+        found = []
+        for begin in self._main.begins_of(b):
+            reading = self.select.pages(length, queries, size, max(start, begin), self._first)
+            last = min(reading.last, whole)
             found.append(self.select.fitted(reading._replace(last=last)))
         return found
 
@@ -122,31 +115,36 @@ class Selection:
             return step.views
         readings, chosen = found
         main, *others = step.views
-        size = main.page_size
-        ends = (chosen.counts * size).flatten().tolist()
+        size, heads = main.page_size, self._main.heads
+        floors = [0] * len(readings) if main.begin is None else listed(main.begin, len(readings))
         # What is chosen stands at other positions than its own, all of them before the queries'.
-        low = [max(reading.begin * size, self._first) for reading in readings]
-        begins = [low[i // main.keys.data.shape[1]] for i in range(len(ends))]
+        low = [max(r.begin * size, floor) for r, floor in zip(readings, floors, strict=True)]
+        high = [max(r.last * size, floor) for r, floor in zip(readings, floors, strict=True)]
+        table = chosen.table.view(len(step.rows), heads, -1)
+        ends = (chosen.counts * size).flatten().tolist()
+        each = len(ends) // len(low)
         selected = main._replace(
-            table=chosen.table, begin=begins, end=ends, most=chosen.table.shape[2] * size
-        )
-        rest = main._replace(begin=[max(r.last * size, self._first) for r in readings])
-        return [selected, rest, *others]
+            table=table, begin=[n for n in low for _ in range(each)], end=ends,
+            most=table.shape[2] * size,
+        )  # fmt: skip
+        return [selected, main._replace(begin=high), *others]
 
     def positions(self, step: Step) -> torch.Tensor:
         """Which are read: bool ``[B, Hkv, S]``."""
         rows, lengths, most = step.rows, step.lengths, max(step.lengths)
-        heads, size = self._main.shape.num_kv_heads, self._main.page_size
+        heads, size = self._main.heads, self._main.page_size
         read = torch.ones(len(rows), heads, most, dtype=torch.bool, device="cpu")
         found = self._choose(step)
         if found is not None:
             readings, chosen = found
-            for b, reading in enumerate(readings):
-                pages = step.views[0].table[b, : reading.last]
-                for head, count in enumerate(chosen.counts[b].tolist()):
-                    among = torch.isin(pages, chosen.table[b, head, :count])
-                    read[b, head, : len(pages) * size] = among.repeat_interleave(size)
-                read[b, :, : self._first] = True
+            each = len(rows) * heads // len(readings)
+            table = _by_row(step.views[0].table)
+            for i, counts in enumerate(chosen.counts.view(-1).tolist()):
+                reading = readings[i // each]
+                pages = table[i // each, : reading.last]
+                among = torch.isin(pages, chosen.table.view(len(rows) * heads, -1)[i, :counts])
+                read.view(-1, most)[i, : len(pages) * size] = among.repeat_interleave(size)
+            read[:, :, : self._first] = True
         inside = torch.arange(most, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
         start = step.options.visibility.start
         if start is not None:
@@ -154,35 +152,48 @@ class Selection:
         return read & inside[:, None]
 
     def _choose(self, step: Step) -> tuple[list[Reading], Chosen] | None:
-        """What is read of each sequence, and its pages; None where nothing is left out."""
+        """What is read of each row of the table, and its pages; None where nothing is left out."""
         q, options, views = step.q, step.options, step.views
-        if q.shape[2] > MAX_TOKENS or options.beyond(_PLACELESS):
+        if q.shape[2] > MAX_TOKENS or options.beyond(PLACELESS):
             return None
         start = options.visibility.start
-        readings = self.readings(step.lengths, step.rows, q.shape[2], start)
+        starts = [0] * len(step.rows) if start is None else start.tolist()
+        readings = [
+            reading
+            for each in zip(
+                step.rows, step.lengths, [q.shape[2]] * len(starts), starts, strict=True
+            )
+            for reading in self.readings(*each)
+        ]
         if all(reading.whole for reading in readings):
             return None
         scoring, by = options.scoring, self.select.by
         scale = q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
+        apart = len(readings) // len(step.rows)  # heads with tables of their own
         question = Question(
-            q, self._main.told, views[0].table, readings, by, scale, scoring.softcap,
-            self.select.top_p,
+            by_head(q, apart), self._main.told, _by_row(views[0].table), readings, by, scale,
+            scoring.softcap, self.select.top_p,
         )  # fmt: skip
         if by != "exact":
             return readings, self._main.kernels.choose(question)
-        keys = decoded(views, max(step.lengths), torch.float32)[0]
+        keys = by_head(decoded(views, max(step.lengths), torch.float32)[0], apart)
         size, heads = self._main.page_size, keys.shape[1]
         logits = [exact_logits(question, b, keys[b], size) for b in range(len(keys))]
         return readings, chosen_of(question, logits, heads)
 
     def step_bytes(self, b: int, length: int) -> float:
         """Bytes that one query reads of a sequence, summaries included; at most, with ``top_p``."""
-        (reading,) = self.readings([length], [b], 1)
-        if reading.whole:
-            return self._storage.step_bytes(b, length)
-        size, main = self._main.page_size, self._main
-        skipped = (reading.last - reading.always - reading.keep) * size
-        told = (reading.last - reading.always) * main.summary_bytes
-        if self.select.by == "exact":
-            told = (reading.last - reading.always) * size * main.key_bytes
-        return self._storage.step_bytes(b, length) - skipped * main.row_bytes + told
+        main, readings = self._main, self.readings(b, length, 1)
+        each = main.key_bytes * main.page_size if self.select.by == "exact" else main.summary_bytes
+        change = 0.0
+        for reading in readings:
+            pages = 0 if reading.whole else reading.last - reading.always
+            skipped = max(0, pages - reading.keep) * main.page_size
+            change += pages * each - skipped * main.row_bytes
+        held = self._storage.held(b, length)
+        return self._storage.step_bytes(b, held) + change / len(readings)
+
+
+def _by_row(table: torch.Tensor) -> torch.Tensor:
+    """A table of pages with a row for each KV head that has one: ``[n, pages]``."""
+    return table if table.dim() == 2 else table.flatten(0, 1)

@@ -10,7 +10,13 @@ _MOVED_AT_ONCE = 32  # tokens that leave the recent window together
 
 
 class Uniform:
-    """All tokens in one store."""
+    """All tokens in one store.
+
+    Attributes:
+        first: positions before it are elsewhere than in the main store.
+    """
+
+    first = 0
 
     def __init__(self, main: Store) -> None:
         self.main = main
@@ -22,6 +28,14 @@ class Uniform:
     def state(self, b: int) -> int:
         """Sequences of one length and one state can be written together."""
         return 0
+
+    def tail(self, b: int, length: int) -> int:
+        """Where what the main store has of a sequence ends."""
+        return length
+
+    def held(self, b: int, length: int) -> float:
+        """Tokens of a sequence of that length that a KV head has not forgotten, on average."""
+        return length - self.main.forgotten(b, self.first)
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, rows: list[int], low: int, high: int, old: int
@@ -61,7 +75,7 @@ class Uniform:
         for store in self.stores:
             store.select(rows)
 
-    def step_bytes(self, b: int, seen: int) -> float:
+    def step_bytes(self, b: int, seen: float) -> float:
         """Bytes that attention over ``seen`` tokens reads."""
         return seen * self.main.row_bytes
 
@@ -83,6 +97,9 @@ class ExactEnds(Uniform):
         return [self.main, self.ends]
 
     def state(self, b: int) -> int:
+        return self.tails[b]
+
+    def tail(self, b: int, length: int) -> int:
         return self.tails[b]
 
     def release(self, b: int, low: int, high: int) -> int:
@@ -145,8 +162,9 @@ class ExactEnds(Uniform):
         super().select(rows)
         self.tails = [self.tails[b] for b in rows]
 
-    def step_bytes(self, b: int, seen: int) -> float:
-        quantized = min(seen, max(0, self.tails[b] - self.first))
+    def step_bytes(self, b: int, seen: float) -> float:
+        middle = self.tails[b] - self.first - self.main.forgotten(b, self.first)
+        quantized = min(seen, max(0, middle))
         exact = seen - quantized
         return quantized * self.main.row_bytes + exact * self.ends.bytes_per_token
 

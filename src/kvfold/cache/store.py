@@ -53,10 +53,14 @@ class Shape:
 
 
 class Store:
-    """Pages shared by the sequences of a batch, with reference counts."""
+    """Pages shared by the sequences of a batch, with reference counts.
+
+    Attributes:
+        heads: KV heads of a sequence. growth: of the pages' number where there are too few.
+    """
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        self.shape, self.heads, self.growth = shape, shape.num_kv_heads, _GROWTH
         self.page_size = shape.page_size
         self.kernels = home(shape.device)
         packed = self.kernels.packs(shape.page_size) and not shape.within
@@ -116,7 +120,7 @@ class Store:
         """Bytes of a token of one sequence, all heads, scales included."""
         layouts = [half.layout for half in self._parts]
         size = sum(layout.page_bytes + 2 * layout.page_scales for layout in layouts)
-        return self.shape.num_kv_heads * size / self.page_size
+        return self.heads * size / self.page_size
 
     @property
     def row_bytes(self) -> float:
@@ -128,7 +132,7 @@ class Store:
         """Bytes of a token's keys alone, scales included."""
         layout = self.keys.layout
         size = layout.page_bytes + 2 * layout.page_scales
-        return self.shape.num_kv_heads * size / self.page_size
+        return self.heads * size / self.page_size
 
     @property
     def summary_bytes(self) -> float:
@@ -136,7 +140,7 @@ class Store:
         if self.summaries is None:
             return 0.0
         layout = self.summaries.layout
-        return float(self.shape.num_kv_heads * (layout.page_bytes + 2 * layout.page_scales))
+        return float(self.heads * (layout.page_bytes + 2 * layout.page_scales))
 
     @property
     def pages_in_use(self) -> int:
@@ -160,7 +164,7 @@ class Store:
     def _take_page(self) -> int:
         if not self._free:
             old = len(self.references)
-            new = max(old + 1, math.ceil(old * _GROWTH), self.shape.batch)
+            new = max(old + 1, math.ceil(old * self.growth), self.shape.batch)
             self._resize(new)
             self.references += [0] * (new - old)
             self._free = list(range(new - 1, old - 1, -1))
@@ -175,8 +179,16 @@ class Store:
         if self.references[page] == 0:
             self._free.append(page)
 
+    def _rows(self, sequence: int) -> range:
+        """Those of the table that are a sequence's."""
+        return range(sequence, sequence + 1)
+
     def reserve(self, sequence: int, low: int, high: int) -> None:
         """Give positions ``low <= j < high`` of a sequence pages of its own."""
+        for row in self._rows(sequence):
+            self._reserve(row, low, high)
+
+    def _reserve(self, row: int, low: int, high: int) -> None:
         if low >= high:
             return
         first, last = low // self.page_size, (high - 1) // self.page_size
@@ -185,13 +197,13 @@ class Store:
             wider = _empty_table(self.table.shape[0], width)
             wider[:, : self.table.shape[1]] = self.table
             self.table = wider
-        row = self.table.numpy()[sequence]  # the same memory; reading one number is much faster
+        pages = self.table.numpy()[row]  # the same memory; reading one number is much faster
         for index in range(first, last + 1):
-            page = int(row[index])
+            page = int(pages[index])
             if page < 0:
-                row[index] = self._take_page()
+                pages[index] = self._take_page()
             elif self.references[page] > 1:
-                row[index] = self._own_copy(page)
+                pages[index] = self._own_copy(page)
 
     def _own_copy(self, page: int) -> int:
         """Copy a shared page before it is written to."""
@@ -204,58 +216,87 @@ class Store:
 
     def release(self, sequence: int, low: int, high: int) -> int:
         """Free the pages that lie wholly within ``low <= j < high``; where the last one ends."""
+        return max(self._release(row, low, high) for row in self._rows(sequence))
+
+    def _release(self, row: int, low: int, high: int) -> int:
         first, last = -(-low // self.page_size), high // self.page_size
         if last <= first:
             return 0
-        held = self.table[sequence, first:last]
+        held = self.table[row, first:last]
         for page in held[held >= 0].tolist():
             self._drop_page(page)
         held.fill_(-1)
         return last * self.page_size
 
+    def begins_of(self, sequence: int) -> list[int]:
+        """Where what is held begins, of each row of the table."""
+        return [0]
+
+    def forgotten(self, sequence: int, first: int = 0) -> float:
+        """Tokens from ``first`` on that a KV head has forgotten, on average."""
+        begins = self.begins_of(sequence)
+        return sum(max(0, begin - first) for begin in begins) / len(begins)
+
     def shrink(self) -> None:
         """Give memory back where more than two thirds of the pages are free."""
+        if 3 * self.pages_in_use < len(self.references) and not self.shape.reserve:
+            self.fit()
+
+    def fit(self, spare: int = 0) -> None:
+        """Give the memory of all free pages back but of so many."""
         used = [page for page, count in enumerate(self.references) if count]
-        if 3 * len(used) >= len(self.references) or self.shape.reserve:
+        if len(used) + spare >= len(self.references):
             return
         pages = torch.tensor(used, dtype=torch.long, device=CPU)
         moved = torch.full((len(self.references) + 1,), -1, dtype=torch.int32, device=CPU)
         moved[pages] = torch.arange(len(used), dtype=torch.int32, device=CPU)
         self.table.copy_(moved[self.table.long()])  # -1 reads the last one, which is -1
         pages = pages.to(self.shape.device)
-        self._replace([half.only(pages) for half in self._parts])
-        self.references = [self.references[page] for page in used]
-        self._free = []
+        self._replace([half.only(pages, spare) for half in self._parts])
+        self.references = [self.references[page] for page in used] + [0] * spare
+        self._free = list(range(len(used) + spare - 1, len(used) - 1, -1))
 
     def clear(self, sequence: int) -> None:
         self.release(sequence, 0, self.table.shape[1] * self.page_size)
 
     def share(self, source: int, target: int, length: int) -> None:
         """Let ``target`` hold the first ``length`` positions of ``source``, without copying."""
-        pages = self.table[source, : -(-length // self.page_size)].clone()
+        rows, own = self._rows(source), self._rows(target)
+        pages = self.table[rows.start : rows.stop, : -(-length // self.page_size)].clone()
         kept = pages[pages >= 0].tolist()
         for page in kept:
             self.references[page] += 1
         self.clear(target)
-        self.table[target, : len(pages)] = pages
+        self.table[own.start : own.stop, : pages.shape[1]] = pages
 
     def select(self, sequences: list[int]) -> None:
         """Make sequence i what sequence ``sequences[i]`` was, as beam search does."""
-        old = self.table
+        old, rows = self.table, [row for b in sequences for row in self._rows(b)]
         with normal_tensors():
-            table = old[sequences].contiguous()
+            table = old[rows].contiguous()
         for page in table[table >= 0].tolist():
             self.references[page] += 1
         for page in old[old >= 0].tolist():
             self._drop_page(page)
-        self.table, self._all = table, list(range(len(sequences)))
+        self.table, self._all = table, list(range(len(rows)))
+
+    def tell(self, sequence: int, first: int, rows: torch.Tensor) -> None:
+        """Keep what tells of a sequence's pages from ``first`` on: float32 ``[Hkv, n, 2, D]``."""
+        for row, own in zip(self._rows(sequence), rows.split(self.shape.num_kv_heads), strict=True):
+            self.tell_row(row, first, own)
+
+    def tell_row(self, row: int, first: int, rows: torch.Tensor) -> None:
+        """The same of one row of the table."""
+        assert self.summaries is not None
+        pages = self.table[row, first : first + rows.shape[1]]
+        self.summaries.keep(pages.to(rows.device, torch.long), rows.transpose(0, 1))
 
     def write(self, k: torch.Tensor, v: torch.Tensor, first: int, rows: list[int]) -> None:
         """Write tokens ``[B, Hkv, T, D]`` of sequences ``rows`` from position ``first`` on.
 
         Positions without a page are skipped.
         """
-        view = self.view(rows, None, [first] * len(rows), 0)
+        view = self._view(rows, None, [first] * len(rows), 0)
         if self.shape.within:
             v, view = v[..., :0], view._replace(values=self._no_values())
         self.kernels.append(k, v, view)
@@ -268,12 +309,24 @@ class Store:
                 self._none = Rows.plain(torch.zeros(sizes, device=self.shape.device))
         return self._none
 
+    @property
+    def summary(self) -> Format:
+        """The format of what tells of pages."""
+        assert self.summaries is not None
+        return self.summaries.layout.fmt
+
     def read(self, sequence: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions ``low <= j < high`` decoded: float32 ``[Hkv, high - low, D]`` and ``Dv``.
 
         Positions without a page are zeros.
         """
-        return pages.read(self.view([sequence], None, []), 0, low, high)
+        read = [self.read_row(row, low, high) for row in self._rows(sequence)]
+        k, v = (torch.cat(side) for side in zip(*read, strict=True))
+        return k, v
+
+    def read_row(self, row: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of one row of the table."""
+        return pages.read(self._view([row], None, []), 0, low, high)
 
     def view(
         self,
@@ -287,12 +340,23 @@ class Store:
         Args:
             most: the most positions that one of them holds; as many as its pages by default.
         """
+        return self._view(sequences, begin, end, most)
+
+    def _view(
+        self, rows: list[int], begin: Positions | None, end: Positions, most: int | None = None
+    ) -> KVView:
+        """What they see of some rows of the table."""
+        table = self.table if rows == self._all else self.table[rows]
+        most = table.shape[1] * self.page_size if most is None else most
+        return KVView(*self.sides, table, self.page_size, begin, end, most)
+
+    @property
+    def sides(self) -> tuple[Rows, Rows]:
+        """Keys and values as kernels read them."""
         if self._sides is None:
             first = self.shape.v_head_dim if self.shape.within else None
             self._sides = self.keys.rows(), self.values.rows(first)
-        table = self.table if sequences == self._all else self.table[sequences]
-        most = table.shape[1] * self.page_size if most is None else most
-        return KVView(*self._sides, table, self.page_size, begin, end, most)
+        return self._sides
 
     @property
     def told(self) -> Rows:

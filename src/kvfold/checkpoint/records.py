@@ -178,10 +178,22 @@ class WholeQuality(QualityRow):
 
 
 @open_ended
+class NeedleRow(TypedDict):
+    """Pass keys of one length and depth; see ``quality.needle.Retrieval``."""
+
+    name: str
+    tokens: Count
+    depth: Number
+    found: Number
+    nats: Number
+
+
+@open_ended
 class Evaluated(TypedDict):
     """What ``eval --json`` prints of texts and of more."""
 
     texts: Annotated[list[WholeQuality], MaxLen(10_000)]
+    needles: NotRequired[Annotated[list[NeedleRow], MaxLen(10_000)]]
 
 
 @open_ended

@@ -9,9 +9,7 @@ from kvfold.cli.parse import asks
 from kvfold.quality.request import EvalRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kvfold.quality.needle import MakeCache
+    from kvfold.quality.needle import Way
 
 
 @click.command("eval")
@@ -24,7 +22,8 @@ def command(request: EvalRequest, as_json: bool) -> None:
     KL(SRC || OUT) per token; how often both agree on the most likely token. Use text that was
     not used for calibration, and some of another kind. --needle asks for pass keys hidden at five
     depths of long texts, with --select also by caches that read part of themselves (texts of 2,048
-    tokens and more); --tasks runs lm-evaluation-harness on every model.
+    tokens and more), with --evict by caches that keep part of them: once with the question in the
+    prompt, once asked after it; --tasks runs lm-evaluation-harness on every model.
     """
     from kvfold.cli.progress import progress_bar
     from kvfold.quality.run import (
@@ -38,7 +37,7 @@ def command(request: EvalRequest, as_json: bool) -> None:
     check_eval(request)
     with progress_bar() as progress:
         results = score_texts(request, progress) if request.texts else []
-        caches = _selecting(request.selects)
+        caches = _caches(request)
         found = score_needles(request, progress, caches) if request.lengths else []
     scores = score_tasks(request) if request.tasks else []
 
@@ -64,18 +63,24 @@ def command(request: EvalRequest, as_json: bool) -> None:
     check_thresholds(results, request.max_kl, request.max_ppl_ratio)
 
 
-def _selecting(shares: "Sequence[float]") -> "dict[str, MakeCache]":
-    """Caches that read such a share of their pages, by name."""
-    if not shares:
+def _caches(request: EvalRequest) -> "dict[str, Way]":
+    """What answers besides the model: caches that read, or keep, such shares."""
+    if not (request.selects or request.evicts):
         return {}
     import kvfold.transformers as drop_in
+    from kvfold.ops.evict import Evict
     from kvfold.ops.select import Select
+    from kvfold.quality.needle import Way
 
-    def of(share: float) -> "MakeCache":
+    def of(known: bool = False, **options: Any) -> "Way":
         def make(model: Any) -> Any:
             model.set_attn_implementation("kvfold")
-            return drop_in.KVCache(model.config, select=Select(budget=share))
+            return drop_in.KVCache(model.config, **options)
 
-        return make
+        return Way(make, known)
 
-    return {f"{share:.4g} read": of(share) for share in shares}
+    found = {f"{n:.4g} read": of(select=Select(budget=n)) for n in request.selects}
+    for n in request.evicts:
+        found[f"{n:.4g} kept"] = of(known=True, evict=Evict(budget=n))
+        found[f"{n:.4g} kept, then asked"] = of(evict=Evict(budget=n))
+    return found

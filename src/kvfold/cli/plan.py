@@ -101,6 +101,7 @@ def _print(plan: "Plan", fit: bool) -> None:
     print_table(
         f"{load.batch:,} x {load.context:,} tokens"
         + (", each GPU" if load.gpus > 1 else "")
+        + (f", {load.evict:.4g} of the tokens kept" if load.evict is not None else "")
         + (f", {load.select:.4g} of the cache read" if load.select is not None else ""),
         columns,
         rows,

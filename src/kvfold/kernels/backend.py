@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvfold.kernels.limits import MAX_TOKENS
+from kvfold.kernels.move import move_by_pytorch
 from kvfold.kernels.selection import Chosen, Question, choose_by_pytorch
 from kvfold.kernels.view import Angles, KVView, Positions
 from kvfold.ops.options import FIELDS, Options
@@ -136,6 +137,15 @@ class Kernels(Backend):
             kept: as in ``Call``, for calls that differ in k, v and the rows of the view.
         """
         raise NotImplementedError
+
+    def move(self, view: KVView, sources: list[torch.Tensor]) -> None:
+        """Move stored tokens as they are to where the view holds positions.
+
+        Args:
+            view: of one KV head. sources: int64, of each sequence as many as the view holds,
+                ascending, none of them later than where it goes.
+        """
+        move_by_pytorch(view, sources)
 
     def choose(self, question: Question) -> Chosen:
         """Which pages a step of decoding reads."""

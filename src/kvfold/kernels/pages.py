@@ -56,16 +56,23 @@ def decoded_by_pytorch(
 def held(call: Call) -> torch.Tensor | None:
     """Which positions ``[B, Hq or 1, 1, keys]`` views hold; None if they hold all there are."""
     lengths = listed(call.lengths, len(call.q))
-    there = torch.zeros(len(lengths), call.num_kv_heads, 1, call.keys, dtype=torch.bool, device=CPU)
-    for view in call.views:
-        for own, part in by_head(view):
-            for b, low, high in ranges(part):
-                there[b, own, :, low:high] = True
+    there = held_by_head(call.views, call.keys)
     inside = torch.arange(call.keys, device=CPU) < torch.tensor(lengths, device=CPU)[:, None]
-    if bool((there | ~inside[:, None, None]).all()):
+    if bool((there | ~inside[:, None]).all()):
         return None
     group = call.q.shape[1] // call.num_kv_heads
-    return there.repeat_interleave(group, 1).to(call.q.device)
+    return there.repeat_interleave(group, 1)[:, :, None].to(call.q.device)
+
+
+def held_by_head(views: Sequence[KVView], keys: int) -> torch.Tensor:
+    """Which positions views hold: bool ``[B, Hkv, keys]`` on the CPU."""
+    batch, heads = len(views[0].table), views[0].keys.data.shape[1]
+    there = torch.zeros(batch, heads, keys, dtype=torch.bool, device=CPU)
+    for view in views:
+        for own, part in by_head(view):
+            for b, low, high in ranges(part):
+                there[b, own, low:high] = True
+    return there
 
 
 def by_head(view: KVView) -> list[tuple[slice, KVView]]:

@@ -233,6 +233,8 @@ FIELDS: dict[str, Kind] = {
 }
 #: They as arguments of a PyTorch operator, ``Options.flat`` by ``Options.flat``.
 SCHEMA = ", ".join(f"{kind.schema} {name}" for name, kind in FIELDS.items())
+#: Those that do not ask where keys stand, but which are a sequence's and which come later.
+PLACELESS = frozenset({"right", "start", "scale", "softcap", "sink_logits"})
 _DEFAULTS: dict[str, Any] = {**Visibility._field_defaults, **Scoring._field_defaults}
 _TENSORS = [(i, name) for i, (name, kind) in enumerate(FIELDS.items()) if kind.is_tensor]
 _PLAIN = Options(Visibility(right=0))

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvfold.arguments import choice
-from kvfold.numbers import BUDGET, Whole
+from kvfold.numbers import BUDGET
+from kvfold.ops.budget import COUNT, check_budget, tokens_of
 from kvfold.ops.format import Format
 from kvfold.ops.formats import decode, encode
 
@@ -29,7 +30,6 @@ KINDS = ("spread", "box", "exact")
 PAGES = (16, 32, 48, 64)  # tokens of a page that can be selected
 MOST_SHARE = 0.05  # of a page's bytes that may tell of its keys
 SPREADS = 3.0  # standard deviations
-_TOKENS, _COUNT = (Whole(least, 1 << 30, "for instance 64") for least in (1, 0))
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,16 @@ class Select:
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.budget) is not int or self.budget == 1:
-            BUDGET.check(self.budget, "budget")
-        else:
-            _TOKENS.check(self.budget, "budget")
+        check_budget(self.budget)
         if self.top_p is not None:
             BUDGET.check(self.top_p, "top_p")
         for name in ("sinks", "recent", "dense_below", "dense_layers"):
-            _COUNT.check(getattr(self, name), name)
+            COUNT.check(getattr(self, name), name)
         choice(self.by, "by", KINDS)
 
     def tokens(self, length: int) -> int:
         """Tokens to be read of a sequence of ``length``."""
-        if self.budget > 1:
-            return min(int(self.budget), length)
-        return int(self.budget * length + 1e-6)  # 0.29 * 100 is a little less than 29
+        return tokens_of(self.budget, length)
 
     def pages(
         self, length: int, queries: int, page_size: int, start: int = 0, first: int = 0

@@ -34,6 +34,9 @@ LATENT_LONG = Folded("at 4,096 tokens of context", 0.15, 0.33)
 # those that read it all, on the worse of two texts.
 SELECTED = {0.5: 0.0052, 0.25: 0.0154, 0.125: 0.0480}
 
+# The same of caches that keep a part of the tokens, by attention.
+EVICTED = {0.5: 0.0042, 0.25: 0.019, 0.125: 0.0676}
+
 # Of an 8- or 4-bit cache against bfloat16, at 4,096 tokens of context, on the worse of two texts.
 CACHES = {
     "int8": "KL 0.0009 nats per token",
@@ -73,6 +76,16 @@ def select_risk(share: float) -> str:
     return (
         f"measured is {MODEL} at 8,000 tokens of context{near}: KL {found}, in nats per token; "
         "what stands alone far away may be missed: `kvfold eval --needle --select`"
+    )
+
+
+def evict_risk(share: float) -> str:
+    """What is known of caches that keep a part of the tokens."""
+    found = ", ".join(f"{kl:.4f} keeping {budget:.1%}" for budget, kl in EVICTED.items())
+    near = "" if share in EVICTED else f" (not {share:.4g} of them)"
+    return (
+        f"measured is {MODEL} at 8,000 tokens of context{near}: KL {found}, in nats per token; "
+        "what a later question is about may be forgotten: `kvfold eval --needle --evict`"
     )
 
 

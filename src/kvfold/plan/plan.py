@@ -9,7 +9,7 @@ from kvfold.arguments import choice, several
 from kvfold.errors import InputError
 from kvfold.geometry import divisors
 from kvfold.numbers import BATCH, BUDGET, CONTEXT, GPUS, HEADS, Wholes
-from kvfold.plan.evidence import cache_risk, heads_risk, latent_risk, select_risk
+from kvfold.plan.evidence import cache_risk, evict_risk, heads_risk, latent_risk, select_risk
 from kvfold.plan.hardware import Hardware
 from kvfold.plan.model import Model
 from kvfold.plan.roofline import (
@@ -136,6 +136,8 @@ def make_plan(
     GPUS.check(load.gpus, "--gpus")
     if load.select is not None:
         BUDGET.check(load.select, "--select")
+    if load.evict is not None:
+        BUDGET.check(load.evict, "--evict")
     kinds: list[tuple[Model, Latent | None]] = [(model.with_kv_heads(n), None) for n in heads]
     kinds += [(model.with_latent(latent, config or {}), latent) for latent in latents]
     options = tuple(
@@ -233,6 +235,8 @@ def recommend(model: Model, load: Load, options: Sequence[Option]) -> Recommenda
     reasons.append(f"quality, cache: {cache_risk(chosen.kv_dtype)}")
     if load.select is not None:
         reasons.append(f"quality, selection: {select_risk(load.select)}")
+    if load.evict is not None:
+        reasons.append(f"quality, eviction: {evict_risk(load.evict)}")
     if model.foldable:
         quarter = model.num_heads // 4
         reasons.append(

@@ -28,6 +28,7 @@ class PlanRequest(Request):
             ``list``. gpus: that share each layer. latents: as ``160+32``, beside the heads.
         memory: GB; bandwidth: GB/s; flops: TFLOP/s, in place of the machine's own.
         probe: also time some layers. select: the share of the cache that steps read.
+        evict: the share of the tokens that are kept.
         fit: show what fits rather than times.
 
     Raises:
@@ -71,6 +72,12 @@ class PlanRequest(Request):
         None,
         "Of a cache that reads such a share of its pages in each step, as 0.25.",
     )
+    evict: float | None = option(
+        "--evict",
+        BUDGET,
+        None,
+        "Of a cache that keeps such a share of the tokens, of each KV head its own.",
+    )
     fit: bool = option("--fit", Flag(), False, "Show the largest context and batch that fit.")
 
     def __post_init__(self) -> None:
@@ -81,8 +88,11 @@ class PlanRequest(Request):
             raise InputError("no model given", "kvfold plan SRC --gpu h100, or --gpu list")
         if self.probe and self.gpu != "here":
             raise InputError("--probe times layers on this machine", "use it with --gpu here")
-        if self.probe and self.select is not None:
-            raise InputError("--probe times caches that are read as a whole", "leave --select out")
+        for name, share in (("--select", self.select), ("--evict", self.evict)):
+            if self.probe and share is not None:
+                raise InputError(
+                    "--probe times caches that are read as a whole", f"leave {name} out"
+                )
         if self.probe and self.fit:
             raise InputError(
                 "--fit shows no times, which --probe would measure", "leave one of them out"
@@ -96,4 +106,4 @@ class PlanRequest(Request):
     @property
     def load(self) -> Load:
         """What is asked of the model."""
-        return Load(self.context, self.batch, gpus=self.gpus, select=self.select)
+        return Load(self.context, self.batch, gpus=self.gpus, select=self.select, evict=self.evict)

@@ -5,7 +5,7 @@ larger of the two binds it (roofline; Williams et al., 2009). Real steps are slo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfold.arch.layers import FULL, LATENT, Layer
 from kvfold.ops.formats import FORMATS
@@ -27,7 +27,7 @@ class Load:
         context: tokens of each sequence. batch: sequences. kv_dtype: of the cache.
         gpus: that share each layer (tensor parallelism).
         select: the share of the cache that a step of decoding reads (``kvfold.Select``), in layers
-            of full attention.
+            of full attention. evict: the share of the tokens that these keep (``kvfold.Evict``).
     """
 
     context: int
@@ -35,6 +35,7 @@ class Load:
     kv_dtype: str = "bf16"
     gpus: int = 1
     select: float | None = None
+    evict: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,22 @@ def _bits(layer: Layer, load: Load, *, read: bool = False) -> float:
     return (load.select if read else 1) * bits + summary_bits(load.kv_dtype)
 
 
+def _layer_bytes(layer: Layer, load: Load, *, read: bool = False) -> float:
+    """What a layer keeps of all sequences on one GPU, or reads; of a window no more than that."""
+    tokens = layer.kept(load.context) * (load.evict or 1 if layer.kind == FULL else 1)
+    return load.batch * layer.kv_numbers(load.gpus) * tokens * _bits(layer, load, read=read) / 8
+
+
 def _cached_bytes(model: Model, load: Load, *, read: bool = False) -> float:
-    """Of all sequences on one GPU, kept or read; sliding layers keep their window only."""
-    bits = sum(
-        layer.kv_numbers(load.gpus) * layer.kept(load.context) * _bits(layer, load, read=read)
-        for layer in model.layers
-    )
-    return load.batch * bits / 8
+    return sum(_layer_bytes(layer, load, read=read) for layer in model.layers)
+
+
+def _whole_layer(model: Model, load: Load) -> float:
+    """Bytes beside the cache while a prompt goes through a layer, which evicts after it."""
+    if load.evict is None:
+        return 0.0
+    whole = replace(load, evict=None)
+    return max(_layer_bytes(layer, whole) - _layer_bytes(layer, load) for layer in model.layers)
 
 
 def kv_bytes_per_token(model: Model, kv_dtype: str, gpus: int = 1) -> float:
@@ -99,7 +109,8 @@ def memory(model: Model, load: Load) -> Memory:
     """What one GPU must hold.
 
     Activations are those of a prefill chunk: the residual stream, one layer's MLP and attention
-    inputs, and the logits of each sequence's last token. Frameworks add their own to that.
+    inputs, and the logits of each sequence's last token; where tokens are evicted, also what one
+    layer holds before. Frameworks add their own to that.
     """
     tokens = min(PREFILL_CHUNK, load.batch * load.context)
     widest = 2 * model.intermediate_size + 3 * model.num_heads * model.layers[0].head_dim
@@ -108,7 +119,7 @@ def memory(model: Model, load: Load) -> Memory:
     return Memory(
         model.weight_bytes / load.gpus,
         kv_cache_bytes(model, load),
-        tokens * per_token * _ACTIVATION_BYTES + logits,
+        tokens * per_token * _ACTIVATION_BYTES + logits + _whole_layer(model, load),
     )
 
 
@@ -126,7 +137,8 @@ def prefill(model: Model, load: Load, hardware: Hardware) -> Bound:
     pairs = load.batch * _attention_flops(model, load.context, load.context) / 2
     flops = 2 * model.active_parameters * tokens + pairs
     chunks = -(-tokens // PREFILL_CHUNK)
-    read = chunks * model.weight_bytes / load.gpus + kv_cache_bytes(model, load)
+    cache = kv_cache_bytes(model, replace(load, evict=None))
+    read = chunks * model.weight_bytes / load.gpus + cache
     return _bound(read, flops / load.gpus, hardware)
 
 

@@ -8,7 +8,7 @@ nats of the key tell apart what yes and no do not. What a source can do, its fol
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvfold.errors import InputError
 from kvfold.numbers import NEEDLE
@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: Makes an empty cache for a model, which it may tell how to attend.
-MakeCache = Callable[[Any], Any]
+
+class Way(NamedTuple):
+    """How a model may answer with a cache.
+
+    Attributes:
+        make: an empty cache for a model, which it may tell how to attend.
+        known: whether the question is read with the text, at once, and not token by token after it.
+    """
+
+    make: Callable[[Any], Any]
+    known: bool = False
+
+
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KEYS = 4  # different keys for each length and depth
 _FILLER = (
@@ -57,14 +68,14 @@ def retrieve(
     *,
     seed: int = 0,
     progress: Progress = no_progress,
-    caches: Mapping[str, MakeCache] | None = None,
+    caches: Mapping[str, Way] | None = None,
 ) -> list[Retrieval]:
     """Ask every model for the same keys.
 
     Args:
         lengths: of the prompts, in tokens.
         caches: by name, each of which every model also answers with: the text is read at once, the
-            question and the answer token by token.
+            answer token by token.
 
     Raises:
         InputError: for lengths that hold no filler, or beyond a model's positions.
@@ -81,23 +92,23 @@ def retrieve(
                 f"use at most {longest}",
             )
     results = []
-    asked_ways: list[tuple[str, PreTrainedModel, MakeCache | None]] = []
+    asked_ways: list[tuple[str, PreTrainedModel, Way | None]] = []
     for name, model in models:
         asked_ways.append((name, model, None))
-        asked_ways += [(f"{name}, {way}", model, make) for way, make in (caches or {}).items()]
+        asked_ways += [(f"{name}, {said}", model, way) for said, way in (caches or {}).items()]
     question = len(_ids(tokenizer, _QUESTION))
     total = len(lengths) * len(DEPTHS) * len(asked_ways)
     for length in lengths:
         for depth in DEPTHS:
             prompts = [prompt(tokenizer, length, depth, key) for key in _keys(seed, length, depth)]
-            for name, model, make in asked_ways:
+            for name, model, way in asked_ways:
                 for asked, answer in prompts:
                     check_ids([*asked.tolist(), *answer.tolist()], vocabulary(model))
                 with torch.inference_mode():
-                    if make is None:
+                    if way is None:
                         scores = [_score(model, *each) for each in prompts]
                     else:
-                        scores = [_step(model, make, question, *each) for each in prompts]
+                        scores = [_step(model, way, question, *each) for each in prompts]
                 found = sum(score[0] for score in scores) / len(scores)
                 nats = sum(score[1] for score in scores) / len(scores)
                 results.append(Retrieval(name, length, depth, found, nats))
@@ -154,22 +165,23 @@ def _score(
 
 def _step(
     model: "PreTrainedModel",
-    make: MakeCache,
+    way: Way,
     question: int,
     asked: "torch.Tensor",
     answer: "torch.Tensor",
 ) -> tuple[bool, float]:
-    """The same, the last ``question`` tokens and the answer read one by one from a cache."""
+    """The same, the answer, and perhaps the last ``question`` tokens, read one by one."""
     import torch
 
-    ids, cache = torch.cat([asked, answer])[None].to(model.device), make(model)
-    read = len(asked) - question
-    model(ids[:, :read], past_key_values=cache, use_cache=True)
-    logits = [
+    ids, cache = torch.cat([asked, answer])[None].to(model.device), way.make(model)
+    read = len(asked) - (0 if way.known else question)
+    first = model(ids[:, :read], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = [first[0, -1].float()]
+    logits += [
         model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1].float()
         for at in range(read, ids.shape[1] - 1)
     ]
-    return _right(torch.stack(logits[question - 1 :]), answer)
+    return _right(torch.stack(logits[-len(answer) :]), answer)
 
 
 def _right(logits: "torch.Tensor", answer: "torch.Tensor") -> tuple[bool, float]:

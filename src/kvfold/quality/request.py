@@ -24,8 +24,9 @@ class EvalRequest(Request):
 
     Attributes:
         lengths: of texts to hide pass keys in, in tokens. selects: shares of their pages that
-            caches read when they are asked. tasks: of lm-evaluation-harness;
-            limit: examples of each. task_folder: has tasks of the user's own.
+            caches read when they are asked. evicts: shares of the tokens that caches keep.
+        tasks: of lm-evaluation-harness; limit: examples of each.
+        task_folder: has tasks of the user's own.
         context: tokens per window. max_tokens: at most so many per text, spread over it.
         max_kl, max_ppl_ratio: what is not to be exceeded, on any text.
         dtype: for all models alike.
@@ -47,6 +48,13 @@ class EvalRequest(Request):
         Listed(BUDGET, none=True),
         (),
         "Also with caches that read such a share of their pages; of --needle.",
+        metavar="SHARE,...",
+    )
+    evicts: tuple[float, ...] = option(
+        "--evict",
+        Listed(BUDGET, none=True),
+        (),
+        "Also with caches that keep such a share of their tokens; of --needle.",
         metavar="SHARE,...",
     )
     tasks: tuple[str, ...] | None = option(
@@ -79,10 +87,12 @@ class EvalRequest(Request):
             raise InputError(
                 "--max-kl and --max-ppl-ratio are measured on text", "name it with --text"
             )
-        if self.selects and not self.lengths:
-            raise InputError(
-                "--select is of --needle", "add it, or try kvfold.Select in a model's cache"
-            )
+        for name, shares in (("select", self.selects), ("evict", self.evicts)):
+            if shares and not self.lengths:
+                raise InputError(
+                    f"--{name} is of --needle",
+                    f"add it, or try kvfold.{name.title()} in a model's cache",
+                )
         for name, value in (("--limit", self.limit), ("--task-folder", self.task_folder)):
             if value is not None and self.tasks is None:
                 raise InputError(f"{name} is of --tasks", "leave it out, or name some tasks")

@@ -18,7 +18,7 @@ from kvfold.errors import InputError, ThresholdError
 from kvfold.numbers import iterated
 from kvfold.progress import Progress, no_progress
 from kvfold.quality.device import pick_device
-from kvfold.quality.needle import MakeCache, Retrieval, retrieve
+from kvfold.quality.needle import Retrieval, Way, retrieve
 from kvfold.quality.request import EvalRequest
 from kvfold.quality.scores import Quality, compare
 from kvfold.quality.tasks import TaskScore, harness, run_tasks
@@ -106,7 +106,7 @@ def find_needles(
 def score_needles(
     request: EvalRequest,
     progress: Progress = no_progress,
-    caches: Mapping[str, MakeCache] | None = None,
+    caches: Mapping[str, Way] | None = None,
 ) -> list[Retrieval]:
     """Ask a request's models for pass keys; see :func:`find_needles`.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kvfold.quality.needle import Retrieval
 from kvfold.quality.scores import Quality
 from kvfold.quality.tasks import TaskScore
+from kvfold.report.scored import by_depth
 from kvfold.report.tables import print_table, size
 
 
@@ -37,18 +38,9 @@ def _row(result: Quality, reference: bool) -> list[str]:
 
 def print_needles(results: Sequence[Retrieval]) -> None:
     """Keys found, and nats of the right answer, by depth; a table for each length."""
-    for tokens in dict.fromkeys(result.tokens for result in results):
-        own = [result for result in results if result.tokens == tokens]
-        depths = list(dict.fromkeys(result.depth for result in own))
-        rows = []
-        for name in dict.fromkeys(result.name for result in own):
-            cells = {r.depth: f"{r.found:.0%}, {r.nats:.2f}" for r in own if r.name == name}
-            rows.append([name, *(cells[depth] for depth in depths)])
-        print_table(
-            f"Pass keys in {tokens:,} tokens: found, nats per token of the key",
-            ["model", *(f"at {depth:.0%}" for depth in depths)],
-            rows,
-        )
+    for tokens, columns, body in by_depth([result.as_dict() for result in results]):
+        title = f"Pass keys in {tokens:,} tokens: found, nats per token of the key"
+        print_table(title, ["model", *columns], body)
 
 
 def print_tasks(scores: Sequence[TaskScore]) -> None:

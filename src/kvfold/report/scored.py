@@ -1,6 +1,6 @@
 """What was measured of quality, in a report: the picture and the table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,49 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: if it is none.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a file has of texts, and of pass keys."""
     data = read_bytes(path, _LARGEST, _HINT)
     if data.lstrip().startswith(b"["):
-        return [dict(row) for row in QUALITIES.parse(data, str(path))]
-    return [dict(row) for row in EVALUATION.parse(data, str(path))["texts"]]
+        return [dict(row) for row in QUALITIES.parse(data, str(path))], []
+    found = EVALUATION.parse(data, str(path))
+    return [dict(row) for row in found["texts"]], [dict(row) for row in found.get("needles", ())]
 
 
 def evaluation(path: Path) -> list[Section]:
     """The section of a file that ``eval --json`` printed."""
-    return [Section(f"Evaluation: {path.name}", quality(rows_of(path)))]
+    texts, needles = _read(path)
+    parts = quality(texts) if texts or not needles else []
+    return [Section(f"Evaluation: {path.name}", [*parts, *pass_keys(needles)])]
+
+
+def pass_keys(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Pass keys found, and nats of the right answer, by depth; a table for each length."""
+    return [
+        Table(
+            ("model and cache", *columns),
+            body,
+            f"Pass keys hidden in {tokens:,} tokens: the share found, and nats per token of the "
+            "key. Read, kept: caches that read or keep such a share.",
+        )
+        for tokens, columns, body in by_depth(rows)
+    ]
+
+
+def by_depth(
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[int, list[str], list[list[str]]]]:
+    """For each length its depths, and a row of cells for each name."""
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        own = [row for row in rows if row["tokens"] == tokens]
+        depths = list(dict.fromkeys(row["depth"] for row in own))
+        cells = {(r["name"], r["depth"]): f"{r['found']:.0%}, {r['nats']:.2f}" for r in own}
+        names = dict.fromkeys(row["name"] for row in own)
+        body = [[name, *(cells.get((name, depth), "") for depth in depths)] for name in names]
+        yield tokens, [f"at {depth:.0%}" for depth in depths], body
 
 
 def evidence(path: Path, found: Evidence) -> None:

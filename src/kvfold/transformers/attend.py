@@ -169,6 +169,37 @@ def _attend_plain(
 
 @python_state
 def _attend_stored(query: torch.Tensor, key: Stored, value: Stored, options: dict[str, Any]) -> Any:
+    layer, tokens = key.layer, query.shape[2]
+    cache = layer.held
+    if layer.evict is None:
+        return _attend_held(query, key, value, options)
+    given = {name: options[name] for name in ("scale", "softcap") if options[name] is not None}
+    if options["mask"] is not None:
+        given["start"] = _padding(options["mask"], cache.batch, tokens)
+    if key.new is not None and tokens > MAX_TOKENS:
+        found = attention(query, key.tensor(), value.tensor(), **options)
+    elif options["dropout"] > 0:
+        raise UnsupportedError("a cache that evicts has no dropout", "call model.eval()")
+    else:
+        sinks = options["sink_logits"]
+        found = cache.attend(query, **given, **({} if sinks is None else {"sink_logits": sinks}))
+    layer.asked(query, given)
+    return found
+
+
+def _padding(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """How many first keys a mask hides, ``[B]``; refuses masks that hide others."""
+    start = left_padding(mask, batch, tokens)
+    if start is None:
+        raise UnsupportedError(
+            "a cache that evicts knows of padding on the left, and of no other masks",
+            "pad on the left, or leave evict out",
+        )
+    return start
+
+
+def _attend_held(query: torch.Tensor, key: Stored, value: Stored, options: dict[str, Any]) -> Any:
+    """Over a cache that forgets nothing but what a window hides."""
     cache, tokens = key.layer.held, query.shape[2]
     if cache.window is not None and tokens > 1 and key.shape[2] > cache.window:
         _check_window(options["mask"], cache.window)

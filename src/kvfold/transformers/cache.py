@@ -8,14 +8,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvfold.arch.config import plain_config
 from kvfold.arch.decoder import typed_layers
 from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
-from kvfold.cache.checks import check_select
+from kvfold.cache.checks import check_policy, check_select
 from kvfold.cache.kv import Dtype
 from kvfold.cache.latent import check_format
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.names import shown
+from kvfold.ops.evict import Evict
 from kvfold.ops.select import PAGES, Select
 from kvfold.transformers.latent import LatentLayer
-from kvfold.transformers.layer import KVLayer
+from kvfold.transformers.layer import HeldLayer, KVLayer
 
 
 class KVCache(DynamicCache):  # type: ignore[misc]
@@ -27,8 +28,13 @@ class KVCache(DynamicCache):  # type: ignore[misc]
             ``("int8", "int4")`` …; by default the model's own.
         select: read only the pages that promise most in a step of decoding
             (:class:`kvfold.Select`), in layers of full attention from ``select.dense_layers`` on.
-        page_size: tokens of the pages that are selected: 16, 32, 48 or 64. Shorter ones tell more,
-            and take longer to choose from; 32 by default, 64 with four bits.
+        evict: forget tokens, of each KV head its own, after every prompt and while decoding
+            (:class:`kvfold.Evict`), in layers of full attention from ``evict.dense_layers`` on;
+            only ``attn_implementation="kvfold"`` can read what is left. With padding on the left,
+            and no other masks.
+        page_size: tokens of the pages that are selected or freed: 16, 32, 48 or 64. Shorter ones
+            tell more, and take longer to choose from; 32 by default to select from, 64 with four
+            bits and to evict.
         offloading: only False; transformers says so when it makes another cache of this class.
 
     Raises:
@@ -47,6 +53,7 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         dtype: Dtype | tuple[Dtype, Dtype] | None = None,
         *,
         select: Select | None = None,
+        evict: Evict | None = None,
         page_size: int | None = None,
         offloading: bool = False,
     ) -> None:
@@ -58,18 +65,26 @@ class KVCache(DynamicCache):  # type: ignore[misc]
             check_format(dtype)
         if sizes is not None and select is not None:
             raise UnsupportedError("latents are read as a whole", "leave select out")
+        if sizes is not None and evict is not None:
+            raise UnsupportedError("latents are kept as a whole", "leave evict out")
         check_select(select)
+        if evict is not None:
+            check_policy(evict)
         if page_size is not None:
-            _check_page(page_size, select)
-        dense = 0 if select is None else select.dense_layers
-        layers = [
-            LatentLayer(dtype, sizes)
-            if sizes is not None and not window
-            else KVLayer(
-                dtype, window, select if index >= dense and not window else None, page_size
+            _check_page(page_size, select or evict)
+
+        def layer(index: int, window: int | None) -> HeldLayer:
+            if window:
+                return KVLayer(dtype, window)
+            if sizes is not None:
+                return LatentLayer(dtype, sizes)
+            selects = select is not None and index >= select.dense_layers
+            evicts = evict is not None and index >= evict.dense_layers
+            return KVLayer(
+                dtype, None, select if selects else None, page_size, evict if evicts else None
             )
-            for index, window in enumerate(windows_of(text))
-        ]
+
+        layers = [layer(index, window) for index, window in enumerate(windows_of(text))]
         Cache.__init__(self, layers=layers)  # DynamicCache's own would make tensors' layers
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -81,13 +96,14 @@ class KVCache(DynamicCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of memory that keys and values take, allocated but unused pages included."""
-        return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+        return sum(layer.nbytes for layer in self.layers)
 
 
-def _check_page(page_size: object, select: Select | None) -> None:
-    if select is None:
+def _check_page(page_size: object, use: Select | Evict | None) -> None:
+    if use is None:
         raise InputError(
-            "page_size is of select", "leave it out, or give select=kvfold.Select(...)"
+            "page_size is of select and evict",
+            "leave it out, or give select=kvfold.Select(...)",
         )
     if page_size not in PAGES:
         sizes = ", ".join(map(str, PAGES))

@@ -11,7 +11,10 @@ from kvfold.cache.kv import KVCache as LayerCache
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.kernels.limits import MAX_TOKENS
 from kvfold.kernels.outside import python_state
+from kvfold.ops.evict import Evict
+from kvfold.ops.options import CacheOptions
 from kvfold.ops.select import Select
+from kvfold.transformers.queries import LastQueries
 
 PAGE, _SLIDING_PAGE = 256, 64
 _CHOSEN_PAGE, _COARSE_PAGE = 32, 64  # of four bits, to which summaries would add too much
@@ -78,6 +81,11 @@ class Stored(StandIn):
         """``[B, Hkv, S, D]`` in the model's dtype."""
         if self.new is not None:
             return self.new.to(self.dtype)
+        if self.layer.evict is not None:
+            raise UnsupportedError(
+                "KV heads of a cache that evicts hold different tokens, which make no tensor",
+                'load the model with attn_implementation="kvfold"',
+            )
         return self.layer.held.tensors(self.dtype)[self.side][:, :, : self.shape[2]]
 
     def of_dtype(self, dtype: torch.dtype) -> "Stored":
@@ -98,6 +106,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     """A layer whose keys and values are in a cache of kvfold's; made when its first keys come."""
 
     is_croppable = True
+    evict: Evict | None = None
 
     def __init__(self, dtype: Dtype | tuple[Dtype, Dtype] | None, window: int | None) -> None:
         self.cache: Any = None
@@ -115,6 +124,11 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.cache is None:
             raise InputError("a layer of the cache was read before it was given any keys")
         return self.cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the layer takes."""
+        return 0 if self.cache is None else int(self.cache.nbytes)
 
     @property
     def keys(self) -> Stored | None:
@@ -171,10 +185,17 @@ class KVLayer(HeldLayer):
         window: int | None,
         select: Select | None = None,
         page_size: int | None = None,
+        evict: Evict | None = None,
     ) -> None:
         super().__init__(dtype, window)
-        self._select, self._page = select, page_size
+        self._select, self._page, self.evict = select, page_size, evict
         self.record_past = False
+        self._queries = LastQueries(evict.window if evict is not None else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its keys, values and last queries take."""
+        return self._queries.nbytes + super().nbytes
 
     def activate_past_recording(self) -> None:
         """Let a window free nothing until ``crop``, which can go back to any token until then."""
@@ -207,10 +228,11 @@ class KVLayer(HeldLayer):
 
     def _page_size(self, dtype: Any) -> int:
         """Longer pages read faster; shorter ones are freed sooner, and chosen better."""
-        if self._select is None:
+        if self._select is None and self.evict is None:
             return PAGE if self._window is None else _SLIDING_PAGE
         coarse = any(fmt.bits == 4 for fmt in check_formats(dtype))
-        return self._page or (_COARSE_PAGE if coarse else _CHOSEN_PAGE)
+        short = self._select is not None and not coarse
+        return self._page or (_CHOSEN_PAGE if short else _COARSE_PAGE)
 
     @python_state
     def update(
@@ -231,6 +253,20 @@ class KVLayer(HeldLayer):
         )
         return keys, values
 
+    def asked(self, q: torch.Tensor, options: CacheOptions) -> None:
+        """Evict, where that is due, after queries ``[B, Hq, T, D]`` and their attention."""
+        how = self.evict
+        if how is None:
+            return
+        cache, least = self.held, max(how.tokens(self.get_seq_length()), how.sinks + how.recent)
+        more = cache.mean_held - least
+        most = 0 if q.shape[2] > MAX_TOKENS else how.every
+        if more + how.window > most:  # until then nobody will ask for them
+            self._queries.add(q)
+        if more > most:
+            cache.evict_as(how, self._queries.tensor(), **options)
+            self._queries.clear()
+
     @python_state
     def get_seq_length(self) -> int:
         return 0 if self.cache is None else self.cache.lengths[0] if self.cache.lengths else 0
@@ -245,6 +281,7 @@ class KVLayer(HeldLayer):
 
     def reset(self) -> None:
         self.cache, self.is_initialized = None, False
+        self._queries.clear()
 
     def cropped(self, tokens_to_remove: int) -> int:
         """How many tokens ``crop`` would leave: what transformers' own layer leaves of as many.
@@ -254,15 +291,19 @@ class KVLayer(HeldLayer):
         """
         length = length_after_crop(self.get_seq_length(), tokens_to_remove)
         if self.cache is not None and not self.cache.can_truncate(length):
+            said = f"cannot go back to {length} tokens"
+            if self.evict is not None:
+                raise InputError(f"{said}: of these some were evicted", "evict with more recent=")
             raise InputError(
-                f"cannot go back to {length} tokens: a window has freed what they see",
+                f"{said}: a window has freed what they see",
                 "call activate_past_recording() before the tokens that crop may remove",
             )
         return length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as transformers' own layers do; a window frees what it can."""
-        length = self.cropped(tokens_to_remove)
+        old, length = self.get_seq_length(), self.cropped(tokens_to_remove)
+        self._queries.crop(old - length)
         if self.cache is not None:
             self.cache.truncate(length)
             if self.record_past:
@@ -282,11 +323,13 @@ class KVLayer(HeldLayer):
                 f"indices {indices!r} of {self.cache.batch} sequences: {error}"
             ) from error
         self.cache.reorder(rows)
+        self._queries.select(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.cache is not None:
-            rows = range(self.cache.batch)
-            self.cache.reorder([b for b in rows for _ in range(repeats)])
+            rows = [b for b in range(self.cache.batch) for _ in range(repeats)]
+            self.cache.reorder(rows)
+            self._queries.select(rows)
 
 
 def refuse_tensors(given: torch.Tensor | None) -> None:

@@ -9,6 +9,7 @@ from kvfold.kernels.backend import Call, Found, Kernels
 from kvfold.kernels.cpu.call import KNOWN, KernelCall, append
 from kvfold.kernels.cpu.fixed import append_fixed, attend_fixed
 from kvfold.kernels.cpu.library import Library, library, why_missing
+from kvfold.kernels.cpu.move import move
 from kvfold.kernels.cpu.rows import attend_rows
 from kvfold.kernels.cpu.select import choose
 from kvfold.kernels.limits import BLOCK, MAX_DIM, MAX_TOKENS
@@ -82,6 +83,9 @@ class Cpu(Kernels):
             append_fixed(k, v, view)
         else:
             append(_library(), k, v, view, kept)
+
+    def move(self, view: KVView, sources: list[torch.Tensor]) -> None:
+        move(_library(), view, sources)
 
     def choose(self, question: Question) -> Chosen:
         return choose(_library(), question)

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "append.h"
+#include "move.h"
 #include "prefill.h"
 #include "read.h"
 #include "read_back.h"
@@ -29,4 +30,5 @@ extern const IsaTable KVF_TABLE;
 const IsaTable KVF_TABLE = {KVF_NAMESPACE::recipe,     KVF_NAMESPACE::block_bytes_of,
                             KVF_NAMESPACE::formats,    KVF_NAMESPACE::attend_any,
                             KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_back,
-                            KVF_NAMESPACE::select,     KVF_NAMESPACE::read_lines};
+                            KVF_NAMESPACE::move,       KVF_NAMESPACE::select,
+                            KVF_NAMESPACE::read_lines};

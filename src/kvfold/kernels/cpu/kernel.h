@@ -86,6 +86,16 @@ struct KvfReadBack {
   int32_t threads;
 };
 
+// Move tokens of sequences of one KV head: the one at from[offset[b] + i] to the i-th position of
+// what the part holds of sequence b, which is never an earlier one.
+struct KvfMove {
+  int32_t batch;
+  const int32_t* from;
+  const int64_t* offset;  // [B + 1]
+  KvfPart part;
+  int32_t threads;
+};
+
 // How the scores of a page's keys are estimated (select.h).
 enum KvfSummary : int32_t { KVF_SPREAD = 0, KVF_BOX = 1 };
 
@@ -130,6 +140,7 @@ void kvf_set_parallel(KvfParallel run);  // null: the library's own threads
 int32_t kvf_attend(const KvfAttend* call);
 int32_t kvf_append(const KvfAppend* call);
 int32_t kvf_read_back(const KvfReadBack* call);
+int32_t kvf_move(const KvfMove* call);
 int32_t kvf_select(const KvfSelect* call);
 double kvf_read(const uint8_t* data, int64_t bytes, int32_t threads);  // sums; for bandwidth
 int64_t kvf_sizeof(int32_t what);  // struct sizes, to check the Python mirror

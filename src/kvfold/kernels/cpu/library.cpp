@@ -161,6 +161,11 @@ int32_t kvf_read_back(const KvfReadBack* call) {
   return 0;
 }
 
+int32_t kvf_move(const KvfMove* call) {
+  current().table->move(*call, parallel);
+  return 0;
+}
+
 int32_t kvf_select(const KvfSelect* call) {
   current().table->select(*call, parallel);
   return 0;
@@ -180,7 +185,8 @@ int64_t kvf_sizeof(int32_t what) {
     case 3: return sizeof(KvfAttend);
     case 4: return sizeof(KvfAppend);
     case 5: return sizeof(KvfReadBack);
-    default: return sizeof(KvfSelect);
+    case 6: return sizeof(KvfSelect);
+    default: return sizeof(KvfMove);
   }
 }
 }

@@ -97,6 +97,12 @@ class Select(Structure):
     _fields_ = fields_of("KvfSelect", {"KvfTensor": Tensor, "KvfSide": Side})
 
 
+class Move(Structure):
+    """``KvfMove``: tokens to be moved."""
+
+    _fields_ = fields_of("KvfMove", {"KvfPart": Part})
+
+
 class Choice(NamedTuple):
     """Which copy of the kernels takes calls of a kind (``CallKind`` of ``cpu/trial.h``)."""
 
@@ -144,17 +150,18 @@ class Library:
 
     def _is_of_these_sources(self) -> bool:
         """Whether it has the same structs and formats: it would misread others' memory."""
-        structs = Side, Part, Tensor, Attend, Append, ReadBack, Select
+        structs = Side, Part, Tensor, Attend, Append, ReadBack, Select, Move
         if any(self.c.kvf_sizeof(i) != ctypes.sizeof(s) for i, s in enumerate(structs)):
             return False
-        newer = "kvf_formats", "kvf_read_back", "kvf_choices", "kvf_set_timer", "kvf_select"
-        if not all(hasattr(self.c, name) for name in newer):
+        newer = "formats", "read_back", "choices", "set_timer", "select", "move"
+        if not all(hasattr(self.c, f"kvf_{name}") for name in newer):
             return False
         self.c.kvf_choices.argtypes = [c_void_p, c_int64]
         self.c.kvf_choices.restype = c_int64
         self.c.kvf_set_timer.argtypes = [c_void_p]
         self.c.kvf_read_back.argtypes = [POINTER(ReadBack)]
         self.c.kvf_select.argtypes = [POINTER(Select)]
+        self.c.kvf_move.argtypes = [POINTER(Move)]
         self.c.kvf_formats.restype = c_char_p
         formats: bytes = self.c.kvf_formats()
         return formats.decode().split() == list(FORMATS)
@@ -221,6 +228,10 @@ class Library:
     def select(self, call: Select) -> None:
         call.threads = torch.get_num_threads()
         self.c.kvf_select(byref(call))
+
+    def move(self, call: Move) -> None:
+        call.threads = torch.get_num_threads()
+        self.c.kvf_move(byref(call))
 
     def read(self, data: torch.Tensor) -> None:
         """Read a tensor's memory once, as fast as the machine can; for measuring bandwidth."""

@@ -9,6 +9,7 @@ struct IsaTable {
   void (*attend)(const KvfAttend&, KvfParallel);
   void (*append)(const KvfAppend&, KvfParallel);
   void (*read_back)(const KvfReadBack&, KvfParallel);
+  void (*move)(const KvfMove&, KvfParallel);
   void (*select)(const KvfSelect&, KvfParallel);
   uint64_t (*read_lines)(const uint8_t* data, int64_t lines);
 };

