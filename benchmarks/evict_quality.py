@@ -10,15 +10,14 @@ Windows of 8,000 tokens of two texts are read as a whole; each cache then keeps 
 tokens (`kvfold.Evict`), and STEPS tokens are predicted, one by one. `attention` is the default,
 `recent` keeps the first 64 and the last tokens, `oracle` goes by the attention of the very queries
 to come, which nobody has. `snapkv` and `knorm` are kvpress's presses with their own defaults, on
-PyTorch's attention, fed from the same reading of the text. Pass keys, one or four of them in
-the text: the question stands in the prompt (`known`), or comes only after tokens were forgotten.
+PyTorch's attention, fed from the same reading of the text. Pass keys: the question stands in the
+prompt (`known`), or comes only after tokens were forgotten.
 Appends to ``evict_quality.jsonl`` beside this file.
 """
 
 import argparse
 import copy
 import json
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ from kvfold.quality.text import read_texts, token_windows
 CONTEXT, STEPS, WINDOWS = 8000, 128, 2
 TEXTS = ("handbook", "code")
 BUDGETS = (0.5, 0.25, 0.125)
-NEEDLES, DEPTHS, KEYS, NAMES = (4096, 7900), (0.1, 0.5, 0.9), 2, ("Anna", "Boris", "Clara", "David")
+NEEDLES, DEPTHS, KEYS = (4096, 7900), (0.1, 0.5, 0.9), 2
 RESULTS = Path(__file__).with_suffix(".jsonl")
 Caches = dict[tuple[str, float], Any]
 
@@ -173,50 +172,19 @@ def rows(scores: dict[tuple[str, float], Any], **about: Any) -> None:
               f"KL {row['kl']:.4f}, {row['bytes']:.1%} of the bytes", flush=True)  # fmt: skip
 
 
-def prompts(tokenizer: Any, keys: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, int]]:
-    """Length, prompt, answer and tokens of the question, of each text with so many pass keys."""
+def prompts(tokenizer: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Length, prompt and answer of each text with a pass key."""
     for length in NEEDLES:
         for depth in DEPTHS:
             for key in needle._keys(0, length, depth)[:KEYS]:
-                if keys == 1:
-                    asked, answer = needle.prompt(tokenizer, length, depth, key)
-                    question = needle._QUESTION
-                else:
-                    asked, answer, question = named(tokenizer, length, depth, key)
-                size = len(tokenizer(question, add_special_tokens=False)["input_ids"])
-                yield length, asked, answer, size
+                yield length, *needle.prompt(tokenizer, length, depth, key)
 
 
-def named(
-    tokenizer: Any, length: int, depth: float, key: str
-) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """The same with a pass key for each of some people, of which one is asked for."""
-    draw = random.Random(f"{length}/{depth}/{key}")
-    wanted = draw.choice(NAMES)
-    said = "The pass key of {} is {}. Remember it. {} is the pass key of {}. "
-    question = f"What is the pass key of {wanted}? The pass key of {wanted} is"
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    filler, asked = ids(needle._FILLER), ids(question)
-    needles = []  # where each stands, and its tokens
-    for name in NAMES:
-        own = key if name == wanted else str(draw.randrange(10_000, 100_000))
-        place = depth if name == wanted else draw.random()
-        needles.append((place, ids(said.format(name, own, own, name))))
-    room = length - sum(len(tokens) for _, tokens in needles) - len(asked)
-    pieces = [filler] * (room // len(filler))
-    for place, tokens in sorted(needles, reverse=True):
-        pieces.insert(round(place * (room // len(filler))), tokens)
-    whole = filler[: room % len(filler)] + sum(pieces, []) + asked
-    return torch.tensor(whole), torch.tensor(ids(f" {key}")), question
-
-
-def score_needles(reader: Reader, tokenizer: Any, keys: int) -> None:
+def score_needles(reader: Reader, tokenizer: Any) -> None:
     """Pass keys found by every way, of as many as were asked for."""
     found: dict[tuple[str, float, int, bool], list[bool]] = {}
-    for length, asked, answer, question in prompts(tokenizer, keys):
+    question = len(tokenizer(needle._QUESTION, add_special_tokens=False)["input_ids"])
+    for length, asked, answer in prompts(tokenizer):
         for known in (True, False):
             read = len(asked) - (0 if known else question)
             last, caches = reader.read(asked[:read])
@@ -228,11 +196,11 @@ def score_needles(reader: Reader, tokenizer: Any, keys: int) -> None:
                 found.setdefault((name, budget, length, known), []).append(right)
     for (name, budget, length, known), answers in sorted(found.items(), key=lambda x: x[0][1:]):
         row = {
-            **machine(), "needle": length, "keys": keys, "known": known, "dtype": reader.dtype,
+            **machine(), "needle": length, "known": known, "dtype": reader.dtype,
             "by": name, "budget": budget, "found": sum(answers), "asked": len(answers),
         }  # fmt: skip
         append_text(RESULTS, json.dumps(row) + "\n")
-        print(f"{keys} keys in {length:5}, {'known' if known else 'later'} {name:9} {budget:6.1%}: "
+        print(f"needle {length:6}, {'known' if known else 'later'} {name:9} {budget:6.1%}: "
               f"{sum(answers)} of {len(answers)}", flush=True)  # fmt: skip
 
 
@@ -255,8 +223,7 @@ def main() -> None:
         windows = token_windows(tokenizer, text, CONTEXT, CONTEXT * WINDOWS)
         rows(score_text(reader, windows), text=name, dtype=arguments.dtype)
     if arguments.only != "texts":
-        for keys in (1, len(NAMES)):
-            score_needles(reader, tokenizer, keys)
+        score_needles(reader, tokenizer)
 
 
 if __name__ == "__main__":

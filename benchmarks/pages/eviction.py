@@ -36,13 +36,13 @@ def eviction_quality() -> str:
 
 def eviction_needles() -> str:
     """Pass keys found, of as many as were asked for."""
-    case = ("needle", "keys", "known", "by", "budget")
+    case = ("needle", "known", "by", "budget")
     rows = results("evict_quality", *case, only=lambda r: "needle" in r)
     if not rows:
         return NOT_YET
     found = {tuple(row[name] for name in case): row for row in rows}
-    columns = list(dict.fromkeys((r["known"], r["keys"], r["needle"]) for r in rows))
-    columns.sort(key=lambda column: (not column[0], *column[1:]))
+    columns = list(dict.fromkeys((r["known"], r["needle"]) for r in rows))
+    columns.sort(key=lambda column: (not column[0], column[1]))
 
     def cell(row: Row | None) -> str:
         return f"{row['found']} of {row['asked']}" if row else "–"
@@ -50,13 +50,10 @@ def eviction_needles() -> str:
     def cells(budget: float, by: str) -> Iterator[str]:
         yield f"{budget:.1%}"
         yield _said(by)
-        for known, keys, length in columns:
-            yield cell(found.get((length, keys, known, by, budget)))
+        for known, length in columns:
+            yield cell(found.get((length, known, by, budget)))
 
     budgets = sorted({row["budget"] for row in rows if row["budget"] < 1}, reverse=True)
     ways = [(1.0, "dense"), *((budget, by) for budget in budgets for by in _WAYS if by != "oracle")]
-    heads = (
-        f"{'known' if known else 'asked later'}, {keys} in {length:,}"
-        for known, keys, length in columns
-    )
+    heads = (f"{'known' if known else 'asked later'}, {n:,} tokens" for known, n in columns)
     return table(("budget", "kept by", *heads), (cells(*way) for way in ways), 2) + measured(rows)
