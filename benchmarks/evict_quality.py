@@ -32,6 +32,7 @@ from fold_quality import machine, source_folder
 from kvfold.files import append_text
 from kvfold.quality import needle
 from kvfold.quality.text import read_texts, token_windows
+from select_quality import summary
 
 CONTEXT, STEPS, WINDOWS = 8000, 128, 2
 TEXTS = ("handbook", "code")
@@ -157,16 +158,7 @@ def bytes_of(cache: Any) -> float:
 def rows(scores: dict[tuple[str, float], Any], **about: Any) -> None:
     """One line of results for each way: means over tokens, errors over windows."""
     for (name, budget), found in sorted(scores.items(), key=lambda item: (-item[0][1], item[0][0])):
-        lost = torch.stack([each[0].mean() for each in found])
-        kl = torch.stack([each[1].mean() for each in found])
-        row = {
-            **machine(), **about, "by": name, "budget": budget,
-            "tokens": sum(len(each[0]) for each in found),
-            "nats_lost": float(lost.mean()),
-            "nats_lost_error": float(lost.std() / len(lost) ** 0.5),
-            "ratio": float(lost.mean().exp()), "kl": float(kl.mean()),
-            "bytes": sum(each[2] for each in found) / len(found),
-        }  # fmt: skip
+        row = {**machine(), **about, "by": name, "budget": budget, **summary(found)}
         append_text(RESULTS, json.dumps(row) + "\n")
         print(f"{row.get('text', ''):10} {name:9} {budget:6.1%}: perplexity × {row['ratio']:.4f}, "
               f"KL {row['kl']:.4f}, {row['bytes']:.1%} of the bytes", flush=True)  # fmt: skip

@@ -107,19 +107,23 @@ def score_text(
     return scores
 
 
+def summary(found: list[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[str, float]:
+    """Nats lost, KL (by token) and bytes of windows: means, and errors over windows."""
+    lost = torch.stack([each[0].mean() for each in found])
+    return {
+        "tokens": sum(len(each[0]) for each in found),
+        "nats_lost": float(lost.mean()),
+        "nats_lost_error": float(lost.std() / len(lost) ** 0.5),
+        "ratio": float(lost.mean().exp()),
+        "kl": float(torch.stack([each[1].mean() for each in found]).mean()),
+        "bytes": sum(each[2] for each in found) / len(found),
+    }
+
+
 def rows(scores: dict[tuple[str, float], Any], **about: Any) -> None:
     """One line of results for each way: means over tokens, errors over windows."""
     for (name, budget), found in scores.items():
-        lost = torch.stack([each[0].mean() for each in found])
-        kl = torch.stack([each[1].mean() for each in found])
-        row = {
-            **machine(), **about, "by": name, "budget": budget,
-            "tokens": sum(len(each[0]) for each in found),
-            "nats_lost": float(lost.mean()),
-            "nats_lost_error": float(lost.std() / len(lost) ** 0.5),
-            "ratio": float(lost.mean().exp()), "kl": float(kl.mean()),
-            "bytes": sum(each[2] for each in found) / len(found),
-        }  # fmt: skip
+        row = {**machine(), **about, "by": name, "budget": budget, **summary(found)}
         append_text(RESULTS, json.dumps(row) + "\n")
         print(f"{row.get('text', ''):10} {about['dtype']:5} {name:7} {budget:6.1%}: perplexity × "
               f"{row['ratio']:.4f}, KL {row['kl']:.4f}, {row['bytes']:.1%} of the bytes",

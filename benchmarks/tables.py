@@ -24,7 +24,7 @@ from pages.decoding import (
     whole_step,
 )
 from pages.engines import engines
-from pages.eviction import eviction_needles, eviction_quality
+from pages.eviction import combined, eviction_needles, eviction_quality, recall
 from pages.planning import planning, planning_cases
 from pages.quality import (
     caches,
@@ -75,6 +75,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "latent-step": whole_latent_step,
     "eviction-quality": eviction_quality,
     "eviction-needles": eviction_needles,
+    "combined": combined,
+    "recall": recall,
     "selection-steps": selection_steps,
     "selection-quality": selection_quality,
     "selection-needles": selection_needles,

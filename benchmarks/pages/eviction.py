@@ -57,3 +57,46 @@ def eviction_needles() -> str:
     ways = [(1.0, "dense"), *((budget, by) for budget in budgets for by in _WAYS if by != "oracle")]
     heads = (f"{'known' if known else 'asked later'}, {n:,} tokens" for known, n in columns)
     return table(("budget", "kept by", *heads), (cells(*way) for way in ways), 2) + measured(rows)
+
+
+def combined() -> str:
+    """What folding, INT8, selecting and evicting cost and save together."""
+    rows = results("combined", "text", "way")
+    if not rows:
+        return NOT_YET
+    found = {(row["text"], row["way"]): row for row in rows}
+    ways, texts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("way", "text"))
+    first = {text: found[text, ways[0]] for text in texts}
+
+    def cells(way: str) -> Iterator[str]:
+        row = found[texts[0], way]
+        yield way
+        for side in ("kept_bytes", "read_bytes"):
+            yield f"{row[side] / 2**20:.1f}"
+        for text in texts:
+            yield (
+                f"{found[text, way]['nats'] - first[text]['nats']:+.3f}" if way != ways[0] else "0"
+            )
+        shares = (found[text, way]["seconds"] / first[text]["seconds"] for text in texts)
+        yield " / ".join(f"{share:.0%}" for share in shares)
+
+    heads = ("cache", "MiB kept", "MiB read a step", *(f"{text}: nats" for text in texts), "time")
+    return table(heads, map(cells, ways)) + measured(rows)
+
+
+def recall() -> str:
+    """Values found of names in long noise."""
+    rows = results("recall", "way", "budget")
+    if not rows:
+        return NOT_YET
+    found = {(row["way"], row["budget"]): row for row in rows}
+    budgets = sorted({row["budget"] for row in rows if row["budget"] < 1}, reverse=True)
+    ways = sorted(dict.fromkeys(row["way"] for row in rows))
+
+    def cells(way: str) -> Iterator[str]:
+        yield f"`{way}`"
+        for budget in budgets:
+            row = found.get((way, budget)) or found[way, 1.0]
+            yield f"{row['found']} of {row['asked']}"
+
+    return table(("cache", *(f"{b:.1%}" for b in budgets)), map(cells, ways)) + measured(rows)

@@ -8,7 +8,7 @@ from kvfold.cache.storage import Uniform
 from kvfold.kernels.pages import decoded, held_by_head
 from kvfold.ops.evict import Evict, best, in_whole_pages, query_weights, shared_out
 from kvfold.ops.mask import visible
-from kvfold.ops.options import Options
+from kvfold.ops.options import Options, Scoring
 from kvfold.ops.reference import attend
 
 
@@ -83,22 +83,29 @@ def attention_given(
     It is the mean over the query heads that share a KV head, and over queries by
     ``query_weights``.
     """
-    found, most = [], max(lengths, default=0)
-    counts = query_weights(q.shape[2]).to(q.device)
-    starts = options.visibility.start
+    heads, most = storage.main.heads, max(lengths, default=0)
+    found = torch.zeros(len(rows), heads, most, dtype=torch.float32, device=q.device)
+    counts, starts = query_weights(q.shape[2]).to(q.device), options.visibility.start
     for i, (b, length) in enumerate(zip(rows, lengths, strict=True)):
-        views, own = storage.views([b], [length]), q[i : i + 1]
+        views = storage.views([b], [length])
         k, v = decoded(views, length, q.dtype)
         start = None if starts is None else starts[i : i + 1]
         sight = options.visibility._replace(start=start)
         seen = visible(q.shape[2], length, sight, q.device)
-        there = held_by_head(views, length)[:, :, None].to(q.device)
-        seen = seen & there.repeat_interleave(q.shape[1] // there.shape[1], 1)
-        given = attend(
-            own, k, v[..., :1], scoring=options.scoring, seen=seen, need_weights=True
-        ).weights
-        assert given is not None
-        weights = counts @ given.float()  # [1, Hq, S]
-        weights = weights.unflatten(1, (k.shape[1], -1)).mean(2)
-        found.append(torch.nn.functional.pad(weights, (0, most - length)))
-    return torch.cat(found)
+        there = held_by_head(views, length).to(q.device)
+        own = q[i].unflatten(0, (heads, -1))
+        for head in range(heads):  # of many queries and long texts all at once would be too much
+            given = attend(
+                own[head : head + 1], k[:, head : head + 1], v[:, head : head + 1, :, :1],
+                scoring=_of_head(options.scoring, head, heads),
+                seen=seen & there[:, head, None, None], need_weights=True,
+            ).weights  # fmt: skip
+            assert given is not None
+            found[i, head, :length] = counts @ given[0].float().mean(0)
+    return found
+
+
+def _of_head(scoring: Scoring, head: int, heads: int) -> Scoring:
+    """Of the query heads that share a KV head."""
+    sinks = scoring.sink_logits
+    return scoring if sinks is None else scoring._replace(sink_logits=sinks.view(heads, -1)[head])

@@ -62,8 +62,9 @@ class KVCache:
             ``kvfold.ops.formats``), or a pair for keys and values: ``("int8", "int4")``.
         kind: ``contiguous``: one run of memory per sequence, which grows by half when it is full
             unless ``max_length`` reserves it at once. ``paged``: pages of ``page_size`` tokens,
-            which sequences can share (``fork``). ``sliding``: pages that have left the last
-            ``window`` tokens are freed, except the first ``sinks`` tokens.
+            which sequences can share (``fork``) and KV heads forget (``evict``). ``sliding``:
+            pages that have left the last ``window`` tokens are freed, except the first ``sinks``
+            tokens.
         slack: how far ``truncate`` can take a sliding cache back from the longest it was, besides
             its last append; it keeps so many tokens more than its window, which are
             ``slack * bytes_per_token`` bytes a sequence.

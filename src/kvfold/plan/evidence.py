@@ -4,6 +4,7 @@ Every number is one of ``benchmarks/README.md`` or ``LOG.md``, which have its co
 date.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvfold.ops.formats import FORMATS
@@ -71,21 +72,20 @@ def latent_risk() -> str:
 
 def select_risk(share: float) -> str:
     """What is known of steps that read a part of the cache."""
-    found = ", ".join(f"{kl:.4f} reading {budget:.1%}" for budget, kl in SELECTED.items())
-    near = "" if share in SELECTED else f" (not {share:.4g} of it)"
-    return (
-        f"measured is {MODEL} at 8,000 tokens of context{near}: KL {found}, in nats per token; "
-        "what stands alone far away may be missed: `kvfold eval --needle --select`"
-    )
+    return _part_risk(share, SELECTED, "reading", "stands alone far away may be missed", "--select")
 
 
 def evict_risk(share: float) -> str:
     """What is known of caches that keep a part of the tokens."""
-    found = ", ".join(f"{kl:.4f} keeping {budget:.1%}" for budget, kl in EVICTED.items())
-    near = "" if share in EVICTED else f" (not {share:.4g} of them)"
+    return _part_risk(share, EVICTED, "keeping", "is asked later may be forgotten", "--evict")
+
+
+def _part_risk(share: float, known: Mapping[float, float], verb: str, risk: str, flag: str) -> str:
+    found = ", ".join(f"{kl:.4f} {verb} {budget:.1%}" for budget, kl in known.items())
+    near = "" if share in known else f" (not {share:.4g} of it)"
     return (
         f"measured is {MODEL} at 8,000 tokens of context{near}: KL {found}, in nats per token; "
-        "what a later question is about may be forgotten: `kvfold eval --needle --evict`"
+        f"what {risk}: `kvfold eval --needle {flag}`"
     )
 
 

@@ -27,8 +27,7 @@ static const char* formats() {
 }  // namespace
 
 extern const IsaTable KVF_TABLE;
-const IsaTable KVF_TABLE = {KVF_NAMESPACE::recipe,     KVF_NAMESPACE::block_bytes_of,
-                            KVF_NAMESPACE::formats,    KVF_NAMESPACE::attend_any,
-                            KVF_NAMESPACE::append_all, KVF_NAMESPACE::read_back,
-                            KVF_NAMESPACE::move,       KVF_NAMESPACE::select,
-                            KVF_NAMESPACE::read_lines};
+const IsaTable KVF_TABLE = {
+    KVF_NAMESPACE::recipe,     KVF_NAMESPACE::block_bytes_of, KVF_NAMESPACE::formats,
+    KVF_NAMESPACE::attend_any, KVF_NAMESPACE::append_all,     KVF_NAMESPACE::read_back,
+    KVF_NAMESPACE::move,       KVF_NAMESPACE::select,         KVF_NAMESPACE::read_lines};
