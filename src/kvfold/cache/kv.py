@@ -468,8 +468,8 @@ class KVCache:
         >>> k = v = torch.randn(1, 2, 4096, 64)
         >>> cache.append(k, v)
         >>> kept = cache.evict(0.5, by=cache.scores(torch.randn(1, 8, 32, 64)))
-        >>> kept.float().mean(), cache.nbytes / (k.nbytes // 2 * 2)
-        (tensor(0.5000), 0.50...)
+        >>> kept.float().mean(), round(cache.nbytes / k.nbytes, 2)  # both in half as many bits
+        (tensor(0.5000), 0.5)
         """
         how = Evict(budget, sinks=sinks, recent=recent, floor=floor)
         rows = check_sequences(sequences, self.batch)
@@ -501,8 +501,8 @@ class KVCache:
 
         >>> cache = KVCache(2, 64, kind="paged")
         >>> cache.append(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
-        >>> cache.evict_as(Evict(budget=1024), torch.randn(1, 8, 32, 64)).sum(-1)
-        tensor([[1024, 1024]])
+        >>> cache.evict_as(Evict(budget=1024), torch.randn(1, 8, 32, 64)).sum()
+        tensor(2048)
         """
         check_policy(how)
         rows = list(range(self.batch))
