@@ -24,7 +24,7 @@ from pages.decoding import (
     whole_step,
 )
 from pages.engines import engines
-from pages.eviction import combined, eviction_needles, eviction_quality, recall
+from pages.eviction import combined, eviction_needles, eviction_quality, eviction_steps, recall
 from pages.planning import planning, planning_cases
 from pages.quality import (
     caches,
@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-starts": serving_starts,
     "whole-step": whole_step,
     "latent-step": whole_latent_step,
+    "eviction-steps": eviction_steps,
     "eviction-quality": eviction_quality,
     "eviction-needles": eviction_needles,
     "combined": combined,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from pages.rows import NOT_YET, Row, measured, results, table
+from pages.selection import steps
 
 _WAYS = ("attention", "recent", "oracle", "snapkv", "knorm")
 _SAID = {"snapkv": "kvpress SnapKV", "knorm": "kvpress Knorm"}
@@ -10,6 +11,11 @@ _SAID = {"snapkv": "kvpress SnapKV", "knorm": "kvpress Knorm"}
 
 def _said(by: str) -> str:
     return _SAID.get(by, f"`{by}`")
+
+
+def eviction_steps() -> str:
+    """A step of one layer, over what was kept."""
+    return steps("kept")
 
 
 def eviction_quality() -> str:

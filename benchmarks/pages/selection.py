@@ -7,20 +7,26 @@ from pages.rows import NOT_YET, Row, measured, results, table
 
 def selection_steps() -> str:
     """A step of one layer, whole and in part."""
+    return steps("read")
+
+
+def steps(part: str) -> str:
+    """Bytes and time of steps over caches of which a share was ``read`` or ``kept``."""
     rows = results("select", "implementation")
     if not rows:
         return NOT_YET
     found = {row["implementation"].removeprefix("kvfold "): row for row in rows}
     dtypes = [name for name in found if "," not in name]
-    shares = sorted({float(name.split(", ")[1].split()[0]) for name in found if "," in name})[::-1]
+    parts = [name.split(", ")[1] for name in found if name.endswith(part)]
+    shares = sorted({float(words.split()[0]) for words in parts}, reverse=True)
 
     def cells(dtype: str) -> Iterator[str]:
         whole = found[dtype]
         yield dtype
         for share in shares:
-            part = found[f"{dtype}, {share:.4g} read"]
-            read = part["kv_bytes"] / whole["kv_bytes"]
-            time = part["seconds"]["median"] / whole["seconds"]["median"]
+            some = found[f"{dtype}, {share:.4g} {part}"]
+            read = some["kv_bytes"] / whole["kv_bytes"]
+            time = some["seconds"]["median"] / whole["seconds"]["median"]
             yield f"{read:.1%}, {time:.0%}"
 
     heads = ("cache", *(f"budget {share:.1%}: bytes, time" for share in shares))

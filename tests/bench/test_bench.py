@@ -179,6 +179,21 @@ def test_selecting_caches_take_part() -> None:
         assert half.vs_own_bf16 is not None
 
 
+def test_evicting_caches_take_part() -> None:
+    """Held to attention over what they kept of each KV head."""
+    asked = replace(TINY, contexts=(1024,), dtypes=("bf16", "int8"), evicts=(0.5,))
+    found = {row.implementation: row for row in run_attention(asked, min_time=0).rows}
+    for dtype in asked.dtypes:
+        whole, half = found[f"kvfold {dtype}"], found[f"kvfold {dtype}, 0.5 kept"]
+        assert half.status == "ok", half.reason
+        assert half.kv_bytes / whole.kv_bytes == pytest.approx(0.5, rel=0.02)
+        assert half.vs_own_bf16 is not None
+    with pytest.raises(
+        InputError, match=r"--evict 0\.5 of 512 tokens is 256; expected at least 320"
+    ):
+        replace(TINY, contexts=(512,), evicts=(0.5,))
+
+
 def test_rotations_share_their_turns() -> None:
     turns = Rotation("abc")
     assert "".join(turns.take() for _ in range(7)) == "abcabca"

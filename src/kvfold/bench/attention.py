@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvfold.bench.buffers import Rotation, Rows, copies, reader, threads
-from kvfold.bench.cases import AttentionCase, AttentionRequest, dtype_of
+from kvfold.bench.cases import EVICT, SELECT, AttentionCase, AttentionRequest, Part, dtype_of
 from kvfold.bench.gate import Truth, Verdict
 from kvfold.bench.peers import PEERS, Peer
 from kvfold.bench.results import OK, SKIPPED, WRONG, Results, Row
@@ -72,9 +72,9 @@ def _run_case(case: AttentionCase, request: AttentionRequest, min_time: float) -
     rows = Rows(case, request.working_set)
     plain = Truth(rows.q, rows.k, rows.v) if request.against else None
     competitors = [
-        _own(case, dtype, share, rows, request.working_set)
+        _own(case, dtype, part, rows, request.working_set)
         for dtype in request.dtypes
-        for share in (None, *request.selects)
+        for part in request.parts
     ]
     if plain is not None:
         competitors += [_against(PEERS[name], rows, plain) for name in request.against]
@@ -86,19 +86,21 @@ def _run_case(case: AttentionCase, request: AttentionRequest, min_time: float) -
     return _rows(case, competitors, timings, read_bytes)
 
 
-def _own(
-    case: AttentionCase, dtype: str, share: float | None, rows: Rows, working_set: int
-) -> Competitor:
-    """kvfold's cache of a dtype, filled with the same keys and values as the peers' tensors.
-
-    Args:
-        share: of the pages that it reads.
-    """
-    name = _OWN + dtype + ("" if share is None else f", {share:.4g} read")
-    first = _filled(case, dtype, share, rows)
+def _own(case: AttentionCase, dtype: str, part: Part, rows: Rows, working_set: int) -> Competitor:
+    """kvfold's cache of a dtype, filled with the same keys and values as the peers' tensors."""
+    first = _filled(case, dtype, part, rows)
+    # The truth is what the cache holds: quantization is not the kernel's error. Nor is it an error
+    # not to read what was not selected, or is gone.
+    held = zip(*(first.read(b) for b in range(case.batch)), strict=True)
+    k, v = (torch.stack(side) for side in held)
+    seen = _forget(first, part, rows)
+    if part.kind == SELECT:
+        seen = first.selected(rows.q)
     size = round(first.bytes_per_step)
-    count = copies(first.nbytes, working_set)
-    caches = [first, *(_filled(case, dtype, share, rows) for _ in range(count - 1))]
+    caches = [first]
+    for _ in range(copies(first.nbytes, working_set) - 1):
+        caches.append(_filled(case, dtype, part, rows))
+        _forget(caches[-1], part, rows)
     turns = Rotation(caches)
 
     def step() -> torch.Tensor:
@@ -106,26 +108,27 @@ def _own(
         out: torch.Tensor = cache.attend(rows.q)  # a pair only if the log-sum-exp is asked for
         return out
 
-    # The truth is what the cache holds: quantization is not the kernel's error. Nor is it an error
-    # not to read what was not selected; every KV head reads as much.
-    held = zip(*(first.read(b) for b in range(case.batch)), strict=True)
-    k, v = (torch.stack(side) for side in held)
-    if share is not None:
-        read = first.selected(rows.q)
-        k, v = (x[read].view(*x.shape[:2], -1, x.shape[3]) for x in (k, v))
-    verdict = Truth(rows.q, k, v).judge(step())
+    verdict = Truth(rows.q, k, v, seen).judge(step())
+    name = _OWN + dtype + part.words
     return Competitor(name, step, size, verdict, verdict.reason, size * len(caches))
 
 
-def _filled(case: AttentionCase, dtype: str, share: float | None, rows: Rows) -> KVCache:
-    options: dict[str, Any] = {"max_length": case.context}
-    if share is not None:
-        options |= {"kind": "paged", "select": Select(budget=share, dense_below=0)}
+def _filled(case: AttentionCase, dtype: str, part: Part, rows: Rows) -> KVCache:
+    options: dict[str, Any] = {"kind": "paged"} if part.kind else {"max_length": case.context}
+    if part.kind == SELECT:
+        options |= {"select": Select(budget=part.share, dense_below=0)}
     cache = KVCache(
         case.num_kv_heads, case.head_dim, batch=case.batch, dtype=dtype_of(dtype), **options
     )
     cache.append(rows.k, rows.v)
     return cache
+
+
+def _forget(cache: KVCache, part: Part, rows: Rows) -> torch.Tensor | None:
+    """Evict by the attention of the queries of the step; which positions were kept."""
+    if part.kind != EVICT:
+        return None
+    return cache.evict(part.share, by=cache.scores(rows.q))
 
 
 def _against(peer: Peer, rows: Rows, truth: Truth) -> Competitor:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvfold.arguments import choice, text
 from kvfold.bench.peers import PEERS
@@ -12,6 +12,7 @@ from kvfold.errors import InputError
 from kvfold.geometry import divisors
 from kvfold.names import shown
 from kvfold.numbers import BATCH, BUDGET, BYTES, CONTEXT, HEAD_DIM, HEADS, ROUNDS, THREADS, Wholes
+from kvfold.ops.evict import Evict
 from kvfold.ops.formats import FORMATS
 from kvfold.quality.device import check_memory
 from kvfold.requests import Listed, Request, Text, option
@@ -94,6 +95,21 @@ class TimedRequest(Request):
     )
 
 
+SELECT, EVICT = "read", "kept"
+
+
+class Part(NamedTuple):
+    """What of a cache steps see: everything, or a share that is read, or that was kept."""
+
+    kind: str = ""
+    share: float = 1.0
+
+    @property
+    def words(self) -> str:
+        """As the cache's name goes on."""
+        return f", {self.share:.4g} {self.kind}" if self.kind else ""
+
+
 @dataclass(frozen=True)
 class AttentionRequest(TimedRequest):
     """What ``kvfold bench attention`` measures; every combination of the lists.
@@ -101,6 +117,7 @@ class AttentionRequest(TimedRequest):
     Attributes:
         dtypes: of kvfold's caches; ``int8/int4`` for INT8 keys and INT4 values.
         against: names of peers. selects: shares of their pages that caches read.
+        evicts: shares of their tokens that caches keep.
 
     Raises:
         InputError: for what cannot be measured.
@@ -136,9 +153,31 @@ class AttentionRequest(TimedRequest):
         "Also kvfold's caches that read such a share of their pages: 0.5,0.25.",
         metavar="SHARE,...",
     )
+    evicts: Sequence[float] = option(
+        "--evict",
+        Listed(BUDGET, none=True),
+        (),
+        "Also kvfold's caches that keep such a share of their tokens: 0.5,0.25.",
+        metavar="SHARE,...",
+    )
+
+    @property
+    def parts(self) -> list[Part]:
+        """What caches of each dtype are measured with."""
+        some = [Part(SELECT, share) for share in self.selects]
+        return [Part(), *some, *(Part(EVICT, share) for share in self.evicts)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        least = Evict.sinks + Evict.recent
+        for share in self.evicts:
+            kept = Evict(budget=share).tokens(min(self.contexts))
+            if kept < least:
+                raise InputError(
+                    f"--evict {share} of {min(self.contexts)} tokens is {kept}; expected at least"
+                    f" {least}, the first and last that are always kept",
+                    "a longer --context",
+                )
         for kv_heads in self.kv_heads:
             if self.num_heads % kv_heads:
                 choices = ", ".join(map(str, divisors(self.num_heads)))
@@ -172,7 +211,7 @@ class AttentionRequest(TimedRequest):
             )
         largest = max(case.kv_bytes for case in self.cases())
         # One set for PyTorch's peers and one per cache dtype, and float32 rows for the gate.
-        caches = len(self.dtypes) * (1 + len(self.selects))
+        caches = len(self.dtypes) * len(self.parts)
         sets = max(self.working_set, largest) * (1 + caches) + 2 * largest
         check_memory(sets, "a smaller --working-set, --context or --batch needs less")
 

@@ -31,15 +31,23 @@ class Truth:
 
     Args:
         q: ``[B, Hq, 1, D]`` bfloat16; k, v: ``[B, Hkv, S, D]``, what the cache holds, decoded.
+        seen: bool ``[B, Hkv, S]``, those that attention is over; all of them by default.
     """
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen: torch.Tensor | None = None,
+    ) -> None:
         batch, heads = k.shape[:2]
         groups = q.unflatten(1, (heads, -1))
         exact, plain = [], []
         for b in range(batch):
             for h in range(heads):  # one head at a time: float64 takes four times the memory
-                one = groups[b, h][None], k[b, h][None, None], v[b, h][None, None]
+                own = slice(None) if seen is None else seen[b, h]
+                one = groups[b, h][None], k[b, h, own][None, None], v[b, h, own][None, None]
                 exact.append(attend(*(x.double() for x in one)).out[0])
                 plain.append(_in_dtype(*(x.to(q.dtype) for x in one))[0])
         self._exact = torch.cat(exact).view(*q.shape[:3], -1)
