@@ -155,6 +155,12 @@ UNFOLDABLE: dict[str, dict[str, Any]] = {
     },
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2},
 }  # fmt: skip
+#: A model with latents, of one layer.
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+}  # fmt: skip
 
 
 def make(case: str, seed: int = 0, **changes: Any) -> Any:

@@ -9,8 +9,7 @@ import kvfold
 import kvfold.transformers as drop_in
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.transformers.layer import KVLayer
-from tests.toolbox.tiny import build, make
-from tests.transformers.test_select import DEEPSEEK
+from tests.toolbox.tiny import DEEPSEEK, build, make
 
 HALF = kvfold.Evict(budget=0.5, sinks=16, recent=40, window=16, every=8)
 LENGTH = 400

@@ -10,7 +10,7 @@ import kvfold.transformers as drop_in
 from kvfold.cache.kv import KVCache
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.transformers.attend import left_padding
-from tests.toolbox.tiny import build, make
+from tests.toolbox.tiny import DEEPSEEK, build, make
 
 SMALL = kvfold.Select(budget=0.25, sinks=16, recent=40, dense_below=0)
 LENGTH = 400
@@ -122,13 +122,6 @@ def test_what_cannot_select() -> None:
     latent = build("deepseek_v3", DEEPSEEK).config
     with pytest.raises(UnsupportedError, match="latents are read as a whole"):
         drop_in.KVCache(latent, select=SMALL)
-
-
-DEEPSEEK: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16, "q_lora_rank": None,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("additive", [False, True])
