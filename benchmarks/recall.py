@@ -1,6 +1,6 @@
 """Recall in 32,768 tokens: a small model made for it, on caches that read or keep a part.
 
-    python benchmarks/recall.py work      # trains for ten minutes on 2 cores, then asks for as long
+    python benchmarks/recall.py work      # trains for five minutes on 2 cores, then asks for three
 
 Small public models recall badly from long texts. This one (SmolLM3's architecture, two layers, the
 second without rotary embedding, four query and two KV heads of 32) is trained to: among noise stand
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--dtype", default="bf16", help="of the cache")
-    parser.add_argument("--seconds", type=float, default=600, help="of training")
+    parser.add_argument("--seconds", type=float, default=300, help="of training")
     arguments = parser.parse_args()
     folder = arguments.work / "recall"
     if not folder.exists():

@@ -266,14 +266,18 @@ def test_summaries_follow_what_is_kept() -> None:
 @pytest.mark.usefixtures("_backend")
 def test_heads_that_have_nothing_left_to_give() -> None:
     """A head may be down to its sinks, or to nothing, when others still have much."""
-    for sinks in (0, SINKS):
-        cache = append(make(), 512)
+    select = Select(budget=0.5, sinks=0, recent=40, dense_below=0)
+    for sinks, chooses in ((0, None), (SINKS, None), (0, select)):
+        cache = append(make(select=chooses, page_size=PAGE), 512)
         scores = noise(1, HEADS, 512).exp() * torch.tensor([1.0, 1e3, 1e-3])[:, None]
         evict(cache, 0.4, by=scores, floor=0.0, sinks=sinks)
         least = int(cache.held.min())
         assert least < RECENT + PAGE + SINKS
         evict(cache, 0.25, by=torch.ones(1, HEADS, 512), floor=0.0, sinks=sinks)
         assert int(cache.held.sum()) <= HEADS * 128
+        if chooses is not None:
+            assert cache.selected(queries()).any()
+            continue
         check_attends(cache)
         cache.truncate(512 - RECENT)
         assert evict(cache, 0.9).sum() == cache.held.sum()

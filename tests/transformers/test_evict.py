@@ -169,7 +169,14 @@ def test_rejected_tokens_are_taken_back() -> None:
     logits(model, prompt(length=5), cache)
     cache.crop(-3)
     assert cache.get_seq_length() == LENGTH + 2
+    # They are kept only shortly before an eviction, and without gaps.
     assert all(layer._queries.count in (0, 2) for layer in cache.layers)
+    layer = cache.layers[0]
+    layer._queries.add(torch.zeros(1, 1, 3, 4))
+    layer.evict = kvfold.Evict(budget=0.9, window=4)
+    layer.asked(torch.zeros(1, 1, 1, 4), {})
+    assert layer._queries.count == 0
+    layer.evict = HALF
     with pytest.raises(InputError, match="of these some were evicted"):
         cache.crop(-300)
     assert cache.get_seq_length() == LENGTH + 2

@@ -66,7 +66,8 @@ class Eviction:
         main.forget(b, kept, end)
         if self._selection is not None:
             for row in main.rows([b]):
-                self._selection.again(row, main.begins[row], end)
+                if main.begins[row] < end:
+                    self._selection.again(row, main.begins[row], end)
 
     def fit(self, spare: int) -> None:
         """Give memory back, but for so many tokens of each sequence."""

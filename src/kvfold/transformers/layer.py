@@ -261,8 +261,10 @@ class KVLayer(HeldLayer):
         cache, least = self.held, max(how.tokens(self.get_seq_length()), how.sinks + how.recent)
         more = cache.mean_held - least
         most = 0 if q.shape[2] > MAX_TOKENS else how.every
-        if more + how.window > most:  # until then nobody will ask for them
+        if more + how.window > most:
             self._queries.add(q)
+        else:  # nobody will ask for them, nor for others without them
+            self._queries.clear()
         if more > most:
             cache.evict_as(how, self._queries.tensor(), **options)
             self._queries.clear()
