@@ -39,10 +39,10 @@ def summarize(path: Path) -> GGUFSummary:
     Raises:
         CheckpointError: if the file is not GGUF, is cut short, or lacks head counts.
     """
-    from gguf import GGUFReader
+    from kvfold.checkpoint.gguf_lists import QuickReader
 
     try:
-        reader = GGUFReader(path)
+        reader = QuickReader(path)
         end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise CheckpointError(
@@ -98,7 +98,9 @@ def describe(path: Path, folder: Path, *, tokenizer: bool) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
     """A folder with the file alone: transformers also looks at what lies beside it."""
-    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart:
+    from kvfold.checkpoint.gguf_lists import quick_lists
+
+    with tempfile.TemporaryDirectory(prefix="kvfold-") as apart, quick_lists():
         (Path(apart) / _ALONE).symlink_to(path.resolve())
         yield Path(apart)
 
