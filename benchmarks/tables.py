@@ -24,7 +24,14 @@ from pages.decoding import (
     whole_step,
 )
 from pages.engines import engines
-from pages.eviction import combined, eviction_needles, eviction_quality, eviction_steps, recall
+from pages.eviction import (
+    combined,
+    eviction_gemma,
+    eviction_needles,
+    eviction_quality,
+    eviction_steps,
+    recall,
+)
 from pages.planning import planning, planning_cases
 from pages.quality import (
     caches,
@@ -75,6 +82,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latent-step": whole_latent_step,
     "eviction-steps": eviction_steps,
     "eviction-quality": eviction_quality,
+    "eviction-gemma": eviction_gemma,
     "eviction-needles": eviction_needles,
     "combined": combined,
     "recall": recall,

@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from pages.rows import NOT_YET, Row, measured, results, table
 from pages.selection import steps
 
-_WAYS = ("attention", "recent", "oracle", "snapkv", "knorm")
-_SAID = {"snapkv": "kvpress SnapKV", "knorm": "kvpress Knorm"}
+_WAYS = ("attention", "recent", "oracle", "select", "snapkv", "knorm")
+_SAID = {
+    "select": "`select`, all kept",
+    "snapkv": "kvpress SnapKV",
+    "knorm": "kvpress Knorm",
+}
 
 
 def _said(by: str) -> str:
@@ -20,7 +24,17 @@ def eviction_steps() -> str:
 
 def eviction_quality() -> str:
     """Perplexity ratio and divergence at each budget, on two texts."""
-    rows = results("evict_quality", "text", "dtype", "by", "budget", only=lambda r: "text" in r)
+    return _quality("smollm2")
+
+
+def eviction_gemma() -> str:
+    """The same of a model with sliding windows, whose layers of full attention forget."""
+    return _quality("gemma")
+
+
+def _quality(model: str) -> str:
+    case = ("model", "text", "dtype", "by", "budget")
+    rows = results("evict_quality", *case, only=lambda row: "text" in row and row.get("model") == model)
     if not rows:
         return NOT_YET
     found = {(r["text"], r["by"], r["budget"]): r for r in rows}
@@ -36,7 +50,7 @@ def eviction_quality() -> str:
 
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     body = (cells(budget, by) for budget in budgets for by in _WAYS)
-    heads = ("budget", "kept by", *(f"{text}: ratio, KL" for text in texts), "bytes kept")
+    heads = ("budget", "kept by", *(f"{text}: ratio, KL" for text in texts), "bytes")
     return table(heads, body, 2) + measured(rows)
 
 
@@ -60,7 +74,9 @@ def eviction_needles() -> str:
             yield cell(found.get((length, known, by, budget)))
 
     budgets = sorted({row["budget"] for row in rows if row["budget"] < 1}, reverse=True)
-    ways = [(1.0, "dense"), *((budget, by) for budget in budgets for by in _WAYS if by != "oracle")]
+    known_ways = {row["by"] for row in rows}
+    by_budget = ((budget, by) for budget in budgets for by in _WAYS if by in known_ways)
+    ways = [(1.0, "dense"), *by_budget]
     heads = (f"{'known' if known else 'asked later'}, {n:,} tokens" for known, n in columns)
     return table(("budget", "kept by", *heads), (cells(*way) for way in ways), 2) + measured(rows)
 
