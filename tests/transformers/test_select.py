@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import kvfold
 import kvfold.transformers as drop_in
@@ -104,6 +105,9 @@ def test_pages_are_short_where_summaries_allow_it() -> None:
         drop_in.KVCache(model.config, page_size=32)
     with pytest.raises(InputError, match="page_size=128"):
         drop_in.KVCache(model.config, select=SMALL, page_size=128)
+    wide = LlamaConfig(hidden_size=128, num_attention_heads=2)
+    with pytest.raises(InputError, match="pages of 16 tokens would take more than 5%"):
+        drop_in.KVCache(wide, dtype="int4", select=SMALL, page_size=16)
 
 
 def test_layers_with_a_window_read_it(asked: list[tuple[torch.Tensor, Any]]) -> None:

@@ -8,9 +8,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvfold.arch.config import plain_config
 from kvfold.arch.decoder import typed_layers
 from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
-from kvfold.cache.checks import check_policy, check_select
+from kvfold.cache.checks import check_formats, check_policy, check_select
 from kvfold.cache.kv import Dtype
 from kvfold.cache.latent import check_format
+from kvfold.cache.selection import summary_format
 from kvfold.errors import InputError, UnsupportedError
 from kvfold.names import shown
 from kvfold.ops.evict import Evict
@@ -72,6 +73,11 @@ class KVCache(DynamicCache):  # type: ignore[misc]
             check_policy(evict)
         if page_size is not None:
             _check_page(page_size, select or evict)
+            if select is not None and dtype is not None:
+                head_dim = (
+                    getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+                )
+                summary_format(check_formats(dtype), (head_dim, head_dim), page_size)
 
         def layer(index: int, window: int | None) -> HeldLayer:
             if window:
