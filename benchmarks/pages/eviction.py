@@ -34,7 +34,9 @@ def eviction_gemma() -> str:
 
 def _quality(model: str) -> str:
     case = ("model", "text", "dtype", "by", "budget")
-    rows = results("evict_quality", *case, only=lambda row: "text" in row and row.get("model") == model)
+    rows = results(
+        "evict_quality", *case, only=lambda row: "text" in row and row.get("model") == model
+    )
     if not rows:
         return NOT_YET
     found = {(r["text"], r["by"], r["budget"]): r for r in rows}

@@ -23,7 +23,7 @@ def test_the_disguise_is_exact(case: str) -> None:
     model = tiny.make(case)
     ids = tiny.tokens()
     hidden = tiny.hidden_mha(model)
-    assert hidden.config.num_key_value_heads == model.config.num_attention_heads
+    assert tiny.kv_heads(hidden) == model.config.num_attention_heads
     torch.testing.assert_close(
         tiny.logits(hidden, ids), tiny.logits(model, ids), atol=TOLERANCE, rtol=0
     )
@@ -35,7 +35,7 @@ def test_folding_back_is_exact(case: str, method: str, calibrated: bool) -> None
     model = tiny.make(case)
     hidden = tiny.hidden_mha(model)
     windows = tiny.tokens(8, 32, seed=5) if calibrated else None
-    kv_heads = model.config.num_key_value_heads
+    kv_heads = tiny.kv_heads(model)
     folded = fold_model(hidden, kv_heads, method=method, fit="none", windows=windows)
     ids = tiny.tokens()
     torch.testing.assert_close(

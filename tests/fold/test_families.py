@@ -45,12 +45,25 @@ def test_mean_fold_is_the_source_with_averaged_heads(case: str) -> None:
     model = tiny.make(case)
     averaged = with_averaged_heads(model)
     folded = fold_model(model, 1, method="mean", fit="none").model
-    assert folded.config.num_key_value_heads == 1
+    assert tiny.kv_heads(folded) == 1
     ids = tiny.tokens()
     assert not torch.allclose(tiny.logits(model, ids), tiny.logits(folded, ids), atol=1e-2)
     torch.testing.assert_close(
         tiny.logits(folded, ids), tiny.logits(averaged, ids), atol=ORDER_OF_SUMS, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("case", tiny.EVERY)
+def test_refitting_leaves_no_layer_worse(case: str) -> None:
+    """Of what it was solved on; a solution for the wrong target would be worse."""
+    heads = 9 if case == "llama-odd" else 6
+    model = tiny.make(case, num_key_value_heads=heads)
+    windows = tiny.tokens(32, 32, seed=5)
+    for layer in fold_model(model, 1, fit="refit", windows=windows).record:
+        stages = {each["stage"]: each for each in layer["stages"]}
+        for stage in stages.values():
+            assert stage["error_after"] <= stage["error_before"]
+        assert stages["refit_output"]["error_after"] < stages["refit_output"]["error_before"]
 
 
 def test_mean_fold_of_gpt2_is_gpt_bigcode() -> None:

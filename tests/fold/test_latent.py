@@ -258,6 +258,7 @@ REFUSED = {
     "apertus": "behind a norm cannot be absorbed",
     "arcee": "no gates",
     "cohere2": "layer norms",
+    "falcon": "layer norms",
     "exaone4": "behind a norm cannot be absorbed",
     "dots1": "mixtures of experts",
     "ernie4_5_moe": "mixtures of experts",

@@ -121,6 +121,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", COMMON | WIDE | {"attention_bias": True, "pad_token_id": 0}),
     "glm4_moe": ("glm4_moe", COMMON | WIDE | DENSE_FIRST),
     "glm4_moe-norm": ("glm4_moe", COMMON | WIDE | DENSE_FIRST | {"use_qk_norm": True}),
+    "falcon": (
+        "falcon",
+        COMMON | {"new_decoder_architecture": True, "bias": True},
+    ),
     "flex_olmo": ("flex_olmo", COMMON | EXPERTS),
     "olmo2": ("olmo2", COMMON),
     "olmo3": ("olmo3", COMMON | WINDOWED),
@@ -171,6 +175,8 @@ def make(case: str, seed: int = 0, **changes: Any) -> Any:
 
 def build(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
     torch.manual_seed(seed)
+    if config.get("new_decoder_architecture"):  # Falcon's own word
+        config = config | {"num_kv_heads": config["num_key_value_heads"]}
     made = AutoConfig.for_model(model_type, **config)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -185,6 +191,10 @@ def build(model_type: str, config: dict[str, Any], seed: int = 0) -> Any:
 
 def checkpoint_of(model: Any) -> Checkpoint:
     return Checkpoint("tiny", model.config.to_dict(), TensorDict(model.state_dict()))
+
+
+def kv_heads(model: Any) -> int:
+    return checkpoint_of(model).geometry.num_kv_heads
 
 
 def tokens(count: int = 4, length: int = 24, seed: int = 1) -> torch.Tensor:
@@ -204,8 +214,8 @@ def with_kv_heads(model: Any, heads: list[LayerHeads]) -> Any:
     family: Family = checkpoint.family
     count = heads[0].num_kv_heads
     config = dict(checkpoint.config)
-    if family.keys.num_kv_heads:
-        config[family.keys.num_kv_heads] = count
+    if count != checkpoint.geometry.num_kv_heads:
+        config = family.folded_config(config, count)
     state = dict(model.state_dict())
     for layer, parts in enumerate(heads):
         groups = [

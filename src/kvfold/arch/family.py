@@ -103,6 +103,8 @@ class Family:
         layer, attention: module paths; ``{layer}`` is the layer number.
         renamed: tensors below a layer that checkpoints store otherwise than transformers' module
             has them, such as experts one by one.
+        tuples: layers return tuples, hidden states first.
+        offer: makes transformers' module take attention implementations of a name, if it does not.
         sinks: a logit per query head that takes attention away, below ``attention``, if any.
         mlp_output: the MLP's last linear layer below ``layer``, if there is just one.
         post_norm: the attention's output is normalised before it joins the residual stream.
@@ -131,6 +133,8 @@ class Family:
     layer: str = "model.layers.{layer}"
     attention: str = "self_attn"
     renamed: tuple[Renamed, ...] = ()
+    tuples: bool = False
+    offer: Callable[[str], None] = lambda implementation: None
     sinks: str = ""
     mlp_output: str | None = "mlp.down_proj"
     projections: Projections = SeparateProjections()

@@ -244,3 +244,49 @@ class FusedProjections:
         g = geometry
         kv_heads = g.num_kv_heads
         return [g.num_heads * g.head_dim, kv_heads * g.head_dim, kv_heads * g.v_head_dim]
+
+
+@dataclass(frozen=True)
+class GroupedProjections(FusedProjections):
+    """One matrix whose rows are, for each KV head, its queries, its key and its value: Falcon."""
+
+    qkv: str = "query_key_value"
+    o: str = "dense"
+
+    def read(
+        self, prefix: str, geometry: AttentionGeometry, load: Load, names: set[str]
+    ) -> AttentionWeights:
+        """See :meth:`Projections.read`."""
+
+        def parts(tensor: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+            rows = (geometry.num_kv_heads, -1, geometry.head_dim, *tensor.shape[1:])
+            groups = tensor.reshape(rows)  # [Hkv, R + 2, D, C]
+            return groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1]
+
+        output = _output_heads(load(f"{prefix}.{self.o}.weight"), geometry.num_heads)
+        weights = AttentionWeights(*parts(load(f"{prefix}.{self.qkv}.weight")), output)
+        if f"{prefix}.{self.qkv}.bias" in names:
+            biases = parts(load(f"{prefix}.{self.qkv}.bias"))
+            weights.q_bias, weights.k_bias, weights.v_bias = biases
+        if f"{prefix}.{self.o}.bias" in names:
+            weights.o_bias = load(f"{prefix}.{self.o}.bias")
+        return weights
+
+    def write(self, prefix: str, weights: AttentionWeights) -> "dict[str, torch.Tensor]":
+        """The inverse of :meth:`read`."""
+        import torch
+
+        def fused(q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor") -> "torch.Tensor":
+            groups = torch.cat([q.unflatten(0, (len(k), -1)), k[:, None], v[:, None]], 1)
+            return groups.flatten(0, 2)
+
+        w = weights
+        tensors = {
+            f"{prefix}.{self.qkv}.weight": fused(w.q, w.k, w.v),
+            f"{prefix}.{self.o}.weight": _output_flat(w.o),
+        }
+        if w.q_bias is not None and w.k_bias is not None and w.v_bias is not None:
+            tensors[f"{prefix}.{self.qkv}.bias"] = fused(w.q_bias, w.k_bias, w.v_bias)
+        if w.o_bias is not None:
+            tensors[f"{prefix}.{self.o}.bias"] = w.o_bias
+        return tensors

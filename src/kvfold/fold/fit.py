@@ -150,8 +150,8 @@ def refit_mlp(task: FitTask, progress: Progress) -> None:
 
     def pair(batch: Windows) -> Sample:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        handle = linear.register_forward_hook(
-            lambda module, args, output: seen.append((args[0], output))
+        handle = linear.register_forward_hook(  # Falcon adds to the output in place
+            lambda module, args, output: seen.append((args[0], output.clone()))
         )
         try:
             lack = task.source_outputs[batch] - task.live(task.folded_inputs[batch])

@@ -162,10 +162,15 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Recorder(nn.Module):
-    """Stands in for a layer: keeps what it is called with, returns its input."""
+    """Stands in for a layer: keeps what it is called with, returns its input.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        tuples: return it as the first of a tuple.
+    """
+
+    def __init__(self, layer: nn.Module, tuples: bool) -> None:
         super().__init__()
+        self._tuples = tuples
         # Models read attributes of their layers (the kind of attention, for instance).
         object.__setattr__(self, "layer", layer)
         self.arguments: Arguments = ((), {})
@@ -176,9 +181,13 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "layer"), name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.arguments = (args, kwargs)
-        return hidden
+        return self.returned(hidden)
+
+    def returned(self, hidden: torch.Tensor) -> Any:
+        """As the layer returns it."""
+        return (hidden,) if self._tuples else hidden
 
 
 class _Giver(_Recorder):
@@ -186,8 +195,8 @@ class _Giver(_Recorder):
 
     output: torch.Tensor
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.output
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.returned(self.output)
 
 
 class LayerStream:
@@ -207,6 +216,7 @@ class LayerStream:
     ) -> None:
         arguments = {key: value for key, value in config.items() if key != "dtype"}
         hf_config = AutoConfig.for_model(**arguments)
+        family.offer(IMPLEMENTATION)
         with init_empty_weights(include_buffers=False), device:  # tables of the model lie there
             self.model = AutoModelForCausalLM.from_config(
                 hf_config,
@@ -220,6 +230,7 @@ class LayerStream:
         self._base = getattr(self.model, self._base_name)
         self._layers: nn.ModuleList = getattr(self._base, self._list_name)
         self._attention, self._renamed = family.attention, family.renamed
+        self._tuples = family.tuples
         self._device, self._dtype = device, dtype
         self._arguments: dict[int, list[Arguments]] = {}  # by tokens of a window
 
@@ -230,7 +241,7 @@ class LayerStream:
         out: HiddenStates,
     ) -> None:
         """Write the first layer's input to ``out`` for each text's token ids ``[N, T]``."""
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+        recorders = nn.ModuleList(_Recorder(layer, self._tuples) for layer in self._layers)
         setattr(self._base, self._list_name, recorders)
         names = [name for name, _ in self._base.named_parameters()]
         state = {
@@ -256,7 +267,7 @@ class LayerStream:
         self, load: Callable[[str], torch.Tensor]
     ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """What the model makes of its last layer's output ``[B, T, C]``: logits ``[B, T, V]``."""
-        given = _Giver(self._layers[0])
+        given = _Giver(self._layers[0], self._tuples)
         setattr(self._base, self._list_name, nn.ModuleList([given]))
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = self.model.config.tie_word_embeddings

@@ -20,10 +20,4 @@ FAMILIES = (
     _without_kv_heads("opt", _NO_FIELD, _LEARNED),
     _without_kv_heads("bloom", f"{_NO_FIELD}, and ALiBi ties each head to its own slope"),
     _without_kv_heads("mpt", "stock MPT has no KV-head field"),
-    Family(
-        ("falcon",),
-        keys=ConfigKeys(num_kv_heads=None, maybe_kv_heads=("num_kv_heads",)),
-        mlp_matrices=2,
-        unfoldable="its fused qkv layout differs by version and has no general KV-head field",
-    ),
 )
