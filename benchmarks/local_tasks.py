@@ -1,7 +1,7 @@
 """Three small tasks that need no download: source, folded and healed side by side.
 
     pip install '.[tasks]'
-    python benchmarks/local_tasks.py tasks work/source work/folded work/healed
+    python benchmarks/local_tasks.py tasks work/source work/converted work/finished work/healed
 
 Writes two tasks of lm-evaluation-harness to the folder TASKS and scores the models on them with
 `kvfold eval --tasks`, and on pass keys with `--needle`:
@@ -22,7 +22,7 @@ import re
 import subprocess
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fold_quality import machine
 from kvfold.files import append_text, write_text
 from kvfold.quality.request import EvalRequest
 from kvfold.quality.run import check_eval, score_needles, score_tasks
+from pages.quality import local_tasks
 
 EXAMPLES, CHOICES = 200, 4
 LENGTHS = (512, 2048)  # of texts with pass keys
@@ -133,23 +134,6 @@ def write_tasks(folder: Path) -> None:
         write_text(folder / f"{name}.yaml", task, force=True)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracy of each model, ± one standard error; pass keys found at all depths."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    measured = list(dict.fromkeys(row["what"] for row in rows))
-    cells = {(row["what"], row["name"]): row for row in rows}
-    lines = [f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
-    for what in measured:
-        values = [cells[what, name] for name in names]
-        words = [
-            f"{100 * each['value']:.1f}"
-            + (f" ± {100 * each['error']:.1f}" if each["error"] is not None else "")
-            for each in values
-        ]
-        lines.append(f"| {what} | {' | '.join(words)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tasks", type=Path)
@@ -184,7 +168,7 @@ def main() -> None:
     stamp = {"benchmark": "local_tasks", **machine()}
     lines = [json.dumps({**stamp, "limit": arguments.limit, **row}) + "\n" for row in rows]
     append_text(RESULTS, "".join(lines))
-    print(table(rows))
+    print(local_tasks())
 
 
 if __name__ == "__main__":

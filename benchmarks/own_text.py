@@ -1,12 +1,13 @@
-"""What text to calibrate on: a manual, text that the model writes itself, or half of each.
+"""What text to calibrate on: a manual, what the model writes, half of each, or what kvfold brings.
 
     python benchmarks/own_text.py texts work
 
 Folds SmolLM2-135M-Instruct from 3 to 1 KV heads with the defaults of `kvfold convert`, on the
-Debian handbook's chapters, on `--calibration self`, and on both, 50,000 tokens each (or
-`--calibration-tokens`), and scores all on text of three kinds: held-out chapters, Python's language
-reference, and source code of its standard library. Appends to ``own_text.jsonl`` beside this file
-and prints the table. Models that are in WORK already are not converted again.
+Debian handbook's chapters, on `--calibration self`, on both, and on the small text that is built
+in, at most 50,000 tokens each (or `--calibration-tokens`), and scores all on text of three kinds:
+held-out chapters, Python's language reference, and source code of its standard library. Appends to
+``own_text.jsonl`` beside this file and prints the table. Models that are in WORK already are not
+converted again.
 """
 
 import argparse
@@ -20,7 +21,12 @@ from kvfold.files import append_text
 from kvfold.fold.request import SELF
 
 TEXTS = ("handbook", "documentation", "code")
-CASES = {"handbook": ("calibration",), "self": (SELF,), "both": ("calibration", SELF)}
+CASES = {
+    "handbook": ("calibration",),
+    "self": (SELF,),
+    "both": ("calibration", SELF),
+    "built-in": (),
+}
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
@@ -29,7 +35,7 @@ def fold(source: Path, work: Path, texts: Path, name: str, tokens: int) -> Path:
     out = work / f"text-{name}-{tokens}"
     if not out.exists():
         files = [SELF if text == SELF else texts / f"{text}.txt" for text in CASES[name]]
-        convert(source, out, 1, calibration=files, calibration_tokens=tokens)
+        convert(source, out, 1, calibration=files or None, calibration_tokens=tokens)
     return out
 
 

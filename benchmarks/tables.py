@@ -41,6 +41,7 @@ from pages.quality import (
     healing_small,
     kept,
     latents,
+    local_tasks,
     memory,
     qk_norm,
 )
@@ -98,6 +99,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "energies": energies,
     "healing": healing,
     "healing-small": healing_small,
+    "local-tasks": local_tasks,
     "memory": memory,
     "engines": engines,
 }  # fmt: skip

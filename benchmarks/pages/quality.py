@@ -165,6 +165,24 @@ def qk_norm() -> str:
     return table(("", "fit", *(f"8 → {n}" for n in counts)), map(cells, cases), 2) + measured(rows)
 
 
+def local_tasks() -> str:
+    """Accuracy of each model in percent, ± one standard error; pass keys found at all depths."""
+    rows = results("local_tasks", "what", "name", only=lambda row: row["limit"] is None)
+    if not rows:
+        return NOT_YET
+    cells = {(row["what"], row["name"]): row for row in rows}
+    names, tasks = (list(dict.fromkeys(row[each] for row in rows)) for each in ("name", "what"))
+
+    def line(what: str) -> Iterator[str]:
+        yield what
+        for name in names:
+            row = cells[what, name]
+            error = row["error"]
+            yield f"{row['value']:.1%}" + ("" if error is None else f" ± {error:.1%}")
+
+    return table(("", *names), map(line, tasks)) + measured(rows)
+
+
 def memory() -> str:
     rows = results("streaming_memory", "case")
 
