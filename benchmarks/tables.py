@@ -43,6 +43,7 @@ from pages.quality import (
     latents,
     local_tasks,
     memory,
+    own_text,
     qk_norm,
 )
 from pages.rows import FOLDER
@@ -101,6 +102,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing-small": healing_small,
     "local-tasks": local_tasks,
     "memory": memory,
+    "own-text": own_text,
     "engines": engines,
 }  # fmt: skip
 

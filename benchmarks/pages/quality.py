@@ -165,6 +165,22 @@ def qk_norm() -> str:
     return table(("", "fit", *(f"8 → {n}" for n in counts)), map(cells, cases), 2) + measured(rows)
 
 
+def own_text() -> str:
+    """What one KV head loses on three kinds of text, by the text that it was calibrated on."""
+    rows = results("own_text", "text", only=lambda row: row["scores"][0]["tokens"] > 10_000)
+    if not rows:
+        return NOT_YET
+
+    def cells(row: Row) -> Iterator[str]:
+        yield f"`{row['text']}`" if row["text"] == "self" else row["text"]
+        yield f"{row['calibration_tokens']:,}"
+        for score in row["scores"]:
+            yield f"{score['nats_lost']:.2f} ± {score['nats_lost_error']:.2f}"
+
+    kinds = [score["text"].removesuffix(".txt") for score in rows[0]["scores"]]
+    return table(("calibrated on", "tokens", *kinds), map(cells, rows)) + measured(rows)
+
+
 def local_tasks() -> str:
     """Accuracy of each model in percent, ± one standard error; pass keys found at all depths."""
     rows = results("local_tasks", "what", "name", only=lambda row: row["limit"] is None)
