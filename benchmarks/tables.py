@@ -19,6 +19,7 @@ from pages.decoding import (
     latent_steps,
     profile,
     prompts,
+    sharing,
     slope,
     whole_latent_step,
     whole_step,
@@ -60,6 +61,7 @@ WAYS = ("sdpa", "sdpa-grouped", "repeat", "matmul")
 TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "kept": kept,
+    "sharing": sharing,
     "decode-16k": lambda: attention("attention", "KV heads", WAYS, context=16384),
     "decode-4k": lambda: attention("attention", "KV heads", WAYS, context=4096),
     "decode-heads-of-64": lambda: attention(

@@ -56,6 +56,34 @@ def decoding() -> str:
     return table(("KV heads", *columns), map(cells, heads), 0)
 
 
+def sharing() -> str:
+    """One model as MHA, as it is and folded: tokens a second, gigabytes and perplexity."""
+    rows = results(
+        "sharing", "case.model", "implementation", "case.context", "case.batch",
+        only=lambda row: row["status"] == "ok",
+    )  # fmt: skip
+    if not rows:
+        return NOT_YET
+    cases = sorted({(r["case"]["batch"], r["case"]["context"]) for r in rows})
+    found = {(r["case"]["model"], r["implementation"], r["case"]["batch"], r["case"]["context"]): r
+             for r in rows}  # fmt: skip
+    ways = list(dict.fromkeys((r["case"]["model"], r["implementation"]) for r in rows))
+
+    def cells(way: tuple[str, str]) -> Iterator[str]:
+        own = [row for row in rows if (row["case"]["model"], row["implementation"]) == way]
+        yield f"{own[0]['case']['num_kv_heads']} ({own[0]['sharing']})"
+        yield way[1]
+        yield f"{own[0]['perplexity']:.2f}"
+        for batch, context in cases:
+            row = found.get((*way, batch, context))
+            speed = "–" if row is None else f"{batch / row['seconds']['median']:.0f}"
+            yield f"{speed}, {row['kv_bytes'] / 1e9:.2f}" if row is not None else speed
+
+    heads = (f"{context:,} × {batch}: tokens/s, GB" for batch, context in cases)
+    columns = ("KV heads", "attention, cache", "perplexity", *heads)
+    return table(columns, map(cells, ways), 2) + measured(rows)
+
+
 def prompts() -> str:
     rows = results("prefill", "kv_heads", "context")
     body = ((f"{r['context']:,}", str(r["kv_heads"]), *(f"{r['speed'][n]:.2f} ×"
