@@ -97,7 +97,10 @@ def describe(path: Path, folder: Path, *, tokenizer: bool) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """A folder with the file alone: transformers also looks at what lies beside it."""
+    """A folder with the file alone: transformers also looks at what lies beside it.
+
+    While it is there, transformers reads lists quickly.
+    """
     from kvfold.checkpoint.gguf_lists import quick_lists
 
     with tempfile.TemporaryDirectory(prefix="kvfold-") as apart, quick_lists():

@@ -1,8 +1,8 @@
 """gguf's reader, quick at the lists that tokenizers are.
 
 gguf makes two slices of a memory map for each word of a vocabulary, and transformers has it read
-the file once for the config and once more for the tokenizer: half a minute each with the 262,144
-words of Gemma 3. Slices of a plain array of the same memory are made in a twentieth of that.
+the file once for the config and once more for the tokenizer. Slices of a plain array of the same
+memory are made much faster: with the 262,144 words of Gemma 3 the config takes 3 seconds, not 17.
 """
 
 from collections.abc import Iterator

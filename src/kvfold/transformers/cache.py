@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvfold.arch.config import plain_config
 from kvfold.arch.decoder import typed_layers
+from kvfold.arch.families import described_as
 from kvfold.arch.layers import CHUNKED_TYPE, FULL_TYPE, SLIDING_TYPE
 from kvfold.cache.checks import check_formats, check_policy, check_select
 from kvfold.cache.kv import Dtype
@@ -74,9 +75,8 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         if page_size is not None:
             _check_page(page_size, select or evict)
             if select is not None and dtype is not None:
-                head_dim = (
-                    getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-                )
+                plain = plain_config(text)
+                head_dim = described_as(plain).sizes(plain).head_dim
                 summary_format(check_formats(dtype), (head_dim, head_dim), page_size)
 
         def layer(index: int, window: int | None) -> HeldLayer:
