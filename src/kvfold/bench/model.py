@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -47,6 +48,7 @@ from kvfold.quality.text import read_texts, token_windows
 from kvfold.record import command_line
 
 _READ = "read"
+_SCORES = 2**27  # that plain attention has in memory at once
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,28 @@ def _entries(loaded: Loaded, request: ModelRequest, context: int, batch: int) ->
     own = Entry(loaded, None, Contestant(native, lambda: DynamicCache(config=native.config)))
     first = _prefill(own, prompt)
     path = walk(own.contestant, first, GATE_STEPS)
-    return [own, *(_ours(loaded, dtype, prompt, path) for dtype in request.dtypes)]
+    again = cache(partial(_plainly, loaded, prompt))
+    return [own, *(_ours(loaded, dtype, prompt, path, again) for dtype in request.dtypes)]
 
 
-def _ours(loaded: Loaded, dtype: str, prompt: torch.Tensor, path: Walk) -> Entry:
+def _plainly(loaded: Loaded, prompt: torch.Tensor) -> torch.Tensor:
+    """Logits after the prompt by the plainest attention, whose scores are kept as a whole."""
+    from transformers import DynamicCache
+
+    model = loaded.by_implementation[PLAIN]
+    batch, context = prompt.shape
+    scores = batch * context * loaded.decoder.layers[0].num_heads
+    plain = Contestant(model, lambda: DynamicCache(config=model.config))
+    return plain.prefill(prompt, max(1, _SCORES // scores))
+
+
+def _ours(
+    loaded: Loaded,
+    dtype: str,
+    prompt: torch.Tensor,
+    path: Walk,
+    again: Callable[[], torch.Tensor],
+) -> Entry:
     from kvfold.transformers import KVCache
 
     model = loaded.by_implementation[OURS]
@@ -193,7 +213,7 @@ def _ours(loaded: Loaded, dtype: str, prompt: torch.Tensor, path: Walk) -> Entry
     try:
         first = _prefill(entry, prompt)
         others = [loaded.by_implementation[name] for name in (NATIVE, PLAIN)]
-        entry.verdict = judge(contestant, first, path, others)
+        entry.verdict = judge(contestant, first, path, others, again)
     except UnsupportedError as error:
         entry.reason = error.message
     return entry
