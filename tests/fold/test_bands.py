@@ -115,8 +115,9 @@ def test_divergence_and_errors_are_those_of_attention(monkeypatch: pytest.Monkey
         kl.append((p * logs).sum(-1).mean())
     found = heads.sample
     assert found is not None
-    assert found.divergence(old, new, PAIRS) == pytest.approx(float(sum(kl) / 2), rel=1e-4)
-    assert found.divergence(old, old, PAIRS) == 0
+    own = found.attention(old, PAIRS)
+    assert found.divergence(own, new, PAIRS) == pytest.approx(float(sum(kl) / 2), rel=1e-4)
+    assert found.divergence(own, old, PAIRS) == 0
     a, b = (scores(each.q, each.k, FAST, 0) for each in (old, new))
     p = a.masked_fill(~mask, -math.inf).softmax(-1)
     wanted = [(p * (x - (p * x).sum(-1, keepdim=True)).square()).sum() for x in (a, b - a)]
@@ -155,7 +156,8 @@ def test_components_turn_as_fast_as_what_they_are_of() -> None:
 def _divergence(heads: HeadGroup) -> float:
     assert heads.sample is not None
     q, k = principal_keys(heads)
-    return heads.sample.divergence(Projected(heads.q, heads.k), Projected(q, k), PAIRS)
+    own = heads.sample.attention(Projected(heads.q, heads.k), PAIRS)
+    return heads.sample.divergence(own, Projected(q, k), PAIRS)
 
 
 def test_a_band_is_taken_where_it_hardly_turns() -> None:

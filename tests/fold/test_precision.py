@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold.fold.fit import FitTask
+from kvfold.fold.fit import FitTask, sums_of_products
 from kvfold.fold.hidden import TEXT, HiddenStates, Windows
 from kvfold.fold.model import fold_model
 from kvfold.fold.passes import Calibration, FoldedPass, SourcePass, loader
@@ -83,17 +83,43 @@ def test_what_is_fitted_in_it_is_as_good(fit: str) -> None:
     assert ends["bfloat16"] != ends["float32"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_products_are_those_of_float32(dtype: torch.dtype) -> None:
+    """Of n products, each rounded once, and of sums, n - 1 times: n half epsilons of float32; y in
+    two parts leaves out 2^-18."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 40, generator=generator).to(dtype)
+    y = torch.randn(300, 24, generator=generator)
+    before = torch.get_float32_matmul_precision()
+    found = sums_of_products(x, y)
+    assert torch.get_float32_matmul_precision() == before
+    wide = x.double()
+    for sums, other in zip(found, (wide, y.double()), strict=True):
+        bound = (300 * 2.0**-24 + 2.0**-18) * (wide.abs().T @ other.abs())
+        assert sums.dtype == torch.float32
+        assert bool(((sums.double() - wide.T @ other).abs() <= bound).all())
+
+
+def test_sums_of_products_leave_no_setting_behind() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError):
+        sums_of_products(torch.ones(3, 2, dtype=torch.bfloat16), torch.ones(4, 2))
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_a_task_is_given_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what a layer multiplies, which is as it is multiplied."""
     seen = []
 
     def stage(task: FitTask, progress: object) -> None:
         states = task.folded_inputs[Windows(TEXT, slice(0, 2))]
         linear = task.linear(task.output_name)
-        seen.append((linear.weight.dtype, task.live.input_of(linear, states).dtype))
+        multiplied = task.live.input_of(linear, states)
+        seen.append((states.dtype, linear.weight.dtype, multiplied.dtype))
 
     monkeypatch.setitem(FoldedPass.fit.__globals__["FITS"], "refit", (stage,))
     fold_model(tiny.make("llama"), 1, "pca", "refit", tiny.tokens(8, 32, seed=5), dtype="bfloat16")
-    assert seen == [(torch.float32, torch.float32)] * 2
+    assert seen == [(torch.float32, torch.float32, torch.bfloat16)] * 2
 
 
 def test_gradients_in_it_are_made_of_products(monkeypatch: pytest.MonkeyPatch) -> None:

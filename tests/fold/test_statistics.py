@@ -1,5 +1,8 @@
 """What is gathered of a layer, against sums over every query and every key in float64."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from kvfold.fold.pairs import Pairs
@@ -94,6 +97,32 @@ def test_attended_keys_are_covariances_within_attention() -> None:
     torch.testing.assert_close(
         result.covariance, covariance / count, rtol=TOLERANCE, atol=TOLERANCE
     )
+
+
+def test_windows_are_heard_apart_as_they_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask for each of them, too."""
+    inputs, rows, call = layer()
+    mask = torch.ones(WINDOWS, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    mask[1, :, 3:, 1] = False
+    results = []
+    for scores in (1, 10**9):
+        monkeypatch.setattr("kvfold.fold.statistics._SCORES", scores)
+        collector = StatisticsCollector(SIZE, PAIRS, torch.device("cpu"), rows)
+        collector.attention_input(inputs)
+        collector.call(replace(call, mask=mask))
+        results.append(collector.result())
+    apart, together = results
+    assert apart.attended is not None
+    assert together.attended is not None
+    for one, other in (
+        (apart.moment, together.moment),
+        (apart.value_moment, together.value_moment),
+        (apart.covariance, together.covariance),
+        (apart.key_moments, together.key_moments),
+        (apart.attended.turned, together.attended.turned),
+        (apart.attended.still, together.attended.still),
+    ):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_nothing_is_gathered_that_nobody_asked_for() -> None:

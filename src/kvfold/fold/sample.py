@@ -7,6 +7,7 @@ a distance only. So both are measured: in windows as they are, and with their ke
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,13 @@ class Projected:
 
     q: torch.Tensor
     k: torch.Tensor
+
+
+class Attention(NamedTuple):
+    """Of all heads, ``[g, R, T, T]``, and its logarithms."""
+
+    weights: torch.Tensor
+    logs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,17 @@ class Sample:
         steps = (turns[:, 1:] * turns[:, :-1].conj()).sum(1)
         return cls(some.float(), steps.angle(), scale)
 
-    def divergence(self, old: Projected, new: Projected, pairs: Pairs) -> float:
-        """KL of the attention that ``new`` makes from that of ``old``, nats, mean over distances,
-        queries and heads."""
+    def attention(self, rows: Projected, pairs: Pairs) -> list[Attention]:
+        """What these make of each distance and window."""
+        return [Attention(logs.exp(), logs) for logs in self._logs(rows, pairs)]
+
+    def divergence(self, old: list[Attention], new: Projected, pairs: Pairs) -> float:
+        """KL of the attention that ``new`` makes from ``old``, nats, mean over distances, queries
+        and heads."""
         total = count = 0.0
-        for distance in DISTANCES:
-            for p, q in self._pairs_of_logs(old, new, pairs, distance):
-                apart = (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0.0)
-                total, count = total + float(apart.sum()), count + p.shape[:-1].numel()
+        for own, logs in zip(old, self._logs(new, pairs), strict=True):
+            total += float((own.logs - logs).mul_(own.weights).sum())
+            count += logs.shape[:-1].numel()
         return total / count
 
     def errors(self, old: Projected, new: Projected, pairs: Pairs) -> tuple[float, float]:
@@ -77,24 +88,17 @@ class Sample:
         What all keys of a query have in common cancels in the softmax.
         """
         size = error = 0.0
-        for scores, others in self._both(old, new, pairs, 0):
-            weights = _causal(scores).softmax(-1)
+        for window in self.inputs:
+            scores, others = (self._scores(window, rows, pairs, 0) for rows in (old, new))
+            weights = _causal(scores.clone()).softmax(-1)
             size += _variance(scores, weights)
             error += _variance(others - scores, weights)
         return size, error
 
-    def _pairs_of_logs(
-        self, old: Projected, new: Projected, pairs: Pairs, distance: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for each in self._both(old, new, pairs, distance):
-            yield _causal(each[0]).log_softmax(-1), _causal(each[1]).log_softmax(-1)
-
-    def _both(
-        self, old: Projected, new: Projected, pairs: Pairs, distance: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Scores ``[g, R, T, T]`` of both, window by window."""
-        for window in self.inputs:
-            yield tuple(self._scores(window, rows, pairs, distance) for rows in (old, new))  # type: ignore[misc]
+    def _logs(self, rows: Projected, pairs: Pairs) -> Iterator[torch.Tensor]:
+        for distance in DISTANCES:
+            for window in self.inputs:
+                yield _causal(self._scores(window, rows, pairs, distance)).log_softmax(-1)
 
     def _scores(
         self, window: torch.Tensor, rows: Projected, pairs: Pairs, distance: int
@@ -115,8 +119,9 @@ class Sample:
 
 
 def _causal(scores: torch.Tensor) -> torch.Tensor:
+    """In place; what is hidden stays finite, so that it counts nothing when weighed by nothing."""
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
-    return scores.masked_fill(later, -torch.inf)
+    return scores.masked_fill_(later, torch.finfo(scores.dtype).min)
 
 
 def _variance(x: torch.Tensor, weights: torch.Tensor) -> float:

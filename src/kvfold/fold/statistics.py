@@ -11,6 +11,10 @@ from kvfold.fold.sample import Sample
 from kvfold.fold.stream import AttentionCall
 from kvfold.quality.world import ALONE, World
 
+# At once; memory of larger arrays goes back to the system and is zeroed for the next, which takes
+# longer than to compute them.
+_SCORES = 2**22
+
 
 @dataclass
 class AttendedKeys:
@@ -108,9 +112,18 @@ class StatisticsCollector:
 
     def call(self, call: AttentionCall) -> None:
         inputs = torch.cat([self._inputs, torch.ones_like(self._inputs[..., :1])], -1)
+        if self._sampled is not None and self._sample is None:
+            self._sample = Sample.of(inputs, call.key, self._sampled, self._pairs, call.scale)
+        windows, heads, tokens, _ = call.query.shape
+        together = max(1, _SCORES // (heads * tokens**2))
+        for start in range(0, windows, together):
+            which = slice(start, start + together)
+            self._hear(call.windows(which), inputs[which], self._turn + start)
+
+    def _hear(self, call: AttentionCall, inputs: torch.Tensor, turn: int) -> None:
         probabilities = call.probabilities()
         self._moment = self._moment + _gram(inputs)
-        seen = _one_head_each(probabilities, self._turn)
+        seen = _one_head_each(probabilities, turn)
         averaged = _gram(seen @ inputs)
         self._value_moment = self._value_moment + averaged
         self._tokens += inputs.shape[0] * inputs.shape[1]
@@ -123,8 +136,6 @@ class StatisticsCollector:
         self._covariance = self._covariance + _gram(received * inputs) - averaged
         if self._keys is not None:
             self._attended = _added(self._attended, *keys.attended(inputs, self._keys))
-        if self._sampled is not None and self._sample is None:
-            self._sample = Sample.of(inputs, call.key, self._sampled, self._pairs, call.scale)
 
     def result(self, world: World = ALONE) -> LayerStatistics:
         """Of what the collectors of all processes have heard."""

@@ -53,14 +53,13 @@ class AttentionCall:
     def probabilities(self) -> torch.Tensor:
         """The attention weights ``[B, Hq, T, T]``."""
         batch, heads, tokens, _ = self.query.shape
-        groups = self.query.unflatten(1, (self.key.shape[1], -1))
-        scores = groups @ self.key[:, :, None].mT * self.scale
-        scores = scores.reshape(batch, heads, tokens, -1)
+        groups = (self.query * self.scale).unflatten(1, (self.key.shape[1], -1))
+        scores = (groups @ self.key[:, :, None].mT).reshape(batch, heads, tokens, -1)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         mask = _or_causal(self.mask, scores)
         if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
         if self.sinks is not None:
@@ -68,6 +67,17 @@ class AttentionCall:
             return torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
         result: torch.Tensor = scores.softmax(-1)
         return result
+
+    def windows(self, which: slice) -> "AttentionCall":
+        """Of some of the B windows."""
+        mask = self.mask
+        return replace(
+            self,
+            query=self.query[which],
+            key=self.key[which],
+            value=self.value[which],
+            mask=mask if mask is None or len(mask) == 1 else mask[which],
+        )
 
     def with_sinks(self) -> "AttentionCall":
         """The same with a key of its own for what sinks take away, whose value is zero.
@@ -369,8 +379,8 @@ class LiveLayer:
         return out if isinstance(out, torch.Tensor) else out[0]
 
     def input_of(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the layer up to a module below it and no further; the module's input, float32."""
-        return self._reach(module.register_forward_pre_hook, lambda args: args[0], hidden).float()
+        """Run the layer up to a module below it and no further; the module's input."""
+        return self._reach(module.register_forward_pre_hook, lambda args: args[0], hidden)
 
     def attention_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the attention puts out, float32; nothing behind it is run."""

@@ -16,7 +16,7 @@ from kvfold.arch.target import Grouped
 from kvfold.fold.bands import lowest, shared_band, widths
 from kvfold.fold.heads import HeadGroup, SharedHead
 from kvfold.fold.methods import method
-from kvfold.fold.sample import Projected, Sample
+from kvfold.fold.sample import Projected
 from kvfold.fold.subspace import centred, energy, shared_subspace, through
 
 Shared = tuple[torch.Tensor, torch.Tensor]  # queries and the key rows they now read
@@ -50,7 +50,12 @@ def principal_keys(group: HeadGroup) -> Shared:
     found, sample = whole(q_own, k_own), group.sample
     if sample is None or group.norm is not None or group.covariance is None:
         return found
-    least = _GAIN * _divergence(group, sample, found) - _ROUNDING
+    source = sample.attention(Projected(group.q, group.k), group.pairs)
+
+    def divergence(shared: Shared) -> float:
+        return sample.divergence(source, Projected(*shared), group.pairs)
+
+    least = _GAIN * divergence(found) - _ROUNDING
     for width in widths(k_own.shape[0]):
         band = lowest(sample.frequencies, width)
         q_new, k_new = q_own.clone(), k_own.clone()
@@ -59,16 +64,12 @@ def principal_keys(group: HeadGroup) -> Shared:
             sample.frequencies[band],
         )  # fmt: skip
         tried = whole(q_new, k_new)
-        divergence = _divergence(group, sample, tried)
-        if divergence < least:
-            found, least = tried, divergence
-        elif divergence > _WORSE * least:  # wider ones turn too far as well
+        apart = divergence(tried)
+        if apart < least:
+            found, least = tried, apart
+        elif apart > _WORSE * least:  # wider ones turn too far as well
             break
     return found
-
-
-def _divergence(group: HeadGroup, sample: Sample, shared: Shared) -> float:
-    return sample.divergence(Projected(group.q, group.k), Projected(*shared), group.pairs)
 
 
 def rotating_keys(
