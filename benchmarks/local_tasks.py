@@ -145,7 +145,7 @@ def main() -> None:
     source, *others = map(str, arguments.models)
     request = EvalRequest.asked(
         source=source, others=others, tasks=list(TASKS), task_folder=str(arguments.tasks),
-        lengths=LENGTHS, limit=arguments.limit,
+        lengths=LENGTHS, limit=arguments.limit, dtype="bfloat16",
     )  # fmt: skip
     check_eval(request)
     rows = [

@@ -45,7 +45,7 @@ from kvfold.requests import (
 from kvfold.version import __version__
 
 FIT_NAMES = ("none", "refit", "local")
-DEFAULT_STEPS = 100  # of `local`, in each layer
+DEFAULT_STEPS = 150  # of `local`, in each layer
 DATA_FREE = ("first", "mean", "random")  # the GQA paper's methods look at weights only
 LEAST_TOKENS = 1024
 SELF = "self"  # in place of a text: what the model writes itself (a file of the name: ./self)
