@@ -16,9 +16,11 @@ from kvfold.arch.layers import RECURRENT, Layer
 from kvfold.bench.buffers import read, threads
 from kvfold.bench.cases import dtype_of
 from kvfold.bench.contestant import (
+    LAST,
     NATIVE,
     OURS,
     PLAIN,
+    WIDE,
     Contestant,
     Model,
     ModelVerdict,
@@ -26,6 +28,7 @@ from kvfold.bench.contestant import (
     judge,
     twin,
     walk,
+    wide,
 )
 from kvfold.bench.model_cases import (
     GATE_STEPS,
@@ -48,7 +51,6 @@ from kvfold.quality.text import read_texts, token_windows
 from kvfold.record import command_line
 
 _READ = "read"
-_SCORES = 2**27  # that plain attention has in memory at once
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _load(path: str, stack: ExitStack) -> Loaded:
 
 
 def _loaded(name: str, folder: Path, model: Model) -> Loaded:
-    twins = {name: twin(model, name) for name in (NATIVE, PLAIN, OURS)}
+    twins = {name: twin(model, name) for name in (NATIVE, PLAIN, OURS)} | {WIDE: wide(model)}
     decoder = describe(plain_config(model.config.get_text_config(decoder=True)))
     return Loaded(name, folder, decoder, twins)
 
@@ -183,19 +185,15 @@ def _entries(loaded: Loaded, request: ModelRequest, context: int, batch: int) ->
     own = Entry(loaded, None, Contestant(native, lambda: DynamicCache(config=native.config)))
     first = _prefill(own, prompt)
     path = walk(own.contestant, first, GATE_STEPS)
-    again = cache(partial(_plainly, loaded, prompt))
+    again = cache(partial(_truth, loaded, prompt))
     return [own, *(_ours(loaded, dtype, prompt, path, again) for dtype in request.dtypes)]
 
 
-def _plainly(loaded: Loaded, prompt: torch.Tensor) -> torch.Tensor:
-    """Logits after the prompt by the plainest attention, whose scores are kept as a whole."""
-    from transformers import DynamicCache
-
-    model = loaded.by_implementation[PLAIN]
-    batch, context = prompt.shape
-    scores = batch * context * loaded.decoder.layers[0].num_heads
-    plain = Contestant(model, lambda: DynamicCache(config=model.config))
-    return plain.prefill(prompt, max(1, _SCORES // scores))
+def _truth(loaded: Loaded, prompt: torch.Tensor) -> torch.Tensor:
+    """The prompt's last logits in float32."""
+    model = loaded.by_implementation[WIDE]
+    logits: torch.Tensor = model(prompt, use_cache=False, logits_to_keep=LAST).logits
+    return logits
 
 
 def _ours(
@@ -212,7 +210,7 @@ def _ours(
     entry = Entry(loaded, dtype, contestant)
     try:
         first = _prefill(entry, prompt)
-        others = [loaded.by_implementation[name] for name in (NATIVE, PLAIN)]
+        others = [loaded.by_implementation[name] for name in (WIDE, NATIVE, PLAIN)]
         entry.verdict = judge(contestant, first, path, others, again)
     except UnsupportedError as error:
         entry.reason = error.message
