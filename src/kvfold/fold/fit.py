@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import cos, pi
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -204,12 +205,13 @@ def sums_of_products(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, to
         return x.T @ x, x.T @ y
     x = x.float()
     high = y.bfloat16().float()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    setting = cast(Any, torch.backends.mkldnn).matmul  # of CPUs; unknown to type checkers
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
     try:
         return x.T @ x, x.T @ high + x.T @ (y - high)
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before
 
 
 def _ridge(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
