@@ -37,11 +37,11 @@ SHARD_BYTES = 10**9
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
-def specs() -> Iterator[TensorSpec]:
-    """The tensors of such a Llama, in order."""
-    hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
-    yield TensorSpec("model.embed_tokens.weight", "BF16", (CONFIG.vocab_size, hidden))
-    for layer in range(CONFIG.num_hidden_layers):
+def specs(config: LlamaConfig) -> Iterator[TensorSpec]:
+    """The tensors of such a Llama, MHA, in order."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield TensorSpec("model.embed_tokens.weight", "BF16", (config.vocab_size, hidden))
+    for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         for name in ("q", "k", "v", "o"):
             yield TensorSpec(f"{prefix}self_attn.{name}_proj.weight", "BF16", (hidden, hidden))
@@ -51,26 +51,27 @@ def specs() -> Iterator[TensorSpec]:
         for name in ("input", "post_attention"):
             yield TensorSpec(f"{prefix}{name}_layernorm.weight", "BF16", (hidden,))
     yield TensorSpec("model.norm.weight", "BF16", (hidden,))
-    yield TensorSpec("lm_head.weight", "BF16", (CONFIG.vocab_size, hidden))
+    yield TensorSpec("lm_head.weight", "BF16", (config.vocab_size, hidden))
 
 
-def make_source(folder: Path) -> int:
-    """Write the checkpoint; return the size of its largest shard."""
+def make_source(folder: Path, config: LlamaConfig = CONFIG, words: int = 1) -> int:
+    """Write the checkpoint, whose tokenizer knows ``word0`` and so on; return the size of its
+    largest shard."""
     shards: list[list[TensorSpec]] = [[]]
-    for spec in specs():
+    for spec in specs(config):
         if sum(s.nbytes for s in shards[-1]) + spec.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(spec)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if not folder.exists():
         folder.mkdir(parents=True)
-        CONFIG.save_pretrained(folder)
+        config.save_pretrained(folder)
         for file, shard in zip(files, shards, strict=True):
             write_tensors(folder / file, shard, (random_tensor(spec) for spec in shard))
         weight_map = {s.name: f for f, shard in zip(files, shards, strict=True) for s in shard}
         index = {"metadata": {}, "weight_map": weight_map}
         write_text(folder / "model.safetensors.index.json", json.dumps(index))
-        save_tokenizer(folder)
+        save_tokenizer(folder, words)
     return max((folder / file).stat().st_size for file in files)
 
 
@@ -80,11 +81,12 @@ def random_tensor(spec: TensorSpec) -> torch.Tensor:
     return torch.empty(spec.shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, words: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    vocabulary = {"<unk>": 0} | {f"word{i}": i for i in range(1, words)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
 
