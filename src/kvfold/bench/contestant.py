@@ -41,15 +41,15 @@ def wide(model: Model) -> Model:
     """The same model, weights shared, that computes in float32: they are widened as it runs."""
     other = twin(model, NATIVE)
     for module in other.modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if module._parameters:
             module.forward = partial(_widely, module, module.forward)
     return other
 
 
 def _widely(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     stored = dict(module._parameters)
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.is_floating_point():
+    for name, parameter in stored.items():
+        if parameter is not None and parameter.is_floating_point():
             module._parameters[name] = torch.nn.Parameter(parameter.float(), False)
     try:
         return forward(*args, **kwargs)

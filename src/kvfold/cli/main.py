@@ -31,7 +31,7 @@ _TIMED = {"bench", "plan", "doctor"}  # what they measure is to be as it is else
 
 # name -> one line of help. The module kvfold.cli.<name> is imported only to run it.
 COMMANDS = {
-    "demo": "Train, fold and measure a small model on this machine (about 2 minutes).",
+    "demo": "Train, fold and measure a small model on this machine (two to six minutes).",
     "inspect": "Show a checkpoint's heads, KV cache size and how alike its heads are.",
     "convert": "Fold a checkpoint to fewer KV heads.",
     "heal": "Train a folded checkpoint towards its source.",
