@@ -106,6 +106,18 @@ def test_held_out_documents_are_never_trained_on_even_if_they_occur_twice() -> N
     assert DOCUMENTS[9] in trained
 
 
+def test_every_text_holds_out_a_sequence_where_its_share_is_shorter() -> None:
+    tokens = Tokens(Characters())
+    corpora = [(name, Fixed(DOCUMENTS), 1.0) for name in "abc"]
+    held, _ = hold_out(corpora[:1], tokens, 16, 40)
+    assert held is not None
+    assert held.ids.shape == (2, 16)
+    held, _ = hold_out(corpora, tokens, 16, 40)  # 13 tokens each would be no sequence at all
+    assert held is not None
+    assert held.ids.shape == (3, 16)
+    assert hold_out(corpora, tokens, 16, 0) == (None, set())
+
+
 def test_sources_are_drawn_by_weight() -> None:
     tokens = Tokens(Characters())
     corpora = [("a", Fixed(["a" * 99]), 3.0), ("b", Fixed(["b" * 99]), 1.0)]

@@ -203,6 +203,9 @@ def hold_out(
 ) -> tuple[Batch | None, set[bytes]]:
     """Every 16th document of each corpus, until there are ``wanted`` tokens.
 
+    Each corpus gives its share of these, or one sequence where that is more: shares that are
+    shorter than a sequence would leave nothing to tell by whether training did any good.
+
     Returns:
         the held-out text, packed (None if nothing is wanted), and the fingerprints of its
         documents.
@@ -212,8 +215,9 @@ def hold_out(
     """
     sequences: list[list[list[int]]] = []
     chosen: set[bytes] = set()
+    share = max(context, wanted // len(corpora)) if wanted else 0
     for name, corpus, _ in corpora:
-        ids, total = _every(corpus, tokens, wanted // len(corpora), chosen, context)
+        ids, total = _every(corpus, tokens, share, chosen, context)
         if total < context:
             raise InputError(
                 f"{name} is too short: about {total} tokens besides what is held out; "
