@@ -82,7 +82,7 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
     texts = " ".join(f"--text {quote(name)}" for name in request.files or ("TEXT.txt",))
     lines = [
         f"next: kvfold eval {source} {folded} --text YOUR.txt",
-        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 760k",
+        f"next: kvfold heal {folded} HEALED --teacher {source} {texts} --tokens 700k",
     ]
     if request.fit == "local":
         fitted, shortly, healed = FOLDED
@@ -90,7 +90,7 @@ def _next(request: ConvertRequest, out: Path) -> list[str]:
             f"{MODEL} with a third of its heads lost {fitted.similar:.2f} nats on text like the "
             f"calibration's and {fitted.other:.2f} on other text; {shortly.similar:.2f} and "
             f"{shortly.other:.2f} once healed with 60k tokens, {healed.similar:.2f} and "
-            f"{healed.other:.2f} with 760k of five kinds of text"
+            f"{healed.other:.2f} with 700k of five kinds of text"
         )
     return lines
 
