@@ -118,7 +118,7 @@ def test_the_best_are_kept_bit_for_bit(dtype: Any) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
 def test_every_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_backend(backend, monkeypatch)
-    cache = append(make("int8", batch=2), 400)
+    cache = append(make("int8", batch=2), 240)
     evict(cache)
     append(cache, 40, seed=5)
     evict(cache)

@@ -273,7 +273,7 @@ def test_fit_of_a_model_with_every_parameter_kind_improves_it() -> None:
         expected = tiny.logits(model, windows).log_softmax(-1)
         divergence = []
         for fit in ("none", "refit", "local"):
-            folded = fold_model(model, 2, "pca", fit, windows).model
+            folded = fold_model(model, 2, "pca", fit, windows, fit_steps=60).model
             got = tiny.logits(folded, windows).log_softmax(-1)
             divergence.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
         assert divergence[2] < divergence[0], (case, divergence)

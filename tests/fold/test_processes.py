@@ -20,6 +20,7 @@ from tests.toolbox import tiny
 from tests.toolbox.runs import rank_of
 
 TIMEOUT = 240
+FITTED = ("--kv-heads", "1", "--fit-steps", "60")
 CPU = torch.device("cpu")
 USUAL = ("--calibration", "text.txt", "--calibration-tokens", "20000", "--context", "128",
          "--dtype", "float32", "--device", "cpu")  # fmt: skip
@@ -82,7 +83,7 @@ def both(folder: Path, name: str, *options: str) -> tuple[Path, Path]:
 
 def test_two_processes_fold_as_one(folder: Path) -> None:
     """Sums are added up in another order, and 60 steps of Adam magnify what that rounds."""
-    one, two = both(folder, "heads", "--kv-heads", "1")
+    one, two = both(folder, "heads", *FITTED)
     alone, shared = (load_file(each / "model.safetensors") for each in (one, two))
     assert alone.keys() == shared.keys()
     for name, tensor in alone.items():
@@ -98,7 +99,7 @@ def test_two_processes_make_the_latent_of_one(folder: Path) -> None:
 
 
 def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folder: Path) -> None:
-    process = start(folder, "killed", 2, "--kv-heads", "1")
+    process = start(folder, "killed", 2, *FITTED)
     first_layer = working_folder(folder / "killed") / "layers" / "0.json"
     deadline = time.monotonic() + TIMEOUT
     while not first_layer.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -107,8 +108,8 @@ def test_a_killed_rank_ends_the_run_and_the_rest_is_resumed(folder: Path) -> Non
     process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     assert not (folder / "killed").exists()
-    finish(start(folder, "killed", 2, "--kv-heads", "1", "--resume"))
-    finish(start(folder, "whole", 2, "--kv-heads", "1"))
+    finish(start(folder, "killed", 2, *FITTED, "--resume"))
+    finish(start(folder, "whole", 2, *FITTED))
     assert record_of(folder / "killed")["run"]["resumed"]
     again, whole = (load_file(folder / n / "model.safetensors") for n in ("killed", "whole"))
     for name, tensor in whole.items():

@@ -98,6 +98,8 @@ def test_any_size(fmt: str, dtype: torch.dtype, isa: str) -> None:
 def test_pages_and_ends(fmt: str, isa: str) -> None:
     for page_size in (1, 7, 16, 64):
         for tokens in (1, 15, 16, 63, 64, 65, 111, 257, 600):
+            if tokens == 600 and page_size != 16 and isa == EMULATED:
+                continue  # slow, and the same
             cache = filled(40, 16, tokens, 2, dtype=fmt, kind="paged", page_size=page_size)
             more = noise(1, 9, 56, seed=3)
             cache.append(more[..., :40], more[..., 40:], sequences=[1])
@@ -126,7 +128,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "int8"])
 def test_options(fmt: str, tokens: int, isa: str) -> None:
     cache = filled(40, 16, 150, 2, dtype=fmt)
