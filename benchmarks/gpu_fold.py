@@ -52,9 +52,8 @@ def fold(source: Path, work: Path, fit: str, device: str) -> dict[str, Any]:
         source, out, heads, fit=fit, calibration=[text], calibration_tokens=TOKENS,
         device=device, force=True,
     )  # fmt: skip
-    run = dict(record["run"])
     on_device = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
-    return {**run, "device_peak_bytes": on_device}
+    return {**record["run"], "device_peak_bytes": on_device}
 
 
 def main() -> None:

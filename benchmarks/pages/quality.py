@@ -126,7 +126,7 @@ def healing() -> str:
             yield f"{row['nats_lost']:.3f} ± {row['nats_lost_error']:.3f}"
 
     less = (1 - found["healed", t]["nats_lost"] / found["converted", t]["nats_lost"] for t in texts)
-    body = [*map(cells, MADE), ("less by, after these", *(f"{part:.0%}" for part in less))]
+    body = [*map(cells, MADE), ("won back of the first row", *(f"{part:.0%}" for part in less))]
     return table(("", *texts), body) + measured(rows)
 
 

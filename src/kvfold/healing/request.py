@@ -163,7 +163,8 @@ class HealRequest(Request):
         "--held-out-tokens",
         HELD_OUT,
         None,
-        "Kept from training, to evaluate on.  [default: an eighth, 4,096 to 16,384]",
+        "Kept from training, to evaluate on; at least a sequence of each text, or 0.  "
+        "[default: an eighth, 4,096 to 16,384]",
     )
     eval_texts: tuple[str, ...] | None = option(
         "--eval-text",
